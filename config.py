@@ -1,0 +1,607 @@
+"""Flags of the scripts, their checks, and the arithmetic from epochs to steps.
+
+One parser per script, composed of small groups. Names are those of OneFlow-Benchmark's scripts.
+Closed choices are handed in by the script as the keys of the table that builds the thing, so that
+an advertised choice always exists. Nothing here needs OneFlow.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+BATCH_SIZE_PER_DEVICE = 64
+SYNTHETIC_STEPS_PER_EPOCH = 30
+# What a run on synthetic data takes on a CPU, so that a first try ends in about a minute.
+CPU_TRIAL = {"image_size": 64, "batch_size_per_device": 8, "num_epochs": 2}
+# A snapshot is looked for here unless --model_load_dir names one.
+SNAPSHOT_ROOT = os.path.join("output", "snapshots")
+# Learning rates per 256 images of global batch. sgd: Goyal et al. (arXiv:1706.02677) scaled as in
+# NVIDIA's and OneFlow's ResNet-50 v1.5; adam: its paper's 0.001; rmsprop: 0.045 at batch 1600, of
+# the Inception-v3 paper (arXiv:1512.00567).
+LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072}
+EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
+
+
+class UsageError(Exception):
+    """Wrong usage, found before anything is loaded: one line, exit status 2."""
+
+    exit_status = 2
+
+
+class RunError(Exception):
+    """A run that failed, or data that are broken: one line, exit status 1."""
+
+    exit_status = 1
+
+
+def run_main(main: Callable[[], None]) -> int:
+    """Call `main` and return the exit status; our own errors and Ctrl-C become one line."""
+    try:
+        main()
+    except (UsageError, RunError) as error:
+        report(error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def report(error: object) -> None:
+    """Print `error` as the one line `<script>: error: <what>` on stderr."""
+    line = " ".join(str(error).split())
+    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser without abbreviations whose errors are one line, exit status 2."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def error(self, message: str):
+        self.exit(2, f"{os.path.basename(self.prog)}: error: {message} (--help lists the flags)\n")
+
+
+# Types of flags.
+
+
+def boolean(text: str) -> bool:
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    try:
+        return values[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False") from None
+
+
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable:
+    """The argparse type of an int or float of at least `low` (more, if `above`) up to `high`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun}") from None
+        in_range = (low < value if above else low <= value) and value <= high
+        if not in_range or math.isinf(value):
+            upper = "" if high == math.inf else f" and at most {high:g}"
+            lower = f"{'above' if above else 'at least'} {low:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be {lower}{upper}")
+        return value
+
+    return parse
+
+
+def numbers(count: int | None, kind: type = float, *, low: float = -math.inf) -> Callable:
+    """The argparse type of a comma-separated list of `count` numbers (any count if None)."""
+
+    def parse(text: str) -> tuple:
+        parse_one = number(kind, low)
+        values = tuple(parse_one(part.strip()) for part in text.split(","))
+        if count is not None and len(values) != count:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {count} numbers joined by commas")
+        return values
+
+    return parse
+
+
+def rgb_std(text: str) -> tuple[float, float, float]:
+    values = numbers(3)(text)
+    if min(values) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0 in each channel")
+    return values
+
+
+def interval(low: float, high: float = math.inf) -> Callable:
+    """The argparse type of `a,b` with low < a <= b <= high."""
+
+    def parse(text: str) -> tuple[float, float]:
+        a, b = numbers(2)(text)
+        if not low < a <= b <= high:
+            bound = "" if high == math.inf else f" <= {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be a,b with {low:g} < a <= b{bound}")
+        return a, b
+
+    return parse
+
+
+def addresses(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def optimizer_name(text: str) -> str:
+    """The 2020 page still says --model_update=momentum for what is now --optimizer=sgd."""
+    return {"momentum": "sgd"}.get(text.lower(), text.lower())
+
+
+# Groups of flags.
+
+
+def add_model_flags(parser: Parser, models: Iterable[str], *, from_snapshot: bool) -> None:
+    group = parser.add_argument_group("model")
+    default = "as in the snapshot" if from_snapshot else "the model's own"
+    group.add_argument(
+        "--model",
+        choices=sorted(models),
+        help="network; unless given, that of the snapshot" if from_snapshot else "network",
+        default=None if from_snapshot else "resnet50",
+    )
+    group.add_argument(
+        "--num_classes",
+        type=number(int, 1),
+        help="length of the logits; unless given, as in the snapshot"
+        if from_snapshot
+        else "length of the logits; unless given, as in the manifest of the training data, or 1000",
+    )
+    group.add_argument(
+        "--image_size",
+        type=number(int, 8),
+        help=f"height and width of the network's input, pixels; unless given, {default}",
+    )
+    group.add_argument(
+        "--resize_shorter",
+        type=number(int, 8),
+        help="validation and inference: pixels of the shorter side before the centre crop; unless "
+        "given, 256 per 224 pixels of --image_size",
+    )
+    group.add_argument(
+        "--rgb_mean",
+        "--rgb-mean",
+        type=numbers(3),
+        help=f"subtracted from each channel, 0 to 255; unless given, {default}",
+    )
+    group.add_argument(
+        "--rgb_std",
+        "--rgb-std",
+        type=rgb_std,
+        help=f"divides each channel after that; unless given, {default}",
+    )
+
+
+def add_device_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("devices")
+    group.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto takes CUDA where there is one and says which it took",
+    )
+    group.add_argument("--num_nodes", type=number(int, 1), default=1, help="number of machines")
+    group.add_argument(
+        "--node_ips", type=addresses, help="addresses of the machines, joined by commas"
+    )
+    group.add_argument(
+        "--gpu_num_per_node", type=number(int, 1), default=1, help="devices per machine"
+    )
+    group.add_argument(
+        "--ctrl_port",
+        type=number(int, 1, 65535),
+        default=50051,
+        help="TCP port on which the machines of a job meet",
+    )
+
+
+def add_batch_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("batches")
+    group.add_argument(
+        "--batch_size_per_device",
+        type=number(int, 1),
+        help=f"training images per device and step; unless given, {BATCH_SIZE_PER_DEVICE}",
+    )
+
+
+def add_train_data_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("training data")
+    group.add_argument(
+        "--train_data_dir",
+        help="directory of OFRecord parts, or an .npz file with images (N, H, W, 3) uint8 and "
+        "labels (N,); without it the data are synthetic",
+    )
+    group.add_argument(
+        "--train_data_part_num",
+        type=number(int, 1),
+        help="read the first so many parts; unless given, all",
+    )
+    group.add_argument(
+        "--num_examples",
+        type=number(int, 1),
+        help="training images per epoch; unless given, all",
+    )
+    group.add_argument(
+        "--random_area",
+        type=interval(0, 1),
+        default=(0.08, 1.0),
+        metavar="MIN,MAX",
+        help="random crop: share of the image's area",
+    )
+    group.add_argument(
+        "--random_aspect_ratio",
+        type=interval(0),
+        default=(3 / 4, 4 / 3),
+        metavar="MIN,MAX",
+        help="random crop: width over height",
+    )
+    group.add_argument(
+        "--random_flip",
+        type=number(float, 0, 1),
+        default=0.5,
+        help="probability of a mirror image",
+    )
+    group.add_argument(
+        "--shuffle_buffer_size",
+        type=number(int, 1),
+        default=1024,
+        help="records among which OneFlow's OFRecord reader draws the next one",
+    )
+
+
+def add_val_data_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("validation data")
+    group.add_argument(
+        "--val_data_dir",
+        help="directory of OFRecord parts, or an .npz file with images and labels",
+    )
+    group.add_argument(
+        "--val_data_part_num",
+        type=number(int, 1),
+        help="read the first so many parts; unless given, all",
+    )
+    group.add_argument(
+        "--num_val_examples",
+        type=number(int, 1),
+        help="score the first so many images; unless given, all",
+    )
+    group.add_argument(
+        "--val_batch_size_per_device",
+        type=number(int, 1),
+        default=50,
+        help="validation images per device and step; the figures do not depend on it",
+    )
+    group.add_argument(
+        "--top_k", type=number(int, 1), default=5, help="k of the second accuracy that is printed"
+    )
+
+
+def add_optimizer_flags(
+    parser: Parser, optimizers: Iterable[str], schedules: Iterable[str]
+) -> None:
+    group = parser.add_argument_group("optimizer and schedule")
+    group.add_argument(
+        "--optimizer",
+        "--model_update",
+        type=optimizer_name,
+        choices=sorted(optimizers),
+        default="sgd",
+        help="adam decays weights decoupled from the gradient; --model_update=momentum is sgd",
+    )
+    group.add_argument(
+        "--learning_rate",
+        type=number(float, 0),
+        help="peak learning rate; unless given, "
+        + ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATE_PER_256.items())
+        + ", per 256 images of global batch",
+    )
+    group.add_argument(
+        "--wd",
+        type=number(float, 0),
+        default=1 / 32768,
+        help="weight decay of convolution and fc weights and of the fc bias",
+    )
+    group.add_argument("--momentum", type=number(float, 0, 1), help="sgd only; unless given, 0.875")
+    group.add_argument(
+        "--decay_rate",
+        type=number(float, 0, 1),
+        help="rmsprop only: decay of the mean square; unless given, 0.9",
+    )
+    group.add_argument(
+        "--epsilon",
+        type=number(float, 0),
+        help="adam and rmsprop only; unless given, "
+        + " and ".join(f"{value:g} for {name}" for name, value in EPSILON.items()),
+    )
+    group.add_argument(
+        "--gradient_clipping",
+        type=number(float, 0),
+        default=0.0,
+        help="largest global norm of the gradients; 0: no limit",
+    )
+    group.add_argument(
+        "--label_smoothing", type=number(float, 0, 1), default=0.1, help="label smoothing factor"
+    )
+    group.add_argument(
+        "--warmup_epochs",
+        type=number(float, 0),
+        help="epochs of linear warm-up from 0; unless given, 5, but at most half of the run",
+    )
+    group.add_argument(
+        "--lr_decay",
+        type=str.lower,
+        choices=sorted(schedules),
+        default="cosine",
+        help="schedule after the warm-up",
+    )
+    group.add_argument(
+        "--lr_step_epochs",
+        type=numbers(None, low=0),
+        help="step only: epochs after which the rate is divided by 10; unless given, 30,60,80",
+    )
+    group.add_argument(
+        "--lr_decay_rate",
+        type=number(float, 0, 1, above=True),
+        help="exponential only: factor per --lr_decay_epochs; unless given, 0.94",
+    )
+    group.add_argument(
+        "--lr_decay_epochs",
+        type=number(float, 0, above=True),
+        help="exponential only: epochs per --lr_decay_rate; unless given, 2",
+    )
+
+
+def add_training_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--num_epochs",
+        "--num_epoch",
+        type=number(int, 1),
+        help=f"passes over the training data; unless given, 90, and "
+        f"{CPU_TRIAL['num_epochs']} for synthetic data on a CPU",
+    )
+    group.add_argument(
+        "--model_load_dir", help="snapshot whose weights to start from; unless given, random ones"
+    )
+    group.add_argument(
+        "--model_save_dir",
+        help="where snapshots go; unless given, ./output/snapshots/model_save-<date and time>",
+    )
+    group.add_argument(
+        "--save_epoch_interval",
+        type=number(int, 1),
+        default=1,
+        help="epochs between snapshots; the last epoch is always saved",
+    )
+    add_switch(group, "--save_init", "save the initial model as well")
+    add_switch(group, "--save_last", "save the trained model once more under the name `last`")
+    group.add_argument(
+        "--loss_print_every_n_iter",
+        type=number(int, 1),
+        default=10,
+        help="iterations between lines",
+    )
+    group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, help="random seed")
+
+
+def add_log_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("log")
+    group.add_argument("--log_dir", help="also append every line to <script>.log in this directory")
+
+
+def add_snapshot_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("snapshot")
+    group.add_argument(
+        "--model_load_dir",
+        help="snapshot to read; unless given, the published ResNet-50 folder where that exists, "
+        f"else the newest snapshot under {SNAPSHOT_ROOT}",
+    )
+
+
+def add_switch(group, name: str, text: str) -> None:
+    """A boolean flag: `--name`, `--name=True` or `--name=False`."""
+    group.add_argument(
+        name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text
+    )
+
+
+# One parser per script.
+
+
+def train_parser(
+    *, models: Iterable[str], optimizers: Iterable[str], schedules: Iterable[str]
+) -> Parser:
+    parser = Parser("Train a CNN with OneFlow and validate it after each epoch.")
+    add_model_flags(parser, models, from_snapshot=False)
+    add_device_flags(parser)
+    add_batch_flags(parser)
+    add_train_data_flags(parser)
+    add_val_data_flags(parser)
+    add_optimizer_flags(parser, optimizers, schedules)
+    add_training_flags(parser)
+    add_log_flags(parser)
+    return parser
+
+
+def evaluate_parser(*, models: Iterable[str]) -> Parser:
+    parser = Parser("Score a snapshot on a validation set: every image exactly once.")
+    add_model_flags(parser, models, from_snapshot=True)
+    add_device_flags(parser)
+    add_val_data_flags(parser)
+    add_snapshot_flags(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--num_epochs",
+        "--num_epoch",
+        type=number(int, 1),
+        default=1,
+        help="rounds over the validation set",
+    )
+    add_log_flags(parser)
+    return parser
+
+
+def inference_parser(*, models: Iterable[str]) -> Parser:
+    parser = Parser("Classify images.")
+    add_model_flags(parser, models, from_snapshot=True)
+    add_device_flags(parser)
+    add_snapshot_flags(parser)
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--image_path",
+        nargs="+",
+        default=[os.path.join("data", "cat.jpg")],
+        help="image files, or directories of images",
+    )
+    group.add_argument(
+        "--top_k", type=number(int, 1), default=1, help="classes to print for each image"
+    )
+    return parser
+
+
+# Checks and defaults that look at more than one flag.
+
+
+def check_devices(args: argparse.Namespace) -> None:
+    """Refuse what several devices would need; they are not supported yet."""
+    if args.num_nodes > 1:
+        raise UsageError(
+            f"--num_nodes={args.num_nodes}: training on several machines is not supported yet; "
+            "give --num_nodes=1"
+        )
+    if args.gpu_num_per_node > 1:
+        raise UsageError(
+            f"--gpu_num_per_node={args.gpu_num_per_node}: several devices are not supported yet; "
+            "give --gpu_num_per_node=1"
+        )
+
+
+def check_optimizer_flags(args: argparse.Namespace) -> None:
+    """Refuse a flag that the chosen optimizer or schedule would ignore; fill in its default."""
+    belongs = {
+        "momentum": ("optimizer", ("sgd",), 0.875),
+        "decay_rate": ("optimizer", ("rmsprop",), 0.9),
+        "epsilon": ("optimizer", tuple(EPSILON), EPSILON.get(args.optimizer)),
+        "lr_step_epochs": ("lr_decay", ("step",), (30, 60, 80)),
+        "lr_decay_rate": ("lr_decay", ("exponential",), 0.94),
+        "lr_decay_epochs": ("lr_decay", ("exponential",), 2.0),
+    }
+    for flag, (chooser, choices, default) in belongs.items():
+        value, chosen = getattr(args, flag), getattr(args, chooser)
+        if value is None:
+            setattr(args, flag, default)
+        elif chosen not in choices:
+            raise UsageError(
+                f"--{flag} has no effect with --{chooser}={chosen}; it belongs to "
+                f"{' and '.join(f'--{chooser}={choice}' for choice in choices)}"
+            )
+    if list(args.lr_step_epochs) != sorted(set(args.lr_step_epochs)):
+        raise UsageError(f"--lr_step_epochs={args.lr_step_epochs} must rise from left to right")
+
+
+def finish_train_args(args: argparse.Namespace, *, device: str) -> list[str]:
+    """Fill in the defaults of the training script that depend on the device and the data.
+
+    Returns notices for the user. Raises UsageError where flags contradict one another.
+    """
+    notices = []
+    check_optimizer_flags(args)
+    synthetic = args.train_data_dir is None
+    if synthetic:
+        for flag in ("train_data_part_num", "val_data_dir", "val_data_part_num"):
+            if getattr(args, flag) is not None:
+                raise UsageError(f"--{flag} needs --train_data_dir; without it data are synthetic")
+    elif args.val_data_dir is None:
+        for flag in ("val_data_part_num", "num_val_examples"):
+            if getattr(args, flag) is not None:
+                raise UsageError(f"--{flag} needs --val_data_dir")
+        notices.append("No --val_data_dir: training without validation.")
+    if synthetic and device == "cpu":
+        taken = {flag: value for flag, value in CPU_TRIAL.items() if getattr(args, flag) is None}
+        for flag, value in taken.items():
+            setattr(args, flag, value)
+        if taken:
+            notices.append(
+                "Synthetic data on a CPU: a small trial with "
+                + " ".join(f"--{flag}={value}" for flag, value in taken.items())
+                + "; give these flags to choose otherwise."
+            )
+    if args.batch_size_per_device is None:
+        args.batch_size_per_device = BATCH_SIZE_PER_DEVICE
+    if args.num_epochs is None:
+        args.num_epochs = 90
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(5, args.num_epochs // 2)
+    elif args.warmup_epochs >= args.num_epochs:
+        raise UsageError(
+            f"--warmup_epochs={args.warmup_epochs:g} must be less than --num_epochs="
+            f"{args.num_epochs}: the learning rate would never reach its peak"
+        )
+    if args.lr_decay == "step" and args.lr_step_epochs[0] < args.warmup_epochs:
+        raise UsageError(
+            f"--lr_step_epochs={args.lr_step_epochs[0]:g},... falls within --warmup_epochs="
+            f"{args.warmup_epochs:g}; steps must come after the warm-up"
+        )
+    if args.model_save_dir is None:
+        stamp = datetime.now().strftime("%Y%m%d%H%M%S")
+        args.model_save_dir = f"./{SNAPSHOT_ROOT}/model_save-{stamp}"
+    return notices
+
+
+def default_resize_shorter(image_size: int) -> int:
+    """256 for 224 pixels, the ratio of the recipe, and in proportion for other sizes."""
+    return round(image_size * 256 / 224)
+
+
+def default_learning_rate(optimizer: str, global_batch_size: int) -> float:
+    return LEARNING_RATE_PER_256[optimizer] * global_batch_size / 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in steps. One step is one update of the weights."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    step_milestones: tuple[int, ...]  # steps from the start of the run
+    exponential_steps: float  # steps per factor of the exponential schedule
+
+
+def epochs_to_steps(
+    *,
+    num_examples: int,
+    global_batch_size: int,
+    num_epochs: int,
+    warmup_epochs: float = 0,
+    lr_step_epochs: Iterable[float] = (),
+    lr_decay_epochs: float = 1.0,
+) -> Plan:
+    """Turn durations in epochs into steps. An epoch ends with the step that completes the data.
+
+    >>> epochs_to_steps(num_examples=1281167, global_batch_size=256, num_epochs=90).total_steps
+    450450
+    """
+    steps_per_epoch = math.ceil(num_examples / global_batch_size)
+    return Plan(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=steps_per_epoch * num_epochs,
+        warmup_steps=round(steps_per_epoch * warmup_epochs),
+        step_milestones=tuple(round(steps_per_epoch * epoch) for epoch in lr_step_epochs),
+        exponential_steps=steps_per_epoch * lr_decay_epochs,
+    )

@@ -1,0 +1,121 @@
+"""One image file to one input array, and the names of classes."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from config import RunError, UsageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+CLASSES_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data/imagenet_classes.txt")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What turns a decoded picture into the network's input; part of a snapshot."""
+
+    image_size: int  # pixels, height and width of the input
+    resize_shorter: int  # pixels of the shorter side before the centre crop of validation
+    rgb_mean: tuple[float, float, float]  # of 0 to 255
+    rgb_std: tuple[float, float, float]
+
+
+def find_images(paths: list[str]) -> list[str]:
+    """The image files that `paths` name: files as they are, directories by their images, sorted.
+
+    Raises UsageError where a path does not exist or a directory holds no images.
+    """
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            names = sorted(n for n in os.listdir(path) if n.lower().endswith(IMAGE_SUFFIXES))
+            if not names:
+                raise UsageError(
+                    f"--image_path: the directory {path} holds no images "
+                    f"({', '.join(IMAGE_SUFFIXES)})"
+                )
+            found += [os.path.join(path, name) for name in names]
+        elif os.path.exists(path):
+            found.append(path)
+        else:
+            raise UsageError(f"--image_path: there is no file or directory {path}")
+    return found
+
+
+def open_image(path: str) -> Image.Image:
+    """Decode an image file of any mode to RGB, upright.
+
+    Grey, palette, CMYK and 16-bit pictures are converted; transparency is laid on white.
+
+    Raises RunError where the file is no image or is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise RunError(f"{path} is not an image that can be read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RunError(f"{path} is not an image that can be read: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow clips these to 255 where it should scale them.
+        pixels = np.asarray(image, np.float64)
+        if image.mode != "F" or pixels.max() > 255:
+            pixels = pixels / 65535 * 255
+        elif pixels.max() <= 1:
+            pixels = pixels * 255
+        image = Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, *, resize_shorter: int, size: int) -> np.ndarray:
+    """The centre of an RGB image as (size, size, 3) uint8: the transform of validation.
+
+    The shorter side is resized to `resize_shorter` pixels, bilinear, then the centre is cut out;
+    what the picture lacks where that is less than `size` is black.
+    """
+    width, height = image.size
+    scale = resize_shorter / min(width, height)
+    resized = image.resize(
+        (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR
+    )
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def load_image(path: str, preprocessing: Preprocessing) -> np.ndarray:
+    """One image file as the network's input, (3, H, W) float32, RGB, normalised.
+
+    It is the transform of validation. Raises RunError as `open_image`.
+    """
+    pixels = center_crop(
+        open_image(path),
+        resize_shorter=preprocessing.resize_shorter,
+        size=preprocessing.image_size,
+    )
+    mean = np.asarray(preprocessing.rgb_mean, np.float32)
+    std = np.asarray(preprocessing.rgb_std, np.float32)
+    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1), np.float32)
+
+
+def class_names(num_classes: int, known: tuple[str, ...] | None) -> list[str]:
+    """A name for every class: those of the snapshot, else ImageNet's for 1000, else numbers."""
+    if known is not None and len(known) >= num_classes:
+        return list(known)
+    if num_classes == 1000:
+        return imagenet_classes()
+    return [f"class {i}" for i in range(num_classes)]
+
+
+def imagenet_classes() -> list[str]:
+    """The 1000 class names of ImageNet-1k, in label order: `goldfish, Carassius auratus`."""
+    with open(CLASSES_FILE, encoding="utf-8") as file:
+        return [line.rstrip("\n").split(" ", 1)[1] for line in file]

@@ -1,0 +1,133 @@
+"""Exact counts, and the lines that the user reads."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+
+from config import UsageError
+
+
+@dataclass
+class Counts:
+    """Integer hits over a number of samples; divided once, at the end."""
+
+    top_1: int = 0
+    top_k: int = 0
+    samples: int = 0
+
+    def add(self, top_1: int, top_k: int, samples: int) -> None:
+        self.top_1 += int(top_1)
+        self.top_k += int(top_k)
+        self.samples += int(samples)
+
+    def accuracies(self) -> tuple[float, float]:
+        return self.top_1 / self.samples, self.top_k / self.samples
+
+    def as_metrics(self) -> dict[str, float | int]:
+        top_1, top_k = self.accuracies()
+        return {"val_top_1": top_1, "val_top_k": top_k, "num_val_examples": self.samples}
+
+
+def rank_of_label(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """How many classes come before the label's: 0 is a top-1 hit, below k a top-k hit.
+
+    Equal logits rank by class number, and a NaN is beaten by nothing and beats nothing, so that a
+    network that gives the same for every class is not counted as right. This is the host's twin of
+    `graph_util.hits`.
+
+    Args:
+        logits: (N, C) float.
+        label: (N,) integers.
+
+    Returns:
+        (N,) integers, 0 to C.
+    """
+    own = np.take_along_axis(logits, label[:, None], axis=1)  # (N, 1)
+    later = np.arange(logits.shape[1]) >= label[:, None]
+    beaten = (own > logits) | ((own == logits) & later)  # the label's own class counts as beaten
+    return logits.shape[1] - beaten.sum(axis=1)
+
+
+def train_line(epoch: int, iteration: int, loss: float, counts: Counts, seconds: float) -> str:
+    top_1, top_k = counts.accuracies()
+    return (
+        f"train: epoch {epoch}, iter {iteration}, loss: {loss:.6f}, top_1: {top_1:.6f}, "
+        f"top_k: {top_k:.6f}, samples/s: {counts.samples / seconds:.3f}"
+    )
+
+
+def validation_line(epoch: int, iterations: int, counts: Counts, seconds: float) -> str:
+    top_1, top_k = counts.accuracies()
+    return (
+        f"validation: epoch {epoch}, iter {iterations}, top_1: {top_1:.6f}, "
+        f"top_k: {top_k:.6f}, samples/s: {counts.samples / seconds:.3f}"
+    )
+
+
+def notice(text: str) -> None:
+    """Something worth knowing that is no result: on stderr, as it is not one of the log's lines."""
+    print(text, file=sys.stderr, flush=True)
+
+
+Log = Callable[[str], None]
+
+
+def open_log(directory: str | None, script: str) -> Log:
+    """What prints the lines of a run, and appends them to `<directory>/<script>.log` if asked to.
+
+    Raises UsageError where that file cannot be written.
+    """
+    if directory is None:
+        return lambda line: print(line, flush=True)
+    path = os.path.join(directory, f"{script}.log")
+    try:
+        os.makedirs(directory, exist_ok=True)
+        file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (as long as the run)
+    except OSError as error:
+        raise UsageError(f"--log_dir: cannot write {path}: {error.strerror}") from None
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+        file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+
+    return log
+
+
+class Meter:
+    """Gathers what training steps return, untouched on the device, until a line is due.
+
+    Reading a result waits for its step; doing so only when a line is due lets the steps run on.
+    """
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was gathered and start the clock."""
+        self.pending = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.start = time.perf_counter()
+
+    def add(self, step_output) -> None:
+        self.pending.append(step_output)
+
+    def read(self) -> tuple[float, Counts, int, float]:
+        """Mean loss, hits, number of labels out of range, and seconds since the last `restart`.
+
+        Waits for the steps; then starts anew.
+        """
+        values = np.array([[float(value.numpy()) for value in step] for step in self.pending])
+        seconds = time.perf_counter() - self.start
+        counts = Counts()
+        counts.add(values[:, 1].sum(), values[:, 2].sum(), self.batch_size * len(values))
+        loss, bad_labels = float(values[:, 0].mean()), int(values[:, 3].sum())
+        self.restart()
+        return loss, counts, bad_labels, seconds

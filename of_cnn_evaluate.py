@@ -1,0 +1,76 @@
+"""Score a snapshot on a validation set: every image exactly once.
+
+python3 of_cnn_evaluate.py --val_data_dir=DIR/validation            # the newest snapshot
+python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --model_load_dir=SNAPSHOT
+python3 of_cnn_evaluate.py --help
+"""
+
+import oneflow_quietly  # noqa: F401  (first, see there)
+
+import sys
+from argparse import Namespace
+
+import checkpoint_util
+import config
+import graph_util
+import metric_util
+import model_util
+import ofrecord_util
+from config import UsageError
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = graph_util.choose_device(args.device)
+    data = open_data(args)
+    model, snapshot, path = checkpoint_util.restore(
+        args.model_load_dir,
+        model=args.model,
+        num_classes=args.num_classes,
+        image_size=args.image_size,
+        resize_shorter=args.resize_shorter,
+        rgb_mean=args.rgb_mean,
+        rgb_std=args.rgb_std,
+    )
+    ofrecord_util.check_labels(data, num_classes=snapshot.num_classes, path=args.val_data_dir)
+    log = metric_util.open_log(args.log_dir, "of_cnn_evaluate")
+    log(f"Restoring model from {path}.")
+    log(f"Loading data from {args.val_data_dir}")
+    batch_size = args.val_batch_size_per_device * args.num_nodes * args.gpu_num_per_node
+    loader = ofrecord_util.val_loader(
+        data, batch_size=batch_size, preprocessing=snapshot.preprocessing, device=device
+    )
+    evaluator = graph_util.Evaluator(
+        graph_util.place(model, device),
+        loader,
+        available=data.available,
+        num_examples=data.num_examples,
+        batch_size=batch_size,
+        top_k=args.top_k,
+        device=device,
+    )
+    for _ in range(args.num_epochs):
+        counts, seconds = evaluator.round()
+        # The original numbers every round 0: the epoch is that of training.
+        log(metric_util.validation_line(0, evaluator.num_batches, counts, seconds))
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    args = config.evaluate_parser(models=model_util.MODELS).parse_args(argv)
+    config.check_devices(args)
+    if args.val_data_dir is None:
+        raise UsageError("--val_data_dir is needed: the directory of the validation parts")
+    return args
+
+
+def open_data(args: Namespace) -> ofrecord_util.Dataset:
+    return ofrecord_util.open_dataset(
+        args.val_data_dir,
+        flag="--val_data_dir",
+        part_num=args.val_data_part_num,
+        num_examples=args.num_val_examples,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(config.run_main(main))

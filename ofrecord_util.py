@@ -1,0 +1,643 @@
+"""Data: checks of OFRecord directories in Python, then the loaders that feed the graphs.
+
+A loader is an `nn.Module` that a graph owns, in two halves. `batches(step)` runs outside the graph
+and yields, from the given step on without end, the tensors that one call of the graph takes;
+`forward(*batch)` runs inside it and gives
+
+    image  (N, 3, H, W) float32, RGB, normalised, on the device
+    label  (N,) int32, on the device
+
+with N the global batch size. OFRecord loaders read inside the graph by OneFlow's native reader, so
+their `batches` yields nothing to pass in.
+"""
+
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import oneflow as flow
+from google.protobuf.message import DecodeError
+from oneflow import nn
+from oneflow.core.record.record_pb2 import OFRecord
+from PIL import Image
+
+from config import RunError, UsageError
+from image_util import Preprocessing, center_crop
+
+MANIFEST = "manifest.json"
+PART_PREFIX = "part-"
+JPEG_START = b"\xff\xd8"
+MAX_RECORD_BYTES = 1 << 30  # a longer length is garbage, not an image
+# Walking length fields costs microseconds a record from a warm cache, a seek from a cold disk. Up
+# to this many records it is done although a manifest vouches for the parts.
+ALWAYS_WALK = 200_000
+WALKING_THREADS = 16  # parts are walked side by side, for storage with a long latency
+
+
+# Checks. The native reader aborts the process on any fault of its files, so all are found here.
+
+
+@dataclass(frozen=True)
+class Shards:
+    """An OFRecord directory that has been checked: the parts to read and what they hold."""
+
+    directory: str
+    suffix_length: int  # digits of `part-00000`; -1: not padded
+    part_counts: tuple[int, ...]  # records of each part
+    num_classes: int | None  # as in the manifest; None without one
+    classes: tuple[str, ...] | None
+
+    @property
+    def num_examples(self) -> int:
+        return sum(self.part_counts)
+
+
+def check_shards(directory: str, *, flag: str, part_num: int | None = None) -> Shards:
+    """Check the OFRecord parts of `directory` and count their records.
+
+    With a manifest, parts are compared with it, and the record framing is walked as well unless
+    there are more than ALWAYS_WALK records; without one it is always walked.
+
+    Args:
+        flag: the flag that named the directory, for messages.
+        part_num: number of parts to use, from the first; all if None.
+
+    Raises:
+        UsageError: the directory or a part is missing, or `part_num` is more than there is.
+        RunError: a part or the manifest is damaged.
+    """
+    names, suffix_length = list_parts(directory, flag=flag)
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        listed = [part["name"] for part in manifest["parts"]]
+        for name in listed:
+            if name not in names:
+                raise UsageError(
+                    f"{flag}: {os.path.join(directory, name)} is missing; its manifest lists "
+                    f"{len(listed)} parts: copy it again, or make the data set anew"
+                )
+        names = listed
+    if part_num is not None:
+        if part_num > len(names):
+            raise UsageError(
+                f"{part_num_flag(flag)}={part_num}, but {directory} holds {len(names)}; give at "
+                "most that, or leave the flag out"
+            )
+        names = names[:part_num]
+    counts: list[int]
+    walk = True
+    if manifest is not None:
+        parts = manifest["parts"][: len(names)]
+        counts = [part["num_examples"] for part in parts]
+        for part in parts:
+            path = os.path.join(directory, part["name"])
+            size = os.path.getsize(path)
+            if size != part["num_bytes"]:
+                raise RunError(
+                    f"{path} has {size} bytes and its manifest says {part['num_bytes']}: it was "
+                    "cut off or changed; copy it again, or make the data set anew"
+                )
+        walk = sum(counts) <= ALWAYS_WALK
+    if walk:
+        paths = [os.path.join(directory, name) for name in names]
+        with ThreadPoolExecutor(WALKING_THREADS) as pool:
+            walked = list(pool.map(count_records, paths))
+        if manifest is not None and walked != counts:
+            i = next(i for i, (a, b) in enumerate(zip(walked, counts, strict=True)) if a != b)
+            raise RunError(
+                f"{paths[i]} holds {walked[i]} records and its manifest says {counts[i]}; make the "
+                "data set anew"
+            )
+        counts = walked
+    for name in names:
+        check_first_record(os.path.join(directory, name))
+    if sum(counts) == 0:
+        raise RunError(f"{flag}: the parts of {directory} hold no records")
+    return Shards(
+        directory=directory,
+        suffix_length=suffix_length,
+        part_counts=tuple(counts),
+        num_classes=None if manifest is None else manifest.get("num_classes"),
+        classes=None if manifest is None else tuple(manifest.get("classes") or ()) or None,
+    )
+
+
+def part_num_flag(data_dir_flag: str) -> str:
+    return data_dir_flag.replace("_dir", "_part_num")
+
+
+def list_parts(directory: str, *, flag: str) -> tuple[list[str], int]:
+    """Names of the parts in `directory`, in order, and the number of digits they are padded to.
+
+    Raises UsageError where there is no such directory, no part, or a gap in their numbers.
+    """
+    if not os.path.isdir(directory):
+        raise UsageError(f"{flag}: there is no directory {directory}")
+    pattern = re.compile(re.escape(PART_PREFIX) + r"(\d+)")
+    suffixes = sorted(
+        (match[1] for match in map(pattern.fullmatch, os.listdir(directory)) if match), key=int
+    )
+    if not suffixes:
+        raise UsageError(
+            f"{flag}: {directory} holds no OFRecord parts ({PART_PREFIX}00000, ...); "
+            "tools/make_ofrecord.py makes them"
+        )
+    padded = len(suffixes[0]) > 1
+    width = len(suffixes[0]) if padded else -1
+    for i, suffix in enumerate(suffixes):
+        expected = str(i).zfill(max(width, 1))
+        if suffix != expected:
+            raise UsageError(
+                f"{flag}: {os.path.join(directory, PART_PREFIX + expected)} is missing; parts must "
+                "be numbered from 0 without a gap"
+            )
+    return [PART_PREFIX + suffix for suffix in suffixes], width
+
+
+def read_manifest(directory: str) -> dict | None:
+    """The manifest of an OFRecord directory, or None where it has none.
+
+    Raises RunError where the file is not a manifest of ours.
+    """
+    path = os.path.join(directory, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        for part in manifest["parts"]:
+            if not isinstance(part["name"], str):
+                raise TypeError("a part's name is no text")
+            int(part["num_examples"]), int(part["num_bytes"])
+        if not manifest["parts"]:
+            raise ValueError("it lists no parts")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} is not a readable manifest ({type(error).__name__}: {error}); remove it to "
+            "have the parts counted, or make the data set anew"
+        ) from None
+    return manifest
+
+
+def count_records(path: str) -> int:
+    """Number of records of one part, found by walking its length fields.
+
+    A part is a sequence of (int64 little-endian length, message of that length).
+
+    Raises RunError, with record number and byte offset, where the file ends within a record or a
+    length is impossible.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return walk_records(file.fileno(), path)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+
+
+def walk_records(fd: int, path: str) -> int:
+    size = os.fstat(fd).st_size
+    offset = count = 0
+    while offset < size:
+        where = f"{path}: record {count}, at byte {offset},"
+        cut_off = RunError(
+            f"{where} is cut off at byte {size}, the end of the file; copy the part again, or make "
+            "it anew"
+        )
+        field = os.pread(fd, 8, offset)
+        if len(field) < 8:
+            raise cut_off
+        (length,) = struct.unpack("<q", field)
+        if not 0 < length < MAX_RECORD_BYTES:
+            raise RunError(
+                f"{where} claims a length of {length} bytes: the part is damaged or is no OFRecord "
+                "file; copy it again, or make it anew"
+            )
+        offset += 8 + length
+        if offset > size:
+            raise cut_off
+        count += 1
+    return count
+
+
+def check_first_record(path: str) -> None:
+    """Raise RunError unless the first record of a part is what the loaders read.
+
+    That is `encoded`, one JPEG, and `class/label`, one int32: what tells a data set of another kind
+    from ours. tools/make_ofrecord.py looks at every image when it writes them.
+    """
+    with open(path, "rb") as file:
+        field = file.read(8)
+        if not field:  # an empty part
+            return
+        data = file.read(*struct.unpack("<q", field))
+    message = OFRecord()
+    try:
+        message.ParseFromString(data)
+        (encoded,) = message.feature["encoded"].bytes_list.value
+        (_,) = message.feature["class/label"].int32_list.value
+    except (DecodeError, ValueError):
+        raise RunError(
+            f"{path}: its first record is no OFRecord with one `encoded` image and one "
+            "`class/label`; make the data set with tools/make_ofrecord.py"
+        ) from None
+    if not encoded.startswith(JPEG_START):
+        raise RunError(
+            f"{path}: the image of its first record is no JPEG, and OneFlow's decoder reads no "
+            "other; make the data set with tools/make_ofrecord.py"
+        )
+
+
+def read_npz(path: str, *, flag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, 3) uint8 and labels (N,) int32 of an .npz file.
+
+    Raises UsageError where there is no such file, RunError where it holds something else.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"{flag}: there is no file {path}")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    except KeyError as error:
+        raise RunError(f"{path} must hold `images` and `labels`: {error.args[0]}") from None
+    except (OSError, ValueError, EOFError, RuntimeError) as error:
+        raise RunError(f"{path} is not a readable .npz file: {error}") from None
+    except Exception as error:  # zipfile and zlib have errors of their own for damaged files
+        if type(error).__module__ not in ("zipfile", "zlib"):
+            raise
+        raise RunError(f"{path} is not a readable .npz file: {error}") from None
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise RunError(
+            f"{path}: `images` is {images.shape} {images.dtype}; (N, H, W, 3) uint8 is needed"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise RunError(
+            f"{path}: `labels` is {labels.shape} {labels.dtype}; ({len(images)},) integers are "
+            "needed"
+        )
+    if len(images) == 0:
+        raise RunError(f"{path} holds no images")
+    return images, labels.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set that has been checked: what a flag named, before any loader opens it."""
+
+    source: Shards | tuple[np.ndarray, np.ndarray]
+    available: int  # examples in it
+    num_examples: int  # examples to use, the first so many
+    num_classes: int | None  # if known
+    classes: tuple[str, ...] | None  # names, if known
+
+
+def open_dataset(
+    path: str, *, flag: str, part_num: int | None = None, num_examples: int | None = None
+) -> Dataset:
+    """Check what `flag`=`path` names. Raises as `check_shards` and `read_npz`, and UsageError if
+    `num_examples` is more than there is."""
+    if path.endswith(".npz"):
+        if part_num is not None:
+            raise UsageError(f"{part_num_flag(flag)} has no effect on {path}; leave it out")
+        source = images, labels = read_npz(path, flag=flag)
+        available, classes = len(images), None
+        num_classes = int(labels.max()) + 1
+        if labels.min() < 0:
+            raise RunError(f"{path}: label {labels.min()} is below 0")
+    else:
+        source = check_shards(path, flag=flag, part_num=part_num)
+        available, num_classes, classes = source.num_examples, source.num_classes, source.classes
+    if num_examples is not None and num_examples > available:
+        name = "--num_val_examples" if "val" in flag else "--num_examples"
+        raise UsageError(
+            f"{name}={num_examples}, but {path} holds {available}; give at most that, or leave the "
+            "flag out"
+        )
+    return Dataset(
+        source=source,
+        available=available,
+        num_examples=num_examples or available,
+        num_classes=num_classes,
+        classes=classes,
+    )
+
+
+def check_labels(dataset: Dataset, *, num_classes: int, path: str) -> None:
+    """Raise UsageError where the data set is known to have more classes than the network."""
+    if dataset.num_classes is not None and dataset.num_classes > num_classes:
+        raise UsageError(
+            f"--num_classes={num_classes}, but {path} has {dataset.num_classes} classes (labels 0 "
+            f"to {dataset.num_classes - 1}); give at least --num_classes={dataset.num_classes}"
+        )
+
+
+# Loaders.
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The random part of training preprocessing."""
+
+    area: tuple[float, float] = (0.08, 1.0)  # share of the picture
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
+    flip: float = 0.5  # probability
+    shuffle_buffer_size: int = 1024  # records
+
+
+class OFRecordLoader(nn.Module):
+    """What training and validation share: the reader and the label."""
+
+    def __init__(self, shards: Shards, *, batch_size: int, device: str, **reader):
+        super().__init__()
+        self.device = device
+        self.reader = nn.OFRecordReader(
+            shards.directory,
+            batch_size=batch_size,
+            data_part_num=len(shards.part_counts),
+            part_name_prefix=PART_PREFIX,
+            part_name_suffix_length=shards.suffix_length,
+            placement=flow.env.all_device_placement("cpu"),
+            sbp=flow.sbp.split(0),
+            **reader,
+        )
+        self.label = nn.OFRecordRawDecoder("class/label", shape=(), dtype=flow.int32)
+
+    def batches(self, step: int = 0) -> Iterator[tuple]:
+        while True:
+            yield ()
+
+    def forward(self):
+        record = self.reader()
+        return self.image(record).to(self.device), self.label(record).to(self.device)
+
+
+class OFRecordTrainLoader(OFRecordLoader):
+    """Shuffled records, random crop, resize, flip, normalise; round the data without end."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        *,
+        batch_size: int,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        seed: int,
+        device: str,
+    ):
+        super().__init__(
+            shards,
+            batch_size=batch_size,
+            device=device,
+            random_shuffle=True,
+            shuffle_after_epoch=True,
+            shuffle_buffer_size=augmentation.shuffle_buffer_size,
+            random_seed=seed,
+        )
+        self.decode = nn.OFRecordImageDecoderRandomCrop(
+            "encoded",
+            color_space="RGB",
+            random_seed=seed,
+            random_area=augmentation.area,
+            random_aspect_ratio=augmentation.aspect_ratio,
+        )
+        size = preprocessing.image_size
+        self.resize = nn.image.Resize(target_size=[size, size])
+        self.flip = nn.CoinFlip(
+            batch_size=batch_size,
+            random_seed=seed,
+            probability=augmentation.flip,
+            placement=flow.env.all_device_placement("cpu"),
+            sbp=flow.sbp.split(0),
+        )
+        self.normalise = nn.CropMirrorNormalize(
+            color_space="RGB",
+            output_layout="NCHW",
+            mean=preprocessing.rgb_mean,
+            std=preprocessing.rgb_std,
+            output_dtype=flow.float,
+        )
+
+    def image(self, record):
+        return self.normalise(self.resize(self.decode(record))[0], self.flip())
+
+
+class OFRecordValLoader(OFRecordLoader):
+    """Records in order, shorter side resized, centre crop, normalise."""
+
+    def __init__(
+        self, shards: Shards, *, batch_size: int, preprocessing: Preprocessing, device: str
+    ):
+        super().__init__(shards, batch_size=batch_size, device=device)
+        self.decode = nn.OFRecordImageDecoder("encoded", color_space="RGB")
+        self.resize = nn.image.Resize(
+            resize_side="shorter",
+            keep_aspect_ratio=True,
+            target_size=preprocessing.resize_shorter,
+        )
+        self.normalise = nn.CropMirrorNormalize(
+            color_space="RGB",
+            output_layout="NCHW",
+            crop_h=preprocessing.image_size,
+            crop_w=preprocessing.image_size,
+            crop_pos_y=0.5,
+            crop_pos_x=0.5,
+            mean=preprocessing.rgb_mean,
+            std=preprocessing.rgb_std,
+            output_dtype=flow.float,
+        )
+
+    def image(self, record):
+        return self.normalise(self.resize(self.decode(record))[0])
+
+
+class ArrayLoader(nn.Module):
+    """Images from memory. Only uint8 crosses to the device; it is normalised inside the graph."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        batch_size: int,
+        preprocessing: Preprocessing,
+        device: str,
+    ):
+        super().__init__()
+        self.images, self.labels = images, labels  # (N, H, W, 3) uint8, (N,)
+        self.batch_size = batch_size
+        self.size = preprocessing.image_size
+        self.placement = flow.env.all_device_placement(device)
+        for name in ("rgb_mean", "rgb_std"):
+            value = np.asarray(getattr(preprocessing, name), np.float32).reshape(1, 3, 1, 1)
+            tensor = flow.tensor(value).to_global(self.placement, flow.sbp.broadcast)
+            self.register_buffer(name, tensor, persistent=False)
+
+    def batches(self, step: int = 0) -> Iterator[tuple]:
+        """Tensors (N, H, W, 3) uint8 and (N,) int32. The next batch is made while one is used."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self.make_batch, step)
+            while True:
+                image, label = ahead.result()
+                step += 1
+                ahead = pool.submit(self.make_batch, step)
+                yield to_device(image, self.placement), to_device(label, self.placement)
+
+    def forward(self, image, label):
+        image = image.permute(0, 3, 1, 2).to(dtype=flow.float32)  # (N, 3, H, W), 0 to 255
+        return (image - self.rgb_mean) / self.rgb_std, label
+
+
+class ArrayTrainLoader(ArrayLoader):
+    """Every image once per pass, in an order of its own; random crop, resize, flip.
+
+    What a step gets depends on the seed and the step alone.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        augmentation: Augmentation,
+        seed: int,
+        **array_loader,
+    ):
+        super().__init__(images, labels, **array_loader)
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def make_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        passes, positions = np.divmod(positions, len(self.images))
+        orders = {
+            number: np.random.default_rng((self.seed, 0, number)).permutation(len(self.images))
+            for number in set(passes.tolist())
+        }
+        indices = [orders[number][i] for number, i in zip(passes.tolist(), positions, strict=True)]
+        rng = np.random.default_rng((self.seed, 1, step))
+        crops = [
+            random_crop(self.images[i], size=self.size, augmentation=self.augmentation, rng=rng)
+            for i in indices
+        ]
+        return np.stack(crops), self.labels[indices].astype(np.int32)
+
+
+class ArrayValLoader(ArrayLoader):
+    """Images in order, round and round; shorter side resized, centre crop."""
+
+    def __init__(self, images, labels, *, preprocessing: Preprocessing, **array_loader):
+        super().__init__(images, labels, preprocessing=preprocessing, **array_loader)
+        self.preprocessing = preprocessing
+
+    def make_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        start = step * self.batch_size
+        indices = np.arange(start, start + self.batch_size) % len(self.images)
+        crops = [
+            center_crop(
+                Image.fromarray(self.images[i]),
+                resize_shorter=self.preprocessing.resize_shorter,
+                size=self.size,
+            )
+            for i in indices
+        ]
+        return np.stack(crops), self.labels[indices].astype(np.int32)
+
+
+class SyntheticLoader(nn.Module):
+    """A pool of random images with random labels that stays on the device.
+
+    The pool is small, so that a network that learns shows it. Training and validation of one seed
+    share it.
+    """
+
+    POOL_BATCHES = 2
+
+    def __init__(
+        self, *, batch_size: int, num_classes: int, image_size: int, seed: int, device: str
+    ):
+        super().__init__()
+        placement = flow.env.all_device_placement(device)
+        rng = np.random.default_rng(seed)
+        self.pool = []
+        for _ in range(self.POOL_BATCHES):
+            image = rng.standard_normal((batch_size, 3, image_size, image_size), np.float32)
+            label = rng.integers(0, num_classes, batch_size, np.int32)
+            self.pool.append((to_device(image, placement), to_device(label, placement)))
+
+    @property
+    def num_examples(self) -> int:
+        return sum(label.shape[0] for _, label in self.pool)
+
+    def batches(self, step: int = 0) -> Iterator[tuple]:
+        while True:
+            yield self.pool[step % len(self.pool)]
+            step += 1
+
+    def forward(self, image, label):
+        return image, label
+
+
+def to_device(array: np.ndarray, placement) -> flow.Tensor:
+    """A global tensor split along the batch over the devices of `placement`."""
+    return flow.tensor(array).to_global(placement, flow.sbp.split(0))
+
+
+def random_crop(
+    image: np.ndarray, *, size: int, augmentation: Augmentation, rng: np.random.Generator
+) -> np.ndarray:
+    """A random part of an (H, W, 3) uint8 image, resized to (size, size, 3) and mirrored at random.
+
+    Area and aspect ratio are drawn as in the Inception papers and as OneFlow's own decoder draws
+    them: up to ten times until the crop fits, else the whole image; bilinear.
+    """
+    height, width = image.shape[:2]
+    box = (0, 0, width, height)
+    for _ in range(10):
+        area = height * width * rng.uniform(*augmentation.area)
+        ratio = np.exp(rng.uniform(*np.log(augmentation.aspect_ratio)))
+        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+            box = (x, y, x + w, y + h)
+            break
+    crop = np.asarray(
+        Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    )
+    return crop[:, ::-1] if rng.random() < augmentation.flip else crop
+
+
+def train_loader(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    seed: int,
+    device: str,
+) -> nn.Module:
+    """The training loader of a checked data set. `batch_size` is the global one."""
+    settings = {
+        "batch_size": batch_size,
+        "preprocessing": preprocessing,
+        "augmentation": augmentation,
+        "seed": seed,
+        "device": device,
+    }
+    if isinstance(dataset.source, Shards):
+        return OFRecordTrainLoader(dataset.source, **settings)
+    images, labels = (array[: dataset.num_examples] for array in dataset.source)
+    return ArrayTrainLoader(images, labels, **settings)
+
+
+def val_loader(
+    dataset: Dataset, *, batch_size: int, preprocessing: Preprocessing, device: str
+) -> nn.Module:
+    """The validation loader of a checked data set. `batch_size` is the global one."""
+    settings = {"batch_size": batch_size, "preprocessing": preprocessing, "device": device}
+    if isinstance(dataset.source, Shards):
+        return OFRecordValLoader(dataset.source, **settings)
+    return ArrayValLoader(*dataset.source, **settings)

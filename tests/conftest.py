@@ -1,0 +1,7 @@
+import sys
+from pathlib import Path
+
+# The scripts and modules lie flat in the directory above.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import oneflow_quietly  # noqa: F401  (before any test imports oneflow)

@@ -1,0 +1,124 @@
+"""What several tests share: a tiny network, parts made by hand, runs of the scripts."""
+
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from oneflow.core.record.record_pb2 import OFRecord
+from PIL import Image
+
+import config
+import model_util
+import resnet_model
+
+ROOT = Path(__file__).resolve().parent.parent
+LINE = re.compile(
+    r"(train|validation): epoch (\d+), iter (\d+),(?: loss: (\d+\.\d{6}),)? top_1: ([01]\.\d{6}), "
+    r"top_k: ([01]\.\d{6}), samples/s: \d+\.\d{3}"
+)
+
+
+def tiny(num_classes: int = 1000) -> resnet_model.ResNet:
+    """A network of the real blocks that compiles in a second."""
+    return resnet_model.ResNet(resnet_model.Bottleneck, (1, 1, 1, 1), num_classes, width=8)
+
+
+TINY = model_util.Model(tiny, image_size=32)
+
+
+@dataclass
+class Result:
+    status: int
+    stdout: str
+    stderr: str
+
+
+def call(main, *argv: str) -> Result:
+    """Run the `main` of a script in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = config.run_main(lambda: main(list(argv)))
+        except SystemExit as exit_:  # argparse
+            status = exit_.code
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def script(name: str, *argv: str, cwd: Path = ROOT) -> Result:
+    """Run a script as a user does, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / name), *argv],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling=0)
+    return file.getvalue()
+
+
+def record(encoded: bytes, label: int) -> bytes:
+    """One framed record, made without the project's own writer."""
+    message = OFRecord()
+    message.feature["encoded"].bytes_list.value.append(encoded)
+    message.feature["class/label"].int32_list.value.append(label)
+    data = message.SerializeToString()
+    return struct.pack("<q", len(data)) + data
+
+
+def solid(label: int, num_classes: int, rng, size: int = 40) -> np.ndarray:
+    """An image whose brightness gives its label away."""
+    level = 20 + 215 * label / max(1, num_classes - 1)
+    return np.clip(rng.normal(level, 4, (size, size, 3)), 0, 255).astype(np.uint8)
+
+
+def write_parts(directory: Path, labels: list[list[int]], *, num_classes: int = 4) -> Path:
+    """OFRecord parts with the given labels, a list for each part; no manifest."""
+    directory.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i, part in enumerate(labels):
+        data = b"".join(record(jpeg(solid(n, num_classes, rng)), n) for n in part)
+        (directory / f"part-{i:05d}").write_bytes(data)
+    return directory
+
+
+def write_manifest(directory: Path, num_classes: int) -> None:
+    """A manifest that tells the truth about the parts that are there."""
+    parts = []
+    for path in sorted(directory.glob("part-*")):
+        data, count, offset = path.read_bytes(), 0, 0
+        while offset < len(data):
+            offset += 8 + struct.unpack_from("<q", data, offset)[0]
+            count += 1
+        parts.append({"name": path.name, "num_examples": count, "num_bytes": len(data)})
+    manifest = {
+        "format_version": 1,
+        "num_examples": sum(part["num_examples"] for part in parts),
+        "num_classes": num_classes,
+        "classes": [f"class-{i}" for i in range(num_classes)],
+        "parts": parts,
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def losses(stdout: str) -> list[float]:
+    return [float(m[4]) for m in map(LINE.fullmatch, stdout.splitlines()) if m and m[4]]
+
+
+def validation_figures(stdout: str) -> list[tuple[str, str]]:
+    """(top_1, top_k) of the validation lines, as printed."""
+    found = [LINE.fullmatch(line) for line in stdout.splitlines()]
+    return [(m[5], m[6]) for m in found if m and m[1] == "validation"]

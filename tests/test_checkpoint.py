@@ -1,0 +1,222 @@
+"""Snapshots: whole or not there, exact, and refused where they do not fit."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oneflow as flow
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import checkpoint_util
+import graph_util
+import model_util
+from checkpoint_util import Snapshot
+from config import RunError, UsageError
+from image_util import Preprocessing
+from small import ROOT, TINY, tiny
+
+PREPROCESSING = Preprocessing(32, 37, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+
+
+@pytest.fixture(autouse=True)
+def _tiny_model(monkeypatch):
+    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+
+
+def describe(**more):
+    return Snapshot(model="tiny", num_classes=4, preprocessing=PREPROCESSING, **more)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    flow.manual_seed(1)
+    model = graph_util.place(tiny(4), "cpu")
+    snapshot = describe(classes=("a", "b", "c", "d"), epoch=3, step=7, metrics={"val_top_1": 0.5})
+    path = checkpoint_util.save_snapshot(str(tmp_path), "epoch_3", model, snapshot)
+    return Path(path), model, snapshot
+
+
+def test_round_trip_is_exact(saved):
+    path, model, snapshot = saved
+    assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "snapshot.json"]
+    assert path.name == "snapshot_epoch_3"
+    network, read, found = checkpoint_util.restore(str(path), model=None, num_classes=None)
+    assert (read, found) == (snapshot, str(path))
+    theirs = checkpoint_util.state_arrays(model)
+    mine = checkpoint_util.state_arrays(network)
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, theirs[name])
+
+
+@pytest.mark.parametrize(
+    "name, count, tensors", [("resnet18", 11_689_512, 102), ("resnet50", 25_557_032, 267)]
+)
+def test_parameters_are_those_of_torchvision(name, count, tensors):
+    model = model_util.MODELS[name].build(1000)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    arrays = checkpoint_util.state_arrays(model)
+    # torchvision's state_dict has these and a num_batches_tracked for each batch norm.
+    assert len(arrays) == tensors
+    expected = {
+        "conv1.weight": (64, 3, 7, 7),
+        "bn1.running_var": (64,),
+        "layer2.0.downsample.0.weight": {"resnet18": (128, 64, 1, 1)}.get(name, (512, 256, 1, 1)),
+        "layer2.0.downsample.1.running_mean": {"resnet18": (128,)}.get(name, (512,)),
+        "layer4.1.conv2.weight": (512, 512, 3, 3),
+        "fc.weight": {"resnet18": (1000, 512)}.get(name, (1000, 2048)),
+        "fc.bias": (1000,),
+    }
+    assert {key: arrays[key].shape for key in expected} == expected
+
+
+def test_the_stride_is_on_the_3x3():
+    block = model_util.MODELS["resnet50"].build(10).layer2[0]
+    strides = [tuple(c.stride) for c in (block.conv1, block.conv2, block.conv3)]
+    assert strides == [(1, 1), (2, 2), (1, 1)]
+
+
+def test_initial_weights():
+    flow.manual_seed(0)
+    arrays = checkpoint_util.state_arrays(model_util.MODELS["resnet50"].build(1000))
+    for name, array in arrays.items():
+        if name == "fc.bias" or name.endswith(("running_mean", "bias")):
+            assert not array.any(), name
+        elif array.ndim > 1:
+            fan_in = array[0].size
+            assert abs(array.std() * np.sqrt(fan_in / 2) - 1) < 0.05, name
+        elif name.endswith("bn3.weight"):
+            assert not array.any(), name
+        else:
+            assert (array == 1).all(), name
+
+
+def test_snapshots_that_cannot_be_read(saved, tmp_path):
+    path, _, _ = saved
+
+    def refuse(error, words, where=path, **flags):
+        flags = {"model": None, "num_classes": None} | flags
+        with pytest.raises(error, match=words):
+            checkpoint_util.restore(str(where), **flags)
+
+    refuse(UsageError, "there is no directory", where=tmp_path / "none")
+    refuse(RunError, "holds no snapshot.json", where=tmp_path)
+    refuse(UsageError, "--num_classes=5", num_classes=5)
+    refuse(UsageError, "--model=resnet50", model="resnet50")
+    refuse(UsageError, "--resize_shorter=16", resize_shorter=16)
+    weights, description = path / "model.safetensors", path / "snapshot.json"
+    whole, text = weights.read_bytes(), description.read_text()
+    for cut in (0, 5, 1000, len(whole) - 1):
+        weights.write_bytes(whole[:cut])
+        refuse(RunError, "damaged or cut off")
+    weights.unlink()
+    refuse(RunError, "holds no model.safetensors")
+    arrays = load_safely(whole, tmp_path)
+    save_file({k: v for k, v in arrays.items() if k != "fc.bias"}, weights)
+    refuse(UsageError, "1 missing, first fc.bias")
+    save_file(arrays | {"fc.bias": np.zeros(3, np.float32)}, weights)
+    refuse(UsageError, "fc.bias is")
+    save_file(arrays | {"extra": np.zeros(3, np.float32)}, weights)
+    refuse(UsageError, "1 unknown, first extra")
+    weights.write_bytes(whole)
+    for broken in (text[: len(text) // 2], "[]", "{}", text.replace("image_size", "size")):
+        description.write_text(broken)
+        refuse(RunError, "damaged")
+    description.write_text(text.replace('"tiny"', '"alexnet9"'))
+    refuse(UsageError, "does not know")
+    description.write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    refuse(RunError, "format 2")
+
+
+def load_safely(data, tmp_path):
+    file = tmp_path / "whole.safetensors"
+    file.write_bytes(data)
+    return load_file(file)
+
+
+def test_the_newest_snapshot_is_found(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no snapshot under"):
+        checkpoint_util.find_snapshot(None)
+    _, model, snapshot = saved
+    for i, run in enumerate(("model_save-2", "model_save-1")):
+        save_dir = os.path.join(checkpoint_util.SNAPSHOT_ROOT, run)
+        os.makedirs(save_dir)
+        path = checkpoint_util.save_snapshot(save_dir, "epoch_0", model, snapshot)
+        os.utime(os.path.join(path, "snapshot.json"), (i, i))
+    half = os.path.join(checkpoint_util.SNAPSHOT_ROOT, "model_save-1", ".snapshot_x.tmp-1")
+    os.makedirs(half)
+    Path(half, "snapshot.json").touch()
+    assert checkpoint_util.find_snapshot(None) == path
+    assert checkpoint_util.find_snapshot("output") == "output"
+
+
+@pytest.mark.parametrize("fails_at", ["model.safetensors", "snapshot.json", "rename"])
+def test_a_full_disk_leaves_what_was_there(saved, tmp_path, monkeypatch, fails_at):
+    path, model, snapshot = saved
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    write, rename = checkpoint_util.write_durably, os.rename
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write_some(file_path, data):
+        if file_path.endswith(fails_at):
+            write(file_path, data[: len(data) // 2])
+            full()
+        write(file_path, data)
+
+    monkeypatch.setattr(checkpoint_util, "write_durably", write_some)
+    monkeypatch.setattr(os, "rename", full if fails_at == "rename" else rename)
+    with pytest.raises(RunError, match="No space left on device"):
+        checkpoint_util.save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_a_file_size_limit_of_the_system_is_reported(tmp_path):
+    """As above, with a write that the kernel refuses."""
+    code = """
+import resource, signal, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import checkpoint_util, config, test_checkpoint, small
+checkpoint_util.save_snapshot(sys.argv[2], "a", small.tiny(4), test_checkpoint.describe())
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+save = lambda: checkpoint_util.save_snapshot(
+    sys.argv[2], "b", small.tiny(4), test_checkpoint.describe())
+sys.exit(config.run_main(save))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cannot save the model" in done.stderr and "File too large" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["snapshot_a"]
+    checkpoint_util.read_weights(str(tmp_path / "snapshot_a"))
+
+
+def test_save_directories(tmp_path, saved):
+    with pytest.raises(UsageError, match="already holds snapshot_epoch_3"):
+        checkpoint_util.prepare_save_dir(str(tmp_path))
+    new = tmp_path / "a" / "b"
+    checkpoint_util.prepare_save_dir(str(new))
+    assert list(new.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write to"):
+        checkpoint_util.prepare_save_dir(str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="cannot write to"):
+        checkpoint_util.prepare_save_dir("/proc/snapshots")  # not even root can
+
+
+def test_the_description_is_plain_json(saved):
+    path, _, _ = saved
+    content = json.loads((path / "snapshot.json").read_text())
+    assert content["model"] == "tiny"
+    assert content["preprocessing"]["resize_shorter"] == 37
+    assert content["classes"] == ["a", "b", "c", "d"]

@@ -1,0 +1,174 @@
+import argparse
+import math
+
+import pytest
+
+import config
+import model_util
+import optimizer_util
+from config import UsageError, epochs_to_steps
+from small import call
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = config.train_parser(
+        models=model_util.MODELS,
+        optimizers=optimizer_util.OPTIMIZERS,
+        schedules=optimizer_util.SCHEDULES,
+    )
+    return parser.parse_args(argv)
+
+
+def finish(*argv: str, device: str = "cuda") -> argparse.Namespace:
+    args = parse(*argv)
+    config.finish_train_args(args, device=device)
+    return args
+
+
+def test_plan_of_imagenet():
+    plan = epochs_to_steps(
+        num_examples=1281167,
+        global_batch_size=256,
+        num_epochs=90,
+        warmup_epochs=5,
+        lr_step_epochs=(30, 60, 80),
+    )
+    assert plan.steps_per_epoch == 5005
+    assert plan.total_steps == 450450
+    assert plan.warmup_steps == 25025
+    assert plan.step_milestones == (150150, 300300, 400400)
+
+
+def test_an_epoch_ends_with_the_step_that_completes_the_data():
+    assert epochs_to_steps(num_examples=50, global_batch_size=16, num_epochs=1).total_steps == 4
+    assert epochs_to_steps(num_examples=48, global_batch_size=16, num_epochs=1).total_steps == 3
+
+
+def test_recipe_is_the_default():
+    args = finish("--train_data_dir=x", "--val_data_dir=y")
+    assert (args.optimizer, args.momentum, args.wd) == ("sgd", 0.875, 1 / 32768)
+    assert (args.label_smoothing, args.lr_decay, args.warmup_epochs) == (0.1, "cosine", 5)
+    assert (args.num_epochs, args.batch_size_per_device) == (90, 64)
+    assert args.random_area == (0.08, 1.0)
+    assert args.random_aspect_ratio == pytest.approx((0.75, 4 / 3))
+    assert config.default_learning_rate("sgd", 256) == 0.256
+    assert config.default_resize_shorter(224) == 256
+    entry = model_util.MODELS["resnet50"]
+    assert entry.image_size == 224
+    assert entry.rgb_mean == (123.68, 116.779, 103.939)
+    assert entry.rgb_std == (58.393, 57.12, 57.375)
+
+
+def test_aliases_of_the_original_page():
+    args = parse(
+        "--num_epoch=7",
+        "--model_update=momentum",
+        "--rgb-mean=1,2,3",
+        "--rgb-std=4, 5, 6",
+        "--node_ips=192.168.1.1, 192.168.1.2",
+    )
+    assert args.num_epochs == 7
+    assert args.optimizer == "sgd"
+    assert args.rgb_mean == (1, 2, 3)
+    assert args.rgb_std == (4, 5, 6)
+    assert args.node_ips == ("192.168.1.1", "192.168.1.2")
+
+
+@pytest.mark.parametrize("text, value", [("", True), ("=True", True), ("=False", False)])
+def test_switches(text, value):
+    assert parse(f"--save_last{text}").save_last is value
+
+
+@pytest.mark.parametrize("epochs, warmup", [(90, 5), (10, 5), (3, 1), (1, 0)])
+def test_default_warmup_is_at_most_half_of_the_run(epochs, warmup):
+    assert finish(f"--num_epochs={epochs}", "--train_data_dir=x").warmup_epochs == warmup
+
+
+def test_trial_on_a_cpu_takes_only_what_was_not_given():
+    args = finish("--image_size=32", device="cpu")
+    assert (args.image_size, args.batch_size_per_device, args.num_epochs) == (32, 8, 2)
+    args = finish(device="cuda")
+    assert (args.image_size, args.batch_size_per_device, args.num_epochs) == (None, 64, 90)
+    args = finish("--train_data_dir=x", device="cpu")
+    assert (args.image_size, args.batch_size_per_device, args.num_epochs) == (None, 64, 90)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--warmup_epochs=3", "--num_epochs=3"], "--warmup_epochs=3"),
+        (["--optimizer=adam", "--momentum=0.9"], "--momentum has no effect"),
+        (["--epsilon=1"], "--epsilon has no effect"),
+        (["--decay_rate=0.9"], "--decay_rate has no effect"),
+        (["--lr_decay_rate=0.9"], "--lr_decay_rate has no effect"),
+        (["--lr_step_epochs=1,2"], "--lr_step_epochs has no effect"),
+        (["--lr_decay=step", "--lr_step_epochs=60,30"], "must rise"),
+        (["--lr_decay=step", "--lr_step_epochs=1,2", "--warmup_epochs=3"], "within"),
+        (["--val_data_dir=x"], "--val_data_dir needs --train_data_dir"),
+        (["--train_data_part_num=1"], "--train_data_part_num needs"),
+        (["--train_data_dir=x", "--num_val_examples=1"], "--num_val_examples needs"),
+    ],
+)
+def test_contradictions_are_refused(argv, words):
+    with pytest.raises(UsageError, match=words):
+        finish(*argv)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--batch_size_per_device=0",
+        "--batch_size_per_device=1.5",
+        "--num_epochs=0",
+        "--model=resnet51",
+        "--optimizer=sdg",
+        "--lr_decay=cosinus",
+        "--device=tpu",
+        "--label_smoothing=1.5",
+        "--learning_rate=fast",
+        "--learning_rate=nan",
+        "--random_area=0,1",
+        "--random_area=0.5",
+        "--rgb_mean=1,2",
+        "--rgb_std=1,0,1",
+        "--save_init=maybe",
+        "--num_epo=3",
+    ],
+)
+def test_wrong_values_are_one_line_that_names_the_flag(flag, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(flag)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.count("\n") == 1
+    assert flag.split("=")[0] in error
+
+
+@pytest.mark.parametrize("flag", ["--num_nodes=2", "--gpu_num_per_node=2"])
+def test_several_devices_are_refused_for_now(flag):
+    with pytest.raises(UsageError, match=flag):
+        config.check_devices(parse(flag))
+
+
+def test_run_main_turns_errors_into_one_line(capsys):
+    def fail():
+        raise UsageError("two\nlines")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert config.run_main(fail) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert config.run_main(interrupt) == 130
+    assert call(lambda argv: None).status == 0
+
+
+def test_numbers_have_bounds():
+    assert config.number(int, 1)("3") == 3
+    assert config.number(float, 0)("1e-3") == 1e-3
+    for text in ("0", "-1", "x", "1.0"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            config.number(int, 1)(text)
+    for text in ("nan", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            config.number(float, 0, math.inf)(text)

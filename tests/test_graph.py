@@ -1,0 +1,210 @@
+"""The graphs: exact counts, exact evaluation, and training that really trains."""
+
+import numpy as np
+import oneflow as flow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oneflow import nn
+
+import graph_util
+import metric_util
+import ofrecord_util
+import optimizer_util
+from graph_util import Evaluator, TrainGraph
+from image_util import Preprocessing
+from ofrecord_util import SyntheticLoader
+from small import tiny, write_parts
+
+PREPROCESSING = Preprocessing(32, 32, (123.0, 117.0, 104.0), (58.0, 57.0, 57.0))
+
+
+def global_tensor(array):
+    return ofrecord_util.to_device(np.asarray(array), flow.env.all_device_placement("cpu"))
+
+
+def graph_hits(logits, label, top_k):
+    top_1, top_k = graph_util.hits(
+        global_tensor(np.float32(logits)), global_tensor(np.int32(label)), top_k
+    )
+    return top_1.numpy(), top_k.numpy()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 15))
+def test_hits_equal_a_stable_sort_even_with_ties(seed, num_classes, top_k):
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(0, 3, (6, num_classes)).astype(np.float32)  # many ties
+    label = rng.integers(0, num_classes, 6).astype(np.int32)
+    order = np.argsort(-logits, axis=1, kind="stable")
+    expected = [(order[:, :k] == label[:, None]).any(axis=1) for k in (1, top_k)]
+    for mine, theirs in zip(graph_hits(logits, label, top_k), expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    rank = metric_util.rank_of_label(logits, label)
+    np.testing.assert_array_equal(rank < top_k, expected[1])
+
+
+def test_a_network_that_knows_nothing_scores_nothing():
+    for value in (0.0, np.nan):
+        top_1, top_k = graph_hits(np.full((4, 10), value), [1, 5, 6, 9], 5)
+        assert top_1.sum() == 0
+        assert top_k.sum() == (1 if value == 0.0 else 0)  # class 1 is among the first five
+
+
+class Counting(nn.Module):
+    """Gives record numbers in place of images, with labels k % 4, as the native reader runs: round
+    and round, batches across the end."""
+
+    def __init__(self, available, batch_size):
+        super().__init__()
+        self.available, self.batch_size = available, batch_size
+
+    def batches(self, step=0):
+        while True:
+            record = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            record = (record % self.available).astype(np.int32)
+            yield global_tensor(record), global_tensor(record % 4)
+            step += 1
+
+    def forward(self, record, label):
+        return record, label
+
+
+class Fixed(nn.Module):
+    """Logits from a table, by record number: which records are hits is known."""
+
+    def __init__(self, table):
+        super().__init__()
+        value = flow.tensor(table).to_global(
+            flow.env.all_device_placement("cpu"), flow.sbp.broadcast
+        )
+        self.register_buffer("table", value)
+
+    def forward(self, record):
+        return flow.index_select(self.table, 0, record.to(dtype=flow.int64))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 13, 14, 20, 50])
+@pytest.mark.parametrize("num_examples", [13, 6])
+def test_every_example_counts_once_in_every_round(batch_size, num_examples):
+    available = 13
+    rng = np.random.default_rng(1)
+    table = rng.standard_normal((available, 4), np.float32)
+    label = np.arange(available) % 4
+    rank = metric_util.rank_of_label(table, label)[:num_examples]
+    evaluator = Evaluator(
+        Fixed(table),
+        Counting(available, batch_size),
+        available=available,
+        num_examples=num_examples,
+        batch_size=batch_size,
+        top_k=2,
+        device="cpu",
+    )
+    for _ in range(3):
+        counts, seconds = evaluator.round()
+        assert (counts.top_1, counts.top_k) == ((rank < 1).sum(), (rank < 2).sum())
+        assert counts.samples == num_examples
+        assert seconds > 0
+
+
+@pytest.mark.parametrize("batch_size", [3, 5, 14, 30])
+def test_evaluation_of_parts_does_not_depend_on_the_batch_size(tmp_path, batch_size):
+    directory = write_parts(tmp_path / "val", [[0, 1, 2, 3, 3], [1, 2, 0], [3, 0, 1, 2], [2, 2]])
+    data = ofrecord_util.open_dataset(str(directory), flag="--val_data_dir")
+    flow.manual_seed(3)
+    model = graph_util.place(tiny(4), "cpu")
+    loader = ofrecord_util.val_loader(
+        data, batch_size=batch_size, preprocessing=PREPROCESSING, device="cpu"
+    )
+    evaluator = Evaluator(
+        model,
+        loader,
+        available=14,
+        num_examples=14,
+        batch_size=batch_size,
+        top_k=2,
+        device="cpu",
+    )
+    rounds = [evaluator.round()[0] for _ in range(3)]
+    assert rounds[0] == rounds[1] == rounds[2]
+    predict = graph_util.Predictor(model, device="cpu")
+    images, labels = read_all(data)
+    ranks = metric_util.rank_of_label(predict(images), labels)
+    assert (rounds[0].top_1, rounds[0].top_k) == ((ranks < 1).sum(), (ranks < 2).sum())
+
+
+def read_all(data):
+    """The whole validation set as arrays, through the native pipeline."""
+    loader = ofrecord_util.val_loader(
+        data, batch_size=data.available, preprocessing=PREPROCESSING, device="cpu"
+    )
+    image, label = loader()
+    return image.numpy(), label.numpy()
+
+
+def training(model, *, seed=0, steps=100, lr=0.05, name="sgd", **optimizer):
+    settings = {"momentum": 0.875} if name == "sgd" else {}
+    built = optimizer_util.build_optimizer(
+        model, name, learning_rate=lr, weight_decay=1e-4, **settings, **optimizer
+    )
+    schedule = optimizer_util.build_schedule(built, "cosine", total_steps=steps)
+    loader = SyntheticLoader(batch_size=8, num_classes=10, image_size=32, seed=seed, device="cpu")
+    graph = TrainGraph(model, loader, built, schedule, label_smoothing=0.1, top_k=5)
+    return graph, loader.batches()
+
+
+def learn(*, evaluate):
+    """Losses of 60 steps, and the hits of an evaluation after every 12 of them."""
+    flow.manual_seed(0)
+    model = graph_util.place(tiny(10), "cpu")
+    graph, batches = training(model)
+    loader = SyntheticLoader(batch_size=8, num_classes=10, image_size=32, seed=0, device="cpu")
+    evaluator = Evaluator(
+        model, loader, available=16, num_examples=16, batch_size=8, top_k=5, device="cpu"
+    )
+    losses, scores = [], []
+    for _ in range(5):
+        model.train()
+        for _ in range(12):
+            losses.append(float(graph(*next(batches))[0].numpy()))
+        if evaluate:
+            scores.append(evaluator.round()[0].top_1)
+    return losses, scores
+
+
+def test_training_learns_and_evaluation_beside_it_disturbs_nothing():
+    alone, _ = learn(evaluate=False)
+    losses, scores = learn(evaluate=True)
+    assert losses == alone
+    assert len(set(losses)) == len(losses)  # a graph that no longer updates repeats its losses
+    assert losses[-1] < losses[0] - 1
+    assert scores[0] < scores[-1] and scores[-1] >= 14  # the evaluated weights are the new ones
+
+
+def test_the_step_counts_hits_and_bad_labels():
+    flow.manual_seed(0)
+    model = graph_util.place(tiny(10), "cpu")
+
+    class Bad(SyntheticLoader):
+        def batches(self, step=0):
+            image, label = self.pool[0]
+            shifted = label.numpy()
+            shifted[:3] = (-1, 10, 2000)
+            while True:
+                yield image, global_tensor(shifted)
+
+    graph, batches = training(model)
+    loader = Bad(batch_size=8, num_classes=10, image_size=32, seed=0, device="cpu")
+    loss, top_1, top_k, bad = graph(*next(loader.batches()))
+    assert np.isfinite(loss.numpy())
+    assert bad.numpy() == 3
+    assert 0 <= top_1.numpy() <= top_k.numpy() <= 8
+
+
+def test_choose_device(capsys):
+    assert not flow.cuda.is_available()
+    assert graph_util.choose_device("auto") == "cpu"
+    assert "cpu" in capsys.readouterr().err
+    with pytest.raises(graph_util.UsageError, match="--device=cuda"):
+        graph_util.choose_device("cuda")

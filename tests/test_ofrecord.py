@@ -1,0 +1,322 @@
+"""Checks of part files, and what the loaders give."""
+
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import ofrecord_util
+from config import RunError, UsageError
+from image_util import Preprocessing, center_crop
+from ofrecord_util import ArrayTrainLoader, Augmentation, check_shards, open_dataset
+from small import ROOT, jpeg, record, write_manifest, write_parts
+
+FLAG = "--train_data_dir"
+PREPROCESSING = Preprocessing(32, 36, (123.68, 116.779, 103.939), (58.393, 57.12, 57.375))
+LABELS = [[0, 1, 2, 3, 3], [1, 2, 0], [3, 0, 1, 2], [2, 2]]
+
+
+@pytest.fixture(params=[False, True], ids=["no manifest", "manifest"])
+def parts(request, tmp_path):
+    directory = write_parts(tmp_path / "data", LABELS)
+    if request.param:
+        write_manifest(directory, num_classes=4)
+    return directory
+
+
+def test_records_are_counted(parts):
+    shards = check_shards(str(parts), flag=FLAG)
+    assert shards.part_counts == (5, 3, 4, 2)
+    assert shards.num_examples == 14
+    assert shards.suffix_length == 5
+    assert check_shards(str(parts), flag=FLAG, part_num=2).num_examples == 8
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=8), st.data())
+def test_walking_finds_every_cut(tmp_path_factory, messages, data):
+    path = tmp_path_factory.mktemp("walk") / "part-00000"
+    whole = b"".join(struct.pack("<q", len(message)) + message for message in messages)
+    path.write_bytes(whole)
+    assert ofrecord_util.count_records(str(path)) == len(messages)
+    ends = set(np.cumsum([0] + [8 + len(message) for message in messages]).tolist())
+    cut = data.draw(st.integers(1, len(whole) - 1))
+    path.write_bytes(whole[:cut])
+    if cut in ends:
+        assert ofrecord_util.count_records(str(path)) < len(messages)
+    else:
+        with pytest.raises(RunError, match="cut off"):
+            ofrecord_util.count_records(str(path))
+
+
+@pytest.mark.parametrize(
+    "length", [0, -5, 1 << 40, struct.unpack("<q", b"\xff\xd8\xff\xe0JFIF")[0]]
+)
+def test_a_garbage_length_is_named_with_its_place(tmp_path, length):
+    path = tmp_path / "part-00000"
+    first = record(b"x" * 20, 1)
+    path.write_bytes(first + struct.pack("<q", length) + b"y" * 50)
+    with pytest.raises(RunError, match=f"record 1, at byte {len(first)}, claims"):
+        ofrecord_util.count_records(str(path))
+
+
+def test_faults_of_a_directory(parts):
+    def refuse(error, words, **more):
+        with pytest.raises(error, match=words):
+            check_shards(str(parts), flag=FLAG, **more)
+
+    refuse(UsageError, "--train_data_part_num=5", part_num=5)
+    last, second = parts / "part-00003", parts / "part-00001"
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-3])
+    refuse(RunError, "part-00001.*cut off")
+    second.write_bytes(whole)
+    broken = bytearray(whole)
+    broken[0:8] = struct.pack("<q", 1 << 50)
+    second.write_bytes(broken)
+    refuse(RunError, "part-00001: record 0, at byte 0, claims")
+    second.unlink()
+    refuse(UsageError, "part-00001 is missing")
+    second.write_bytes(whole)
+    check_shards(str(parts), flag=FLAG)
+    if (parts / "manifest.json").exists():
+        last.unlink()
+        refuse(UsageError, "part-00003 is missing")
+
+
+def test_a_manifest_that_lies_or_is_broken(tmp_path):
+    directory = write_parts(tmp_path / "data", LABELS)
+    write_manifest(directory, num_classes=4)
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["parts"][2]["num_examples"] = 40
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match="part-00002 holds 4 records and its manifest says 40"):
+        check_shards(str(directory), flag=FLAG)
+    for text in ("{", "[]", '{"parts": []}', '{"parts": [{"name": 3}]}'):
+        path.write_text(text)
+        with pytest.raises(RunError, match="not a readable manifest"):
+            check_shards(str(directory), flag=FLAG)
+
+
+def test_directories_without_parts(tmp_path):
+    with pytest.raises(UsageError, match="no directory"):
+        check_shards(str(tmp_path / "none"), flag=FLAG)
+    with pytest.raises(UsageError, match="holds no OFRecord parts"):
+        check_shards(str(tmp_path), flag=FLAG)
+    (tmp_path / "part-00000").touch()
+    with pytest.raises(RunError, match="hold no records"):
+        check_shards(str(tmp_path), flag=FLAG)
+
+
+@pytest.mark.parametrize(
+    "first", [record(b"PNG is not read", 0), struct.pack("<q", 9) + b"text only", record(b"", 0)]
+)
+def test_records_of_another_kind_are_refused_before_the_native_reader_meets_them(tmp_path, first):
+    (tmp_path / "part-00000").write_bytes(first)
+    with pytest.raises(RunError, match="part-00000: (its first record|the image of its first)"):
+        check_shards(str(tmp_path), flag=FLAG)
+
+
+def test_unpadded_part_names(tmp_path):
+    directory = write_parts(tmp_path / "data", [[n % 4] for n in range(11)])
+    for path in sorted(directory.iterdir()):
+        path.rename(directory / f"part-{int(path.name[5:])}")
+    shards = check_shards(str(directory), flag=FLAG)
+    assert (shards.suffix_length, len(shards.part_counts)) == (-1, 11)
+    assert labels_of(directory, 11) == [n % 4 for n in range(11)]
+
+
+def test_256_parts(tmp_path):
+    directory = write_parts(tmp_path / "data", [[n % 4, 0] for n in range(256)])
+    assert check_shards(str(directory), flag=FLAG).num_examples == 512
+
+
+def labels_of(directory, batch_size):
+    data = open_dataset(str(directory), flag="--val_data_dir")
+    loader = ofrecord_util.val_loader(
+        data, batch_size=batch_size, preprocessing=PREPROCESSING, device="cpu"
+    )
+    return loader()[1].numpy().tolist()
+
+
+def test_validation_reads_in_order(parts):
+    assert labels_of(parts, 14) == sum(LABELS, [])
+
+
+def test_validation_equals_inference(tmp_path):
+    """The demo photographs through OneFlow's pipeline and through Pillow."""
+    directory = tmp_path / "val"
+    directory.mkdir()
+    names = ("cat.jpg", "coffee.jpg")
+    encoded = [(ROOT / "data" / name).read_bytes() for name in names]
+    (directory / "part-00000").write_bytes(b"".join(record(e, 0) for e in encoded))
+    preprocessing = Preprocessing(224, 256, PREPROCESSING.rgb_mean, PREPROCESSING.rgb_std)
+    data = open_dataset(str(directory), flag="--val_data_dir")
+    native = ofrecord_util.val_loader(
+        data, batch_size=2, preprocessing=preprocessing, device="cpu"
+    )()[0].numpy()
+    pictures = [np.asarray(Image.open(ROOT / "data" / name)) for name in names]
+    for picture, theirs in zip(pictures, native, strict=True):
+        loader = ofrecord_util.ArrayValLoader(
+            picture[None], np.zeros(1), batch_size=1, preprocessing=preprocessing, device="cpu"
+        )
+        mine = loader(*next(loader.batches()))[0].numpy()[0]
+        assert mine.shape == theirs.shape == (3, 224, 224)
+        assert np.abs(mine - theirs).mean() < 0.02  # of a standard deviation
+
+
+def test_training_crops_are_normalised_and_repeatable(parts):
+    def first_batches(seed):
+        data = open_dataset(str(parts), flag=FLAG)
+        loader = ofrecord_util.train_loader(
+            data,
+            batch_size=7,
+            preprocessing=PREPROCESSING,
+            augmentation=Augmentation(),
+            seed=seed,
+            device="cpu",
+        )
+        batches = [loader() for _ in range(2)]
+        return [image.numpy() for image, _ in batches], [label.numpy() for _, label in batches]
+
+    images, labels = first_batches(1)
+    assert images[0].shape == (7, 3, 32, 32)
+    assert set(np.concatenate(labels)) <= {0, 1, 2, 3}
+    for image, label in zip(np.concatenate(images), np.concatenate(labels), strict=True):
+        mean = (20 + 215 * label / 3 - np.array(PREPROCESSING.rgb_mean)) / PREPROCESSING.rgb_std
+        np.testing.assert_allclose(image.mean(axis=(1, 2)), mean, atol=0.1)
+    again, _ = first_batches(1)
+    np.testing.assert_array_equal(images, again)
+    _, other = first_batches(2)
+    assert np.concatenate(other).tolist() != np.concatenate(labels).tolist()
+
+
+# Arrays.
+
+
+def array_loader(count=10, batch_size=4, seed=5, augmentation=None):
+    images = np.repeat(np.arange(count, dtype=np.uint8) * 20, 40 * 30 * 3).reshape(-1, 40, 30, 3)
+    return ArrayTrainLoader(
+        images,
+        np.arange(count),
+        batch_size=batch_size,
+        preprocessing=PREPROCESSING,
+        augmentation=augmentation or Augmentation(),
+        seed=seed,
+        device="cpu",
+    )
+
+
+def test_every_pass_over_arrays_is_a_permutation():
+    loader = array_loader()
+    labels = np.concatenate([loader.make_batch(step)[1] for step in range(5)])
+    assert sorted(labels[:10]) == sorted(labels[10:]) == list(range(10))
+    assert labels[:10].tolist() != labels[10:].tolist()
+    batches = loader.batches(step=3)
+    for step in (3, 4):
+        image, label = next(batches)
+        np.testing.assert_array_equal(label.numpy(), loader.make_batch(step)[1])
+        np.testing.assert_array_equal(image.numpy(), loader.make_batch(step)[0])
+    np.testing.assert_array_equal(image.numpy()[:, 0, 0, 0], label.numpy() * 20)
+
+
+def test_arrays_are_normalised_in_the_graph():
+    loader = array_loader()
+    image, label = next(loader.batches())
+    normalised = loader(image, label)[0].numpy()
+    assert normalised.shape == (4, 3, 32, 32)
+    mean, std = np.array(PREPROCESSING.rgb_mean), np.array(PREPROCESSING.rgb_std)
+    expected = (label.numpy()[:, None] * 20 - mean) / std
+    np.testing.assert_allclose(normalised[:, :, 5, 7], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_random_crop_without_freedom_is_a_resize():
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    crop = ofrecord_util.random_crop(
+        picture,
+        size=32,
+        augmentation=Augmentation(area=(1, 1), aspect_ratio=(1, 1), flip=0),
+        rng=np.random.default_rng(0),
+    )
+    expected = center_crop(Image.fromarray(picture), resize_shorter=32, size=32)
+    np.testing.assert_array_equal(crop, expected)
+    flipped = ofrecord_util.random_crop(
+        picture,
+        size=32,
+        augmentation=Augmentation(area=(1, 1), aspect_ratio=(1, 1), flip=1),
+        rng=np.random.default_rng(0),
+    )
+    np.testing.assert_array_equal(flipped, expected[:, ::-1])
+
+
+def test_random_crops_keep_their_bounds():
+    # A horizontal and a vertical ramp: the crop's corners can be read off its pixels.
+    y, x = np.mgrid[0:200, 0:200]
+    picture = np.stack([x, y, x], axis=-1).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    augmentation = Augmentation(area=(0.3, 0.6), aspect_ratio=(0.8, 1.25), flip=0.5)
+    flips, areas = 0, []
+    for _ in range(300):
+        crop = ofrecord_util.random_crop(picture, size=100, augmentation=augmentation, rng=rng)
+        crop = crop.astype(float)
+        flips += crop[50, 0, 0] > crop[50, -1, 0]
+        width = abs(crop[50, -1, 0] - crop[50, 0, 0]) * 100 / 99
+        height = (crop[-1, 50, 1] - crop[0, 50, 1]) * 100 / 99
+        areas.append(width * height / 200**2)
+        assert 0.75 < width / height < 1.33
+    assert 0.28 < min(areas) and max(areas) < 0.62
+    assert abs(np.mean(areas) - 0.45) < 0.02
+    assert 110 < flips < 190
+
+
+def test_npz_files(tmp_path):
+    images, labels = np.zeros((5, 8, 8, 3), np.uint8), np.arange(5)
+    path = tmp_path / "x.npz"
+
+    def refuse(error, words, **more):
+        with pytest.raises(error, match=words):
+            open_dataset(str(path), flag=FLAG, **more)
+
+    refuse(UsageError, "no file")
+    np.savez(path, images=images, labels=labels)
+    data = open_dataset(str(path), flag=FLAG, num_examples=3)
+    assert (data.available, data.num_examples, data.num_classes) == (5, 3, 5)
+    refuse(UsageError, "--num_examples=6", num_examples=6)
+    refuse(UsageError, "--train_data_part_num", part_num=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refuse(RunError, "not a readable .npz")
+    path.write_bytes(b"no zip")
+    refuse(RunError, "not a readable .npz")
+    np.savez(path, images=images)
+    refuse(RunError, "labels")
+    np.savez(path, images=images.astype(np.float32), labels=labels)
+    refuse(RunError, "uint8 is needed")
+    np.savez(path, images=images[..., :1], labels=labels)
+    refuse(RunError, "uint8 is needed")
+    np.savez(path, images=images, labels=labels[:3])
+    refuse(RunError, "integers are needed")
+    np.savez(path, images=images, labels=labels - 1)
+    refuse(RunError, "below 0")
+    np.savez(path, images=np.array([{}], object), labels=labels)
+    refuse(RunError, "not a readable .npz")
+
+
+def test_more_classes_than_the_network_has(parts):
+    data = open_dataset(str(parts), flag=FLAG)
+    ofrecord_util.check_labels(data, num_classes=4, path=str(parts))
+    if data.num_classes is not None:
+        with pytest.raises(UsageError, match="--num_classes=3"):
+            ofrecord_util.check_labels(data, num_classes=3, path=str(parts))
+
+
+def test_jpeg_of_the_tests_is_faithful():
+    picture = np.full((16, 16, 3), (200, 30, 90), np.uint8)
+    decoded = np.asarray(Image.open(io.BytesIO(jpeg(picture))))
+    assert np.abs(decoded.astype(int) - picture).max() <= 3

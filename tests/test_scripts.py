@@ -1,0 +1,263 @@
+"""The scripts from end to end, with a tiny network."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import model_util
+import of_cnn_evaluate
+import of_cnn_inference
+import of_cnn_train_val
+from checkpoint_util import read_description
+from small import (
+    LINE,
+    TINY,
+    call,
+    losses,
+    solid,
+    validation_figures,
+    write_manifest,
+    write_parts,
+)
+
+NUM_CLASSES = 4
+
+
+@pytest.fixture(autouse=True)
+def _tiny_model(monkeypatch, tmp_path):
+    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+
+
+def train(*argv):
+    return call(of_cnn_train_val.main, "--model=tiny", "--device=cpu", *argv)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Training and validation parts whose labels can be seen in the images."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, counts in (("train", (30, 21, 13)), ("validation", (9, 5, 7))):
+        labels = [rng.integers(0, NUM_CLASSES, count).tolist() for count in counts]
+        write_parts(root / name, labels, num_classes=NUM_CLASSES)
+        write_manifest(root / name, NUM_CLASSES)
+    return root
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    root = tmp_path_factory.mktemp("arrays")
+    rng = np.random.default_rng(1)
+    for name, count in (("train", 64), ("validation", 21)):
+        labels = rng.integers(0, NUM_CLASSES, count)
+        images = np.stack([solid(label, NUM_CLASSES, rng) for label in labels])
+        np.savez(root / f"{name}.npz", images=images, labels=labels)
+    return root
+
+
+RECIPE = (
+    "--batch_size_per_device=8",
+    "--val_batch_size_per_device=5",
+    "--num_epochs=6",
+    "--learning_rate=0.05",
+    "--random_area=0.5,1",
+    "--top_k=2",
+)
+
+
+def test_synthetic_training_prints_the_original_lines(tmp_path):
+    result = train("--save_init", "--num_examples=45", "--loss_print_every_n_iter=4")
+    assert result.status == 0, result.stderr
+    lines = result.stdout.splitlines()
+    (run,) = (tmp_path / "output" / "snapshots").iterdir()
+    where = f"./output/snapshots/{run.name}/snapshot_"
+    assert re.fullmatch(r"model_save-\d{14}", run.name)
+    assert lines[:4] == [
+        "Loading synthetic data.",
+        "Loading synthetic data.",
+        f"Saving model to {where}initial_model.",
+        "Init model on demand.",
+    ]
+    kinds = [LINE.fullmatch(line) for line in lines[4:]]
+    # 45 images in batches of 8 are 6 iterations: lines at 4 and at the end.
+    expected = []
+    for epoch in ("0", "1"):
+        expected += [("train", epoch, "4"), ("train", epoch, "6"), ("validation", epoch, "2"), None]
+    assert [m and m.groups()[:3] for m in kinds] == expected
+    assert lines[7] == f"Saving model to {where}epoch_0."
+    assert lines[11] == f"Saving model to {where}epoch_1."
+    found = losses(result.stdout)
+    assert found[-1] < found[0]
+    names = sorted(path.name for path in run.iterdir())
+    assert names == ["snapshot_epoch_0", "snapshot_epoch_1", "snapshot_initial_model"]
+    assert read_description(str(run / "snapshot_epoch_1")).step == 12
+    assert "Learning rate: 0.008" in result.stderr
+
+
+def test_a_run_repeats_exactly_and_another_seed_does_not():
+    argv = ("--num_examples=32", "--num_epochs=1", "--loss_print_every_n_iter=1")
+    runs = [
+        losses(train(*argv, f"--seed={seed}", f"--model_save_dir=run{i}").stdout)
+        for i, seed in enumerate((5, 5, 6))
+    ]
+    assert len(runs[0]) == 4
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("kind", ["ofrecord", "npz"])
+def test_train_evaluate_classify(kind, data, arrays, tmp_path):
+    if kind == "ofrecord":
+        train_dir, val_dir = data / "train", data / "validation"
+    else:
+        train_dir, val_dir = arrays / "train.npz", arrays / "validation.npz"
+    result = train(
+        f"--train_data_dir={train_dir}", f"--val_data_dir={val_dir}", *RECIPE, "--save_last"
+    )
+    assert result.status == 0, result.stderr
+    assert f"Loading data from {train_dir}\nLoading data from {val_dir}\n" in result.stdout
+    figures = validation_figures(result.stdout)
+    assert len(figures) == 6 and float(figures[-1][0]) > 0.9
+    (run,) = (tmp_path / "output" / "snapshots").iterdir()
+    last = read_description(str(run / "snapshot_last"))
+    assert last.num_classes == NUM_CLASSES
+    assert f"{last.metrics['val_top_1']:.6f}" == figures[-1][0]
+
+    for batch_size in (1, 4, 50):
+        result = call(
+            of_cnn_evaluate.main,
+            f"--val_data_dir={val_dir}",
+            f"--val_batch_size_per_device={batch_size}",
+            "--num_epochs=3",
+            "--top_k=2",
+            "--device=cpu",
+        )
+        assert result.status == 0, result.stderr
+        restoring, loading = result.stdout.splitlines()[:2]
+        assert restoring.startswith(f"Restoring model from output/snapshots/{run.name}/snapshot_")
+        assert loading == f"Loading data from {val_dir}"
+        assert validation_figures(result.stdout) == figures[-1:] * 3
+
+    rng = np.random.default_rng(2)
+    for label in range(NUM_CLASSES):
+        Image.fromarray(solid(label, NUM_CLASSES, rng)).save(tmp_path / f"{label}.png")
+    paths = [f"{label}.png" for label in range(NUM_CLASSES)]
+    result = call(of_cnn_inference.main, "--device=cpu", "--image_path", *paths)
+    assert result.status == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[::2] == paths
+    prefix = "class-" if kind == "ofrecord" else "class "
+    for label, line in enumerate(lines[1::2]):
+        probability, name = line.split(" ", 1)
+        assert name == f"{prefix}{label}"
+        assert 0.25 < float(probability) <= 1
+
+
+def test_evaluation_of_the_first_images_only(data):
+    argv = ("--num_epochs=1", "--batch_size_per_device=8", f"--train_data_dir={data / 'train'}")
+    assert train(*argv, "--model_save_dir=run").status == 0
+    found = []
+    for batch_size in (1, 6, 21):
+        result = call(
+            of_cnn_evaluate.main,
+            f"--val_data_dir={data / 'validation'}",
+            "--num_val_examples=10",
+            f"--val_batch_size_per_device={batch_size}",
+            "--model_load_dir=run/snapshot_epoch_0",
+            "--num_epochs=2",
+            "--device=cpu",
+        )
+        assert result.status == 0, result.stderr
+        found += validation_figures(result.stdout)
+    assert len(found) == 6 and len(set(found)) == 1
+
+
+def test_training_starts_from_a_snapshot(data, tmp_path):
+    common = (f"--train_data_dir={data / 'train'}", "--batch_size_per_device=8", "--num_epochs=1")
+    assert train(*common, "--model_save_dir=first").status == 0
+    result = train(
+        *common,
+        "--model_save_dir=second",
+        "--model_load_dir=first/snapshot_epoch_0",
+        "--save_init",
+        "--learning_rate=0",
+    )
+    assert result.status == 0, result.stderr
+    assert "Restoring model from first/snapshot_epoch_0." in result.stdout
+    assert "Init model on demand." not in result.stdout
+    trained = tmp_path / "first" / "snapshot_epoch_0" / "model.safetensors"
+    started = tmp_path / "second" / "snapshot_initial_model" / "model.safetensors"
+    assert trained.read_bytes() == started.read_bytes()
+
+
+def test_a_second_run_deletes_nothing(tmp_path):
+    argv = ("--num_examples=8", "--num_epochs=1")
+    assert train(*argv, "--model_save_dir=run").status == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    result = train(*argv, "--model_save_dir=run")
+    assert result.status == 2
+    assert "already holds snapshot_epoch_0" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("lr_decay", ["cosine", "step", "polynomial", "exponential", "none"])
+def test_every_optimizer_and_schedule_trains(optimizer, lr_decay):
+    if (optimizer == "sgd") == (lr_decay != "cosine") and optimizer != "sgd":
+        lr_decay = "cosine"  # each optimizer with one schedule, each schedule with sgd
+    result = train(
+        f"--optimizer={optimizer}",
+        f"--lr_decay={lr_decay}",
+        "--num_examples=64",
+        "--num_epochs=1",
+        "--gradient_clipping=5",
+        "--loss_print_every_n_iter=1",
+    )
+    assert result.status == 0, result.stderr
+    found = losses(result.stdout)
+    assert len(set(found)) == 8 and np.isfinite(found).all()
+
+
+def test_labels_outside_the_classes_end_the_run_before_a_snapshot(tmp_path):
+    write_parts(tmp_path / "train", [[3] * 8])  # no manifest to tell
+    result = train(
+        "--train_data_dir=train",
+        "--num_classes=3",
+        "--batch_size_per_device=4",
+        "--num_epochs=1",
+        "--model_save_dir=run",
+    )
+    assert result.status == 1
+    assert "labels outside 0 to 2" in result.stderr
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_loss_that_is_no_number_ends_the_run():
+    result = train(
+        "--num_examples=80", "--learning_rate=1e30", "--warmup_epochs=0", "--lr_decay=none"
+    )
+    assert result.status == 1
+    assert "error: the loss is" in result.stderr and "--learning_rate" in result.stderr
+
+
+def test_a_log_directory_keeps_the_lines(tmp_path):
+    result = train("--num_examples=8", "--num_epochs=1", "--log_dir=logs")
+    assert result.status == 0
+    kept = (tmp_path / "logs" / "of_cnn_train_val.log").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in kept] == result.stdout.splitlines()
+
+
+def test_a_bad_file_among_good_ones_does_not_stop_the_rest(tmp_path):
+    assert train("--num_examples=8", "--num_epochs=1").status == 0
+    Image.new("RGB", (50, 40), (9, 99, 200)).save("a.png")
+    (tmp_path / "b.png").write_text("no image")
+    Image.new("L", (50, 40), 99).save("c.png")
+    result = call(of_cnn_inference.main, "--device=cpu", "--image_path", ".", "--top_k=3")
+    assert result.status == 1
+    assert "b.png is not an image" in result.stderr and "1 of 3 files" in result.stderr
+    lines = result.stdout.splitlines()
+    assert [lines[0], lines[4]] == ["./a.png", "./c.png"] and len(lines) == 8
+    probabilities = [float(line.split()[0]) for line in lines[1:4]]
+    assert probabilities == sorted(probabilities, reverse=True)
