@@ -1,0 +1,101 @@
+"""Make a tiny data set of ImageNet's shape from the two demo photographs in data/.
+
+python3 tools/make_mini_imagenet.py
+"""
+
+import random
+import signal
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import Parser, RunError, number, run_main
+from tools.ofrecord_writer import Example, Split, encode_jpeg, read_classes, write_dataset
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+PHOTOGRAPHS = {"cat.jpg": "tabby, tabby cat", "coffee.jpg": "espresso"}
+AREA = (0.3, 1.0)  # share of the photograph
+ASPECT_RATIO = (3 / 4, 4 / 3)  # width over height
+SHORTEST_SIDE = 200  # pixels
+MAX_EXAMPLES = 10_000  # far fewer than there are boxes to draw, so that drawing comes to an end
+
+
+def draw_box(rng: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random crop, in pixels."""
+    while True:
+        area = rng.uniform(*AREA) * width * height
+        ratio = rng.uniform(*ASPECT_RATIO)
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if min(w, h) >= SHORTEST_SIDE and w <= width and h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+
+
+class Crops:
+    """Crops of the photographs by turns, so that classes are balanced; no two are the same."""
+
+    def __init__(self, photographs: list[tuple[int, Image.Image]], seed: int):
+        self.photographs = photographs  # (label, image)
+        self.rng = random.Random(seed)
+        self.taken = set()
+
+    def draw(self, count: int) -> list[Example]:
+        examples = []
+        for i in range(count):
+            label, photograph = self.photographs[i % len(self.photographs)]
+            box = draw_box(self.rng, *photograph.size)
+            while (label, box) in self.taken:
+                box = draw_box(self.rng, *photograph.size)
+            self.taken.add((label, box))
+            examples.append(Example(encode_jpeg(photograph.crop(box)), label))
+        return examples
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        "Make a tiny data set of ImageNet's shape: random crops of the two photographs in data/, "
+        "with their ImageNet labels (281 tabby, 967 espresso) among 1000 classes, one part each in "
+        "<output>/train and <output>/validation. No crop of one is in the other."
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("data/imagenet/ofrecord"), help="directory"
+    )
+    count = number(int, 1, MAX_EXAMPLES)
+    parser.add_argument("--num_examples", type=count, default=50, help="training images")
+    parser.add_argument("--num_val_examples", type=count, default=50, help="validation images")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of crops and order")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    classes, _ = read_classes(DATA / "imagenet_classes.txt")
+    try:
+        photographs = [
+            (classes.index(name), Image.open(DATA / file).convert("RGB"))
+            for file, name in PHOTOGRAPHS.items()
+        ]
+    except OSError as error:
+        raise RunError(f"a demo photograph cannot be read: {error}") from None
+    crops = Crops(photographs, args.seed)
+    splits = []
+    for name, count in (("train", args.num_examples), ("validation", args.num_val_examples)):
+        examples = crops.draw(count)
+        names = [f"crop {i}" for i in range(count)]
+        splits.append(Split(args.output / name, names, examples.__getitem__))
+    arguments = {k: getattr(args, k) for k in ("num_examples", "num_val_examples", "seed")}
+    write_dataset(
+        splits,
+        classes=classes,
+        num_parts=1,
+        seed=args.seed,
+        made_by={"tool": "tools/make_mini_imagenet.py", "arguments": arguments},
+    )
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the clean-up
+    sys.exit(run_main(main))
