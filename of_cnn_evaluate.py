@@ -5,7 +5,7 @@ python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --model_load_dir=SNAPSH
 python3 of_cnn_evaluate.py --help
 """
 
-import oneflow_quietly  # noqa: F401  (first, see there)
+import oneflow_setup  # noqa: F401  (first, see there)
 
 import sys
 from argparse import Namespace
@@ -64,9 +64,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 
 def open_data(args: Namespace) -> ofrecord_util.Dataset:
-    return ofrecord_util.open_dataset(
+    return ofrecord_util.open_val_dataset(
         args.val_data_dir,
-        flag="--val_data_dir",
         part_num=args.val_data_part_num,
         num_examples=args.num_val_examples,
     )

@@ -5,7 +5,7 @@ python3 of_cnn_inference.py --image_path DIRECTORY --model_load_dir=SNAPSHOT --t
 python3 of_cnn_inference.py --help
 """
 
-import oneflow_quietly  # noqa: F401  (first, see there)
+import oneflow_setup  # noqa: F401  (first, see there)
 
 import sys
 from argparse import Namespace

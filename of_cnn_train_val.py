@@ -5,7 +5,7 @@ python3 of_cnn_train_val.py --train_data_dir=DIR/train --val_data_dir=DIR/valida
 python3 of_cnn_train_val.py --help
 """
 
-import oneflow_quietly  # noqa: F401  (first, see there)
+import oneflow_setup  # noqa: F401  (first, see there)
 
 import math
 import sys
@@ -80,9 +80,8 @@ def open_data(args: Namespace) -> tuple[Dataset | None, Dataset | None]:
     """The training and validation data, checked; None is synthetic training, or no validation."""
     train_data = val_data = None
     if args.train_data_dir is not None:
-        train_data = ofrecord_util.open_dataset(
+        train_data = ofrecord_util.open_train_dataset(
             args.train_data_dir,
-            flag="--train_data_dir",
             part_num=args.train_data_part_num,
             num_examples=args.num_examples,
         )
@@ -94,9 +93,8 @@ def open_data(args: Namespace) -> tuple[Dataset | None, Dataset | None]:
                 "smaller one"
             )
     if args.val_data_dir is not None:
-        val_data = ofrecord_util.open_dataset(
+        val_data = ofrecord_util.open_val_dataset(
             args.val_data_dir,
-            flag="--val_data_dir",
             part_num=args.val_data_part_num,
             num_examples=args.num_val_examples,
         )

@@ -11,13 +11,14 @@ with N the global batch size. OFRecord loaders read inside the graph by OneFlow'
 their `batches` yields nothing to pass in.
 """
 
+import itertools
 import json
 import os
 import re
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import oneflow as flow
@@ -55,6 +56,12 @@ class Shards:
     @property
     def num_examples(self) -> int:
         return sum(self.part_counts)
+
+    def holding(self, num_examples: int) -> "Shards":
+        """As many parts, from the first, as hold the first `num_examples` records."""
+        ends = itertools.accumulate(self.part_counts)
+        count = next(i for i, end in enumerate(ends, 1) if end >= num_examples)
+        return replace(self, part_counts=self.part_counts[:count])
 
 
 def check_shards(directory: str, *, flag: str, part_num: int | None = None) -> Shards:
@@ -289,17 +296,53 @@ class Dataset:
     """A data set that has been checked: what a flag named, before any loader opens it."""
 
     source: Shards | tuple[np.ndarray, np.ndarray]
-    available: int  # examples in it
+    available: int  # examples in what is read
     num_examples: int  # examples to use, the first so many
     num_classes: int | None  # if known
     classes: tuple[str, ...] | None  # names, if known
 
 
-def open_dataset(
-    path: str, *, flag: str, part_num: int | None = None, num_examples: int | None = None
+def open_train_dataset(
+    path: str, *, part_num: int | None = None, num_examples: int | None = None
 ) -> Dataset:
-    """Check what `flag`=`path` names. Raises as `check_shards` and `read_npz`, and UsageError if
-    `num_examples` is more than there is."""
+    """Check the training data at `path`. Epochs are `num_examples` long, over all the parts.
+
+    Raises as `check_shards` and `read_npz`, and UsageError if `num_examples` is more than there is.
+    """
+    return _open_dataset(
+        path,
+        flag="--train_data_dir",
+        part_num=part_num,
+        count_flag="--num_examples",
+        num_examples=num_examples,
+    )
+
+
+def open_val_dataset(
+    path: str, *, part_num: int | None = None, num_examples: int | None = None
+) -> Dataset:
+    """Check the validation data at `path`, of which the first `num_examples` are scored.
+
+    Parts behind those are left out, so that they are not read for nothing. Raises as
+    `open_train_dataset`.
+    """
+    data = _open_dataset(
+        path,
+        flag="--val_data_dir",
+        part_num=part_num,
+        count_flag="--num_val_examples",
+        num_examples=num_examples,
+    )
+    if isinstance(data.source, Shards):
+        source = data.source.holding(data.num_examples)
+        return replace(data, source=source, available=source.num_examples)
+    images, labels = (array[: data.num_examples] for array in data.source)
+    return replace(data, source=(images, labels), available=data.num_examples)
+
+
+def _open_dataset(
+    path: str, *, flag: str, part_num: int | None, count_flag: str, num_examples: int | None
+) -> Dataset:
     if path.endswith(".npz"):
         if part_num is not None:
             raise UsageError(f"{part_num_flag(flag)} has no effect on {path}; leave it out")
@@ -312,10 +355,9 @@ def open_dataset(
         source = check_shards(path, flag=flag, part_num=part_num)
         available, num_classes, classes = source.num_examples, source.num_classes, source.classes
     if num_examples is not None and num_examples > available:
-        name = "--num_val_examples" if "val" in flag else "--num_examples"
         raise UsageError(
-            f"{name}={num_examples}, but {path} holds {available}; give at most that, or leave the "
-            "flag out"
+            f"{count_flag}={num_examples}, but {path} holds {available}; give at most that, or "
+            "leave the flag out"
         )
     return Dataset(
         source=source,

@@ -4,4 +4,4 @@ from pathlib import Path
 # The scripts and modules lie flat in the directory above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import oneflow_quietly  # noqa: F401  (before any test imports oneflow)
+import oneflow_setup  # noqa: F401  (before any test imports oneflow)

@@ -111,7 +111,7 @@ def test_every_example_counts_once_in_every_round(batch_size, num_examples):
 @pytest.mark.parametrize("batch_size", [3, 5, 14, 30])
 def test_evaluation_of_parts_does_not_depend_on_the_batch_size(tmp_path, batch_size):
     directory = write_parts(tmp_path / "val", [[0, 1, 2, 3, 3], [1, 2, 0], [3, 0, 1, 2], [2, 2]])
-    data = ofrecord_util.open_dataset(str(directory), flag="--val_data_dir")
+    data = ofrecord_util.open_val_dataset(str(directory))
     flow.manual_seed(3)
     model = graph_util.place(tiny(4), "cpu")
     loader = ofrecord_util.val_loader(

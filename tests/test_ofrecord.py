@@ -13,7 +13,13 @@ from PIL import Image
 import ofrecord_util
 from config import RunError, UsageError
 from image_util import Preprocessing, center_crop
-from ofrecord_util import ArrayTrainLoader, Augmentation, check_shards, open_dataset
+from ofrecord_util import (
+    ArrayTrainLoader,
+    Augmentation,
+    check_shards,
+    open_train_dataset,
+    open_val_dataset,
+)
 from small import ROOT, jpeg, record, write_manifest, write_parts
 
 FLAG = "--train_data_dir"
@@ -138,7 +144,7 @@ def test_256_parts(tmp_path):
 
 
 def labels_of(directory, batch_size):
-    data = open_dataset(str(directory), flag="--val_data_dir")
+    data = open_val_dataset(str(directory))
     loader = ofrecord_util.val_loader(
         data, batch_size=batch_size, preprocessing=PREPROCESSING, device="cpu"
     )
@@ -149,6 +155,13 @@ def test_validation_reads_in_order(parts):
     assert labels_of(parts, 14) == sum(LABELS, [])
 
 
+def test_parts_behind_the_first_examples_are_not_read(parts):
+    for num_examples, available in ((1, 5), (5, 5), (6, 8), (12, 12), (13, 14)):
+        data = open_val_dataset(str(parts), num_examples=num_examples)
+        assert (data.num_examples, data.available) == (num_examples, available)
+        assert open_train_dataset(str(parts), num_examples=num_examples).available == 14
+
+
 def test_validation_equals_inference(tmp_path):
     """The demo photographs through OneFlow's pipeline and through Pillow."""
     directory = tmp_path / "val"
@@ -157,7 +170,7 @@ def test_validation_equals_inference(tmp_path):
     encoded = [(ROOT / "data" / name).read_bytes() for name in names]
     (directory / "part-00000").write_bytes(b"".join(record(e, 0) for e in encoded))
     preprocessing = Preprocessing(224, 256, PREPROCESSING.rgb_mean, PREPROCESSING.rgb_std)
-    data = open_dataset(str(directory), flag="--val_data_dir")
+    data = open_val_dataset(str(directory))
     native = ofrecord_util.val_loader(
         data, batch_size=2, preprocessing=preprocessing, device="cpu"
     )()[0].numpy()
@@ -173,7 +186,7 @@ def test_validation_equals_inference(tmp_path):
 
 def test_training_crops_are_normalised_and_repeatable(parts):
     def first_batches(seed):
-        data = open_dataset(str(parts), flag=FLAG)
+        data = open_train_dataset(str(parts))
         loader = ofrecord_util.train_loader(
             data,
             batch_size=7,
@@ -281,11 +294,11 @@ def test_npz_files(tmp_path):
 
     def refuse(error, words, **more):
         with pytest.raises(error, match=words):
-            open_dataset(str(path), flag=FLAG, **more)
+            open_train_dataset(str(path), **more)
 
     refuse(UsageError, "no file")
     np.savez(path, images=images, labels=labels)
-    data = open_dataset(str(path), flag=FLAG, num_examples=3)
+    data = open_train_dataset(str(path), num_examples=3)
     assert (data.available, data.num_examples, data.num_classes) == (5, 3, 5)
     refuse(UsageError, "--num_examples=6", num_examples=6)
     refuse(UsageError, "--train_data_part_num", part_num=1)
@@ -309,7 +322,7 @@ def test_npz_files(tmp_path):
 
 
 def test_more_classes_than_the_network_has(parts):
-    data = open_dataset(str(parts), flag=FLAG)
+    data = open_train_dataset(str(parts))
     ofrecord_util.check_labels(data, num_classes=4, path=str(parts))
     if data.num_classes is not None:
         with pytest.raises(UsageError, match="--num_classes=3"):

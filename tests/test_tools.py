@@ -1,6 +1,6 @@
 """Making data: the OFRecord writer, the tools on it, and what data/ ships."""
 
-import oneflow_quietly  # noqa: F401
+import oneflow_setup  # noqa: F401
 
 import gzip
 import hashlib

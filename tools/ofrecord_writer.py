@@ -73,7 +73,7 @@ class PartReport:
 @functools.lru_cache(maxsize=1)
 def record_class():
     """OneFlow's message class; imported on demand, since that loads the native library."""
-    import oneflow_quietly  # noqa: F401
+    import oneflow_setup  # noqa: F401
 
     from oneflow.core.record.record_pb2 import OFRecord
 

@@ -1,0 +1,12 @@
+#!/bin/sh
+# Scores a snapshot on DATA_ROOT/validation, three times over:
+#   sh evaluate.sh
+#   MODEL_LOAD_DIR=output/snapshots/mine/snapshot_last DATA_ROOT=data/imagenet/ofrecord sh evaluate.sh
+# Flags are those of of_cnn_evaluate.py; yours come last and win.
+set -eu
+cd "$(dirname "$0")"
+. ./env.sh
+
+exec "$python" of_cnn_evaluate.py --num_epochs=3 \
+    ${MODEL_LOAD_DIR:+"--model_load_dir=$MODEL_LOAD_DIR"} \
+    "--val_data_dir=${DATA_ROOT:-data/imagenet/ofrecord}/validation" "$@"

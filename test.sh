@@ -1,0 +1,9 @@
+#!/bin/sh
+# Runs the tests; any argument goes to pytest:
+#   sh test.sh
+#   sh test.sh tests/test_env.py -k moved
+set -eu
+cd "$(dirname "$0")"
+. ./env.sh
+
+exec "$python" -m pytest "$@"

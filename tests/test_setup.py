@@ -1,0 +1,41 @@
+"""What oneflow_setup does before OneFlow is loaded."""
+
+import oneflow_setup
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from small import ROOT
+
+AMD = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t\t: fpu sse2 avx avx2 fma\n"
+
+
+def test_blas_kernels_are_chosen_for_amd_with_avx2_only():
+    assert oneflow_setup.openblas_core(AMD) == "Zen"
+    assert oneflow_setup.openblas_core(AMD.replace("AuthenticAMD", "GenuineIntel")) is None
+    assert oneflow_setup.openblas_core(AMD.replace("avx2 ", "")) is None
+    assert oneflow_setup.openblas_core("processor : 0\nFeatures : asimd") is None
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True, text=True
+    )
+
+
+def test_a_choice_of_the_user_stands():
+    code = "import os, oneflow_setup; print(os.environ['OPENBLAS_CORETYPE'])"
+    assert run(code, OPENBLAS_CORETYPE="Haswell").stdout == "Haswell\n"
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is an NVIDIA driver here")
+def test_only_the_harmless_lines_are_held_back():
+    code = "import oneflow_setup, oneflow; oneflow.zeros(1)"
+    assert run(code).stderr == ""
+    broken = "import sys; sys.modules['oneflow._oneflow_internal'] = None; import oneflow_setup"
+    failed = run(broken)
+    assert failed.returncode == 1
+    assert "ModuleNotFoundError" in failed.stderr

@@ -1,0 +1,14 @@
+#!/bin/sh
+# Trains ResNet-50 on synthetic data, or on DATA_ROOT/train, validated on DATA_ROOT/validation:
+#   sh train.sh
+#   DATA_ROOT=data/imagenet/ofrecord NUM_EPOCH=90 sh train.sh --batch_size_per_device=128
+# Flags are those of of_cnn_train_val.py; yours come last and win.
+set -eu
+cd "$(dirname "$0")"
+. ./env.sh
+
+if [ -n "${DATA_ROOT:-}" ]; then
+    set -- "--train_data_dir=$DATA_ROOT/train" "--val_data_dir=$DATA_ROOT/validation" "$@"
+fi
+exec "$python" of_cnn_train_val.py --save_init --loss_print_every_n_iter=10 \
+    ${NUM_EPOCH:+"--num_epoch=$NUM_EPOCH"} "$@"
