@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 
 import numpy as np
 import oneflow as flow
@@ -76,12 +77,17 @@ def local(tensor) -> flow.Tensor:
     return tensor
 
 
-def prepare_save_dir(save_dir: str) -> None:
-    """Make the directory that snapshots go to, and see that it can be written.
+def prepare_save_dir(save_dir: str | None) -> str:
+    """Make the directory that snapshots go to, see that it can be written, and return it.
 
-    Raises UsageError where it cannot, or where it holds the snapshots of another run.
+    Unless one is given it is a new one under SNAPSHOT_ROOT, named after the time; of two runs that
+    start within one second the later has `-2` behind it.
+
+    Raises UsageError where it cannot be written, or holds the snapshots of another run.
     """
     try:
+        if save_dir is None:
+            return make_timed_dir()
         os.makedirs(save_dir, exist_ok=True)
         probe = os.path.join(save_dir, f".{PREFIX}probe-{os.getpid()}")
         with open(probe, "w"):
@@ -90,13 +96,26 @@ def prepare_save_dir(save_dir: str) -> None:
         held = sorted(name for name in os.listdir(save_dir) if name.startswith(PREFIX))
     except OSError as error:
         raise UsageError(
-            f"--model_save_dir: cannot write to {save_dir}: {error.strerror}"
+            f"--model_save_dir: cannot write to {error.filename}: {error.strerror}; give another"
         ) from None
     if held:
         raise UsageError(
             f"--model_save_dir: {save_dir} already holds {held[0]} of another run; nothing is "
             "overwritten, so give another directory"
         )
+    return save_dir
+
+
+def make_timed_dir() -> str:
+    stamp = datetime.now().strftime("%Y%m%d%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        path = f"./{SNAPSHOT_ROOT}/model_save-{stamp}{suffix}"
+        try:
+            os.makedirs(path)
+            return path
+        except FileExistsError:
+            continue
+    raise RunError(f"{path} and 998 more are taken; name one with --model_save_dir")
 
 
 def save_snapshot(save_dir: str, name: str, model: nn.Module, snapshot: Snapshot) -> str:
@@ -109,7 +128,7 @@ def save_snapshot(save_dir: str, name: str, model: nn.Module, snapshot: Snapshot
     try:
         os.makedirs(temporary)
         write_durably(os.path.join(temporary, WEIGHTS), save(state_arrays(model)))
-        text = json.dumps(asdict(snapshot), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(asdict(snapshot), indent=2) + "\n"
         write_durably(os.path.join(temporary, DESCRIPTION), text.encode())
         sync_directory(temporary)
         os.rename(temporary, path)
@@ -130,7 +149,9 @@ def find_snapshot(model_load_dir: str | None) -> str:
     """
     if model_load_dir is not None:
         if not os.path.isdir(model_load_dir):
-            raise UsageError(f"--model_load_dir: there is no directory {model_load_dir}")
+            raise UsageError(
+                f"--model_load_dir: there is no directory {model_load_dir}; check the path"
+            )
         return model_load_dir
     found = []
     for directory, names, _ in os.walk(SNAPSHOT_ROOT):
@@ -193,7 +214,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     """
     file_path = os.path.join(path, WEIGHTS)
     try:
-        return load_file(file_path)
+        weights = load_file(file_path)
     except FileNotFoundError:
         raise RunError(
             f"{path} is no snapshot, or only part of one: it holds no {WEIGHTS}"
@@ -202,6 +223,12 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
         raise RunError(
             f"{file_path} is damaged or cut off ({error}); use another snapshot"
         ) from None
+    except (TypeError, KeyError) as error:  # a number format that numpy has not
+        raise RunError(f"{file_path} is not of float32: {error}") from None
+    for name, array in weights.items():
+        if array.dtype != np.float32:
+            raise RunError(f"{file_path}: {name} is {array.dtype}, and float32 is needed")
+    return weights
 
 
 def load_weights(model: nn.Module, weights: dict[str, np.ndarray], *, path: str) -> None:

@@ -9,11 +9,11 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 BATCH_SIZE_PER_DEVICE = 64
+MAX_CLASSES = 1_000_000  # more is a slip of the keyboard, or a label that is none
 SYNTHETIC_STEPS_PER_EPOCH = 30
 # What a run on synthetic data takes on a CPU, so that a first try ends in about a minute.
 CPU_TRIAL = {"image_size": 64, "batch_size_per_device": 8, "num_epochs": 2}
@@ -23,6 +23,14 @@ SNAPSHOT_ROOT = os.path.join("output", "snapshots")
 # NVIDIA's and OneFlow's ResNet-50 v1.5; adam: its paper's 0.001; rmsprop: 0.045 at batch 1600, of
 # the Inception-v3 paper (arXiv:1512.00567).
 LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072}
+# Flags that some kinds of data ignore, with their defaults.
+DATA_DEFAULTS = {
+    "random_area": (0.08, 1.0),
+    "random_aspect_ratio": (3 / 4, 4 / 3),
+    "random_flip": 0.5,
+    "shuffle_buffer_size": 1024,
+    "val_batch_size_per_device": 50,
+}
 EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
 
 
@@ -39,15 +47,25 @@ class RunError(Exception):
 
 
 def run_main(main: Callable[[], None]) -> int:
-    """Call `main` and return the exit status; our own errors and Ctrl-C become one line."""
+    """Call `main` and return the exit status; what the user or the system did becomes one line."""
     try:
         main()
+        sys.stdout.flush()
     except (UsageError, RunError) as error:
         report(error)
         return error.exit_status
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        report("interrupted")
         return 130
+    except MemoryError as error:
+        report(f"out of memory: {error}")
+        return 1
+    except BrokenPipeError:  # `| head`: whoever read our lines has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
+        return 1
+    except OSError as error:
+        report(f"{error.strerror}: {error.filename}" if error.filename else error)
+        return 1
     return 0
 
 
@@ -57,6 +75,13 @@ def report(error: object) -> None:
     print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any; other help texts say what happens without the flag."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser without abbreviations whose errors are one line, exit status 2."""
 
@@ -64,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
         )
 
     def error(self, message: str):
@@ -91,8 +116,9 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
         except ValueError:
             noun = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {noun}") from None
-        in_range = (low < value if above else low <= value) and value <= high
-        if not in_range or math.isinf(value):
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} must be finite")
+        if not (low < value if above else low <= value) or not value <= high:
             upper = "" if high == math.inf else f" and at most {high:g}"
             lower = f"{'above' if above else 'at least'} {low:g}"
             raise argparse.ArgumentTypeError(f"{text} must be {lower}{upper}")
@@ -148,19 +174,18 @@ def optimizer_name(text: str) -> str:
 
 def add_model_flags(parser: Parser, models: Iterable[str], *, from_snapshot: bool) -> None:
     group = parser.add_argument_group("model")
-    default = "as in the snapshot" if from_snapshot else "the model's own"
+    default = "as in the snapshot" + ("" if from_snapshot else ", else the model's own")
     group.add_argument(
         "--model",
         choices=sorted(models),
-        help="network; unless given, that of the snapshot" if from_snapshot else "network",
-        default=None if from_snapshot else "resnet50",
+        help="network; unless given, that of the snapshot"
+        + ("" if from_snapshot else ", or resnet50 without --model_load_dir"),
     )
     group.add_argument(
         "--num_classes",
-        type=number(int, 1),
+        type=number(int, 1, MAX_CLASSES),
         help="length of the logits; unless given, as in the snapshot"
-        if from_snapshot
-        else "length of the logits; unless given, as in the manifest of the training data, or 1000",
+        + ("" if from_snapshot else ", else as in the manifest of the training data, else 1000"),
     )
     group.add_argument(
         "--image_size",
@@ -239,27 +264,27 @@ def add_train_data_flags(parser: Parser) -> None:
     group.add_argument(
         "--random_area",
         type=interval(0, 1),
-        default=(0.08, 1.0),
+        default=DATA_DEFAULTS["random_area"],
         metavar="MIN,MAX",
         help="random crop: share of the image's area",
     )
     group.add_argument(
         "--random_aspect_ratio",
         type=interval(0),
-        default=(3 / 4, 4 / 3),
+        default=DATA_DEFAULTS["random_aspect_ratio"],
         metavar="MIN,MAX",
         help="random crop: width over height",
     )
     group.add_argument(
         "--random_flip",
         type=number(float, 0, 1),
-        default=0.5,
+        default=DATA_DEFAULTS["random_flip"],
         help="probability of a mirror image",
     )
     group.add_argument(
         "--shuffle_buffer_size",
         type=number(int, 1),
-        default=1024,
+        default=DATA_DEFAULTS["shuffle_buffer_size"],
         help="records among which OneFlow's OFRecord reader draws the next one",
     )
 
@@ -283,7 +308,7 @@ def add_val_data_flags(parser: Parser) -> None:
     group.add_argument(
         "--val_batch_size_per_device",
         type=number(int, 1),
-        default=50,
+        default=DATA_DEFAULTS["val_batch_size_per_device"],
         help="validation images per device and step; the figures do not depend on it",
     )
     group.add_argument(
@@ -514,6 +539,26 @@ def check_optimizer_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--lr_step_epochs={args.lr_step_epochs} must rise from left to right")
 
 
+def check_data_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that the chosen kind of data would ignore."""
+
+    def refuse(flags: Iterable[str], why: str) -> None:
+        for flag in flags:
+            if getattr(args, flag) != DATA_DEFAULTS.get(flag):
+                raise UsageError(f"--{flag} {why}; leave it out")
+
+    if args.train_data_dir is None:
+        of_parts = ("train_data_part_num", "val_data_dir", "val_data_part_num")
+        refuse(of_parts, "needs --train_data_dir, and without it data are synthetic")
+        refuse(DATA_DEFAULTS, "has no effect on synthetic data")
+        return
+    if args.train_data_dir.endswith(".npz"):
+        refuse(("shuffle_buffer_size",), "has no effect on an .npz file, shuffled as a whole")
+    if args.val_data_dir is None:
+        of_validation = ("val_data_part_num", "num_val_examples", "val_batch_size_per_device")
+        refuse(of_validation, "needs --val_data_dir")
+
+
 def finish_train_args(args: argparse.Namespace, *, device: str) -> list[str]:
     """Fill in the defaults of the training script that depend on the device and the data.
 
@@ -521,15 +566,9 @@ def finish_train_args(args: argparse.Namespace, *, device: str) -> list[str]:
     """
     notices = []
     check_optimizer_flags(args)
+    check_data_flags(args)
     synthetic = args.train_data_dir is None
-    if synthetic:
-        for flag in ("train_data_part_num", "val_data_dir", "val_data_part_num"):
-            if getattr(args, flag) is not None:
-                raise UsageError(f"--{flag} needs --train_data_dir; without it data are synthetic")
-    elif args.val_data_dir is None:
-        for flag in ("val_data_part_num", "num_val_examples"):
-            if getattr(args, flag) is not None:
-                raise UsageError(f"--{flag} needs --val_data_dir")
+    if not synthetic and args.val_data_dir is None:
         notices.append("No --val_data_dir: training without validation.")
     if synthetic and device == "cpu":
         taken = {flag: value for flag, value in CPU_TRIAL.items() if getattr(args, flag) is None}
@@ -557,9 +596,11 @@ def finish_train_args(args: argparse.Namespace, *, device: str) -> list[str]:
             f"--lr_step_epochs={args.lr_step_epochs[0]:g},... falls within --warmup_epochs="
             f"{args.warmup_epochs:g}; steps must come after the warm-up"
         )
-    if args.model_save_dir is None:
-        stamp = datetime.now().strftime("%Y%m%d%H%M%S")
-        args.model_save_dir = f"./{SNAPSHOT_ROOT}/model_save-{stamp}"
+    if args.lr_decay == "step" and args.lr_step_epochs[0] >= args.num_epochs:
+        notices.append(
+            f"The learning rate never drops: --lr_step_epochs begins at {args.lr_step_epochs[0]:g} "
+            f"and there are {args.num_epochs} epochs."
+        )
     return notices
 
 
@@ -589,19 +630,29 @@ def epochs_to_steps(
     global_batch_size: int,
     num_epochs: int,
     warmup_epochs: float = 0,
-    lr_step_epochs: Iterable[float] = (),
+    lr_step_epochs: Sequence[float] = (),
     lr_decay_epochs: float = 1.0,
 ) -> Plan:
     """Turn durations in epochs into steps. An epoch ends with the step that completes the data.
+
+    Raises UsageError where two of `lr_step_epochs` are the same step.
 
     >>> epochs_to_steps(num_examples=1281167, global_batch_size=256, num_epochs=90).total_steps
     450450
     """
     steps_per_epoch = math.ceil(num_examples / global_batch_size)
+    total_steps = steps_per_epoch * num_epochs
+    milestones = tuple(round(steps_per_epoch * epoch) for epoch in lr_step_epochs)
+    if len(set(milestones)) < len(milestones):
+        raise UsageError(
+            f"--lr_step_epochs={','.join(f'{epoch:g}' for epoch in lr_step_epochs)}: two of them "
+            f"are the same iteration, as an epoch has {steps_per_epoch}"
+        )
     return Plan(
         steps_per_epoch=steps_per_epoch,
-        total_steps=steps_per_epoch * num_epochs,
-        warmup_steps=round(steps_per_epoch * warmup_epochs),
-        step_milestones=tuple(round(steps_per_epoch * epoch) for epoch in lr_step_epochs),
+        total_steps=total_steps,
+        # At least one step is left for the schedule after it.
+        warmup_steps=min(round(steps_per_epoch * warmup_epochs), total_steps - 1),
+        step_milestones=milestones,
         exponential_steps=steps_per_epoch * lr_decay_epochs,
     )

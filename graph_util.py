@@ -8,8 +8,8 @@ import oneflow as flow
 from oneflow import nn
 
 from checkpoint_util import local
-from config import UsageError
-from metric_util import Counts, notice
+from config import RunError, UsageError
+from metric_util import Counts, limit_run_ahead, notice
 from ofrecord_util import to_device
 
 
@@ -38,7 +38,8 @@ def place(model: nn.Module, device: str) -> nn.Module:
 def hits(logits, label, top_k: int):
     """Whether each label is the first, or among the first `top_k`, of its logits.
 
-    Equal logits rank by class number; see `metric_util.rank_of_label`, which this equals.
+    Equal logits rank by class number, and a NaN is beaten by nothing and beats nothing, so that a
+    network that gives the same for every class is not counted as right.
 
     Args:
         logits: (N, C) float.
@@ -101,9 +102,9 @@ class TrainGraph(nn.Graph):
 
 
 class EvalGraph(nn.Graph):
-    """Hits of one batch: two int32 scalars, over the rows whose `counted` is 1.
+    """Top-1 hits, top-k hits and labels outside the classes, over the rows whose `counted` is 1.
 
-    It shares the model with a training graph and follows its updates.
+    Three int32 scalars. It shares the model with a training graph and follows its updates.
     """
 
     def __init__(self, model: nn.Module, loader: nn.Module, *, top_k: int):
@@ -116,11 +117,10 @@ class EvalGraph(nn.Graph):
     def build(self, counted, *batch):
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         logits = self.model(image)  # (N, C)
-        # A label the network has no class for is a miss.
         valid = flow.logical_and(label >= 0, label < logits.shape[1]).to(dtype=flow.int32)
         top_1, top_k = hits(logits, label * valid, self.top_k)
-        counted = counted * valid
-        return (top_1 * counted).sum(), (top_k * counted).sum()
+        bad_labels = ((1 - valid) * counted).sum()
+        return (top_1 * counted).sum(), (top_k * counted).sum(), bad_labels
 
 
 class PredictGraph(nn.Graph):
@@ -183,7 +183,7 @@ class Evaluator:
     def round(self) -> tuple[Counts, float]:
         """Counts over `num_examples` samples, and the seconds it took (without compilation).
 
-        Leaves the model in evaluation mode.
+        Leaves the model in evaluation mode. Raises RunError where a label is outside the classes.
         """
         self.model.eval()
         start = time.perf_counter()
@@ -194,11 +194,16 @@ class Evaluator:
             counted = (row < self.available) & (record < self.num_examples)
             mask = to_device(counted.astype(np.int32), self.placement)
             outputs.append(self.graph(mask, *next(self.batches)))
+            limit_run_ahead(outputs)
             if self.position == 0 and batch_number == 0:
                 start = time.perf_counter()  # that call compiled the graph
         self.position += self.num_batches * self.batch_size
-        counts = Counts()
-        for top_1, top_k in outputs:
-            counts.add(top_1.numpy(), top_k.numpy(), 0)
-        counts.samples = self.num_examples
-        return counts, time.perf_counter() - start
+        totals = np.array([[value.numpy() for value in output] for output in outputs]).sum(axis=0)
+        seconds = time.perf_counter() - start
+        top_1, top_k, bad_labels = totals.tolist()
+        if bad_labels:
+            raise RunError(
+                f"the validation data have {bad_labels} labels outside the network's classes; they "
+                "are of another data set than the network"
+            )
+        return Counts(top_1, top_k, self.num_examples), seconds

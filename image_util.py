@@ -9,6 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from config import RunError, UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+MAX_RESIZED_PIXELS = 1 << 26  # 200 MB
 CLASSES_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data/imagenet_classes.txt")
 
 
@@ -30,7 +31,11 @@ def find_images(paths: list[str]) -> list[str]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            names = sorted(n for n in os.listdir(path) if n.lower().endswith(IMAGE_SUFFIXES))
+            try:
+                held = os.listdir(path)
+            except OSError as error:
+                raise UsageError(f"--image_path: cannot read {path}: {error.strerror}") from None
+            names = sorted(name for name in held if name.lower().endswith(IMAGE_SUFFIXES))
             if not names:
                 raise UsageError(
                     f"--image_path: the directory {path} holds no images "
@@ -40,7 +45,7 @@ def find_images(paths: list[str]) -> list[str]:
         elif os.path.exists(path):
             found.append(path)
         else:
-            raise UsageError(f"--image_path: there is no file or directory {path}")
+            raise UsageError(f"--image_path: there is no file or directory {path}; check the path")
     return found
 
 
@@ -81,12 +86,15 @@ def center_crop(image: Image.Image, *, resize_shorter: int, size: int) -> np.nda
 
     The shorter side is resized to `resize_shorter` pixels, bilinear, then the centre is cut out;
     what the picture lacks where that is less than `size` is black.
+
+    Raises RunError for a picture so elongated that resizing it would fill the memory.
     """
     width, height = image.size
     scale = resize_shorter / min(width, height)
-    resized = image.resize(
-        (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR
-    )
+    target = (round(width * scale), round(height * scale))
+    if target[0] * target[1] > MAX_RESIZED_PIXELS:
+        raise RunError(f"a picture of {width} x {height} pixels is too long for its width")
+    resized = image.resize(target, Image.Resampling.BILINEAR)
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
@@ -96,11 +104,15 @@ def load_image(path: str, preprocessing: Preprocessing) -> np.ndarray:
 
     It is the transform of validation. Raises RunError as `open_image`.
     """
-    pixels = center_crop(
-        open_image(path),
-        resize_shorter=preprocessing.resize_shorter,
-        size=preprocessing.image_size,
-    )
+    image = open_image(path)
+    try:
+        pixels = center_crop(
+            image,
+            resize_shorter=preprocessing.resize_shorter,
+            size=preprocessing.image_size,
+        )
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from None
     mean = np.asarray(preprocessing.rgb_mean, np.float32)
     std = np.asarray(preprocessing.rgb_std, np.float32)
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1), np.float32)
@@ -108,11 +120,10 @@ def load_image(path: str, preprocessing: Preprocessing) -> np.ndarray:
 
 def class_names(num_classes: int, known: tuple[str, ...] | None) -> list[str]:
     """A name for every class: those of the snapshot, else ImageNet's for 1000, else numbers."""
-    if known is not None and len(known) >= num_classes:
-        return list(known)
-    if num_classes == 1000:
+    if known is None and num_classes == 1000:
         return imagenet_classes()
-    return [f"class {i}" for i in range(num_classes)]
+    names = list(known or ())[:num_classes]
+    return names + [f"class {i}" for i in range(len(names), num_classes)]
 
 
 def imagenet_classes() -> list[str]:

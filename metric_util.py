@@ -11,6 +11,8 @@ import numpy as np
 
 from config import UsageError
 
+RUN_AHEAD = 2  # steps; enough for the next to be there when one ends
+
 
 @dataclass
 class Counts:
@@ -31,26 +33,6 @@ class Counts:
     def as_metrics(self) -> dict[str, float | int]:
         top_1, top_k = self.accuracies()
         return {"val_top_1": top_1, "val_top_k": top_k, "num_val_examples": self.samples}
-
-
-def rank_of_label(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """How many classes come before the label's: 0 is a top-1 hit, below k a top-k hit.
-
-    Equal logits rank by class number, and a NaN is beaten by nothing and beats nothing, so that a
-    network that gives the same for every class is not counted as right. This is the host's twin of
-    `graph_util.hits`.
-
-    Args:
-        logits: (N, C) float.
-        label: (N,) integers.
-
-    Returns:
-        (N,) integers, 0 to C.
-    """
-    own = np.take_along_axis(logits, label[:, None], axis=1)  # (N, 1)
-    later = np.arange(logits.shape[1]) >= label[:, None]
-    beaten = (own > logits) | ((own == logits) & later)  # the label's own class counts as beaten
-    return logits.shape[1] - beaten.sum(axis=1)
 
 
 def train_line(epoch: int, iteration: int, loss: float, counts: Counts, seconds: float) -> str:
@@ -98,10 +80,20 @@ def open_log(directory: str | None, script: str) -> Log:
     return log
 
 
+def limit_run_ahead(outputs: list) -> None:
+    """Wait for the step that lies RUN_AHEAD before the newest of `outputs`, lists of scalars.
+
+    Calling a graph only asks for a step. Without a limit the host would ask for all of them, with
+    their inputs in memory, and could not be interrupted before the last is done.
+    """
+    if len(outputs) > RUN_AHEAD:
+        outputs[-1 - RUN_AHEAD][0].numpy()
+
+
 class Meter:
     """Gathers what training steps return, untouched on the device, until a line is due.
 
-    Reading a result waits for its step; doing so only when a line is due lets the steps run on.
+    All are read when a line is due; until then the host stays RUN_AHEAD steps before the device.
     """
 
     def __init__(self, batch_size: int):
@@ -118,6 +110,7 @@ class Meter:
 
     def add(self, step_output) -> None:
         self.pending.append(step_output)
+        limit_run_ahead(self.pending)
 
     def read(self) -> tuple[float, Counts, int, float]:
         """Mean loss, hits, number of labels out of range, and seconds since the last `restart`.

@@ -34,13 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     for text in config.finish_train_args(args, device=device):
         notice(text)
     train_data, val_data = open_data(args)
-    args.num_classes = choose_num_classes(args, train_data, val_data)
+    snapshot = describe_run(args, train_data, val_data)
     plan = make_plan(args, train_data)
-    snapshot = describe_run(args, train_data)
-    flow.manual_seed(args.seed)
-    model = graph_util.place(build_model(args), device)
-    checkpoint_util.prepare_save_dir(args.model_save_dir)
+    model = graph_util.place(build_model(args, snapshot), device)
     log = metric_util.open_log(args.log_dir, "of_cnn_train_val")
+    args.model_save_dir = checkpoint_util.prepare_save_dir(args.model_save_dir)
 
     train_graph, batches = build_training(args, train_data, model, snapshot, plan, device, log)
     evaluator = build_evaluator(args, val_data, model, snapshot, device, log)
@@ -48,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     meter = Meter(global_batch_size(args))
     for epoch in range(args.num_epochs):
         model.train()
-        train_epoch(args, epoch, train_graph, batches, plan.steps_per_epoch, meter, log)
+        train_epoch(args, epoch, train_graph, batches, plan, meter, log)
         snapshot.epoch, snapshot.step = epoch, (epoch + 1) * plan.steps_per_epoch
         if evaluator is not None:
             counts, seconds = evaluator.round()
@@ -101,18 +99,6 @@ def open_data(args: Namespace) -> tuple[Dataset | None, Dataset | None]:
     return train_data, val_data
 
 
-def choose_num_classes(
-    args: Namespace, train_data: Dataset | None, val_data: Dataset | None
-) -> int:
-    """--num_classes, else what the training data say, else 1000; checked against the data."""
-    known = None if train_data is None else train_data.num_classes
-    num_classes = args.num_classes or known or 1000
-    for data, path in ((train_data, args.train_data_dir), (val_data, args.val_data_dir)):
-        if data is not None:
-            ofrecord_util.check_labels(data, num_classes=num_classes, path=path)
-    return num_classes
-
-
 def make_plan(args: Namespace, train_data: Dataset | None) -> Plan:
     """Epochs as steps; prints the learning rate where it was not given."""
     batch_size = global_batch_size(args)
@@ -134,35 +120,51 @@ def make_plan(args: Namespace, train_data: Dataset | None) -> Plan:
     )
 
 
-def describe_run(args: Namespace, train_data: Dataset | None) -> Snapshot:
-    """What snapshots of this run will say of themselves."""
+def describe_run(args: Namespace, train_data: Dataset | None, val_data: Dataset | None) -> Snapshot:
+    """What snapshots of this run will say of themselves.
+
+    Model, class count and preprocessing are those of the flags, else of the snapshot to start from,
+    else of the training data and the table of models.
+    """
+    start = None
+    if args.model_load_dir is not None:
+        start = checkpoint_util.read_description(checkpoint_util.find_snapshot(args.model_load_dir))
+        checkpoint_util.check_fits(
+            start, model=args.model, num_classes=args.num_classes, path=args.model_load_dir
+        )
+    model = args.model or (start.model if start else "resnet50")
+    known = None if train_data is None else train_data.num_classes
+    num_classes = args.num_classes or (start.num_classes if start else known)
+    if num_classes is None:
+        num_classes = 1000
+        if train_data is not None:
+            notice(f"Classes: 1000 ({args.train_data_dir} does not say; see --num_classes).")
+    for data, path in ((train_data, args.train_data_dir), (val_data, args.val_data_dir)):
+        if data is not None:
+            ofrecord_util.check_labels(data, num_classes=num_classes, path=path)
+    classes = None if train_data is None else train_data.classes
     return Snapshot(
-        model=args.model,
-        num_classes=args.num_classes,
-        preprocessing=model_util.preprocessing(
-            args.model,
+        model=model,
+        num_classes=num_classes,
+        preprocessing=model_util.override(
+            start.preprocessing if start else model_util.preprocessing(model),
             image_size=args.image_size,
             resize_shorter=args.resize_shorter,
             rgb_mean=args.rgb_mean,
             rgb_std=args.rgb_std,
         ),
-        classes=None if train_data is None else train_data.classes,
+        classes=classes or (start.classes if start else None),
         flags=vars(args),
         versions=checkpoint_util.versions(),
     )
 
 
-def build_model(args: Namespace) -> nn.Module:
-    """The network with initial weights, or with those of --model_load_dir."""
-    model = model_util.MODELS[args.model].build(args.num_classes)
+def build_model(args: Namespace, snapshot: Snapshot) -> nn.Module:
+    """The network with initial weights drawn by --seed, or with those of --model_load_dir."""
+    flow.manual_seed(args.seed)
+    model = model_util.MODELS[snapshot.model].build(snapshot.num_classes)
     if args.model_load_dir is not None:
         path = checkpoint_util.find_snapshot(args.model_load_dir)
-        checkpoint_util.check_fits(
-            checkpoint_util.read_description(path),
-            model=args.model,
-            num_classes=args.num_classes,
-            path=path,
-        )
         checkpoint_util.load_weights(model, checkpoint_util.read_weights(path), path=path)
     return model
 
@@ -231,7 +233,7 @@ def synthetic_loader(
 ) -> ofrecord_util.SyntheticLoader:
     return ofrecord_util.SyntheticLoader(
         batch_size=batch_size,
-        num_classes=args.num_classes,
+        num_classes=snapshot.num_classes,
         image_size=snapshot.preprocessing.image_size,
         seed=args.seed,
         device=device,
@@ -281,8 +283,7 @@ def start(args: Namespace, model: nn.Module, snapshot: Snapshot, log: Log) -> No
         save(args, "initial_model", model, snapshot, log)
     if args.model_load_dir is None:
         log("Init model on demand.")
-    if flow.env.get_rank() == 0:
-        notice("Compiling the training graph; on a CPU this takes 5 to 30 seconds.")
+    notice("Compiling the training graph; on a CPU this takes 5 to 30 seconds.")
 
 
 def save(args: Namespace, name: str, model: nn.Module, snapshot: Snapshot, log: Log) -> None:
@@ -295,17 +296,17 @@ def train_epoch(
     epoch: int,
     graph: graph_util.TrainGraph,
     batches: Iterator[tuple],
-    steps: int,
+    plan: Plan,
     meter: Meter,
     log: Log,
 ) -> None:
-    """One epoch. Results are read from the device only when a line is due."""
+    """One epoch. A line is printed at each interval and at the end."""
     meter.restart()
-    for iteration in range(1, steps + 1):
+    for iteration in range(1, plan.steps_per_epoch + 1):
         meter.add(graph(*next(batches)))
         if epoch == 0 and iteration == 1:
             meter.restart_clock()  # that call compiled the graph
-        if iteration % args.loss_print_every_n_iter == 0 or iteration == steps:
+        if iteration % args.loss_print_every_n_iter == 0 or iteration == plan.steps_per_epoch:
             loss, counts, bad_labels, seconds = meter.read()
             check_step(args, epoch, iteration, loss, bad_labels)
             log(metric_util.train_line(epoch, iteration, loss, counts, seconds))
@@ -317,8 +318,8 @@ def check_step(args: Namespace, epoch: int, iteration: int, loss: float, bad_lab
     )
     if bad_labels:
         raise RunError(
-            f"{args.train_data_dir} has labels outside 0 to {args.num_classes - 1}: {bad_labels} "
-            f"{where}; give a larger --num_classes or mend the data"
+            f"{args.train_data_dir} has {bad_labels} labels outside the network's classes {where}; "
+            "give a larger --num_classes or mend the data"
         )
     if not math.isfinite(loss):
         raise RunError(

@@ -11,11 +11,15 @@ with N the global batch size. OFRecord loaders read inside the graph by OneFlow'
 their `batches` yields nothing to pass in.
 """
 
+import io
 import itertools
 import json
 import os
 import re
 import struct
+import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,16 +31,17 @@ from oneflow import nn
 from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
-from config import RunError, UsageError
+from config import MAX_CLASSES, RunError, UsageError
 from image_util import Preprocessing, center_crop
 
 MANIFEST = "manifest.json"
 PART_PREFIX = "part-"
-JPEG_START = b"\xff\xd8"
 MAX_RECORD_BYTES = 1 << 30  # a longer length is garbage, not an image
 # Walking length fields costs microseconds a record from a warm cache, a seek from a cold disk. Up
 # to this many records it is done although a manifest vouches for the parts.
 ALWAYS_WALK = 200_000
+# Looking into records reads them whole. Up to this size every record is looked into.
+ALWAYS_LOOK_BYTES = 256 << 20
 WALKING_THREADS = 16  # parts are walked side by side, for storage with a long latency
 
 
@@ -52,6 +57,7 @@ class Shards:
     part_counts: tuple[int, ...]  # records of each part
     num_classes: int | None  # as in the manifest; None without one
     classes: tuple[str, ...] | None
+    max_label: int | None  # the largest that was seen; None where not every record was looked at
 
     @property
     def num_examples(self) -> int:
@@ -68,7 +74,8 @@ def check_shards(directory: str, *, flag: str, part_num: int | None = None) -> S
     """Check the OFRecord parts of `directory` and count their records.
 
     With a manifest, parts are compared with it, and the record framing is walked as well unless
-    there are more than ALWAYS_WALK records; without one it is always walked.
+    there are more than ALWAYS_WALK records. Without one the framing is always walked, and the
+    records are looked into: all of them up to ALWAYS_LOOK_BYTES, else the first of each part.
 
     Args:
         flag: the flag that named the directory, for messages.
@@ -76,19 +83,12 @@ def check_shards(directory: str, *, flag: str, part_num: int | None = None) -> S
 
     Raises:
         UsageError: the directory or a part is missing, or `part_num` is more than there is.
-        RunError: a part or the manifest is damaged.
+        RunError: a part or the manifest is damaged, or a part is of another kind.
     """
     names, suffix_length = list_parts(directory, flag=flag)
     manifest = read_manifest(directory)
     if manifest is not None:
-        listed = [part["name"] for part in manifest["parts"]]
-        for name in listed:
-            if name not in names:
-                raise UsageError(
-                    f"{flag}: {os.path.join(directory, name)} is missing; its manifest lists "
-                    f"{len(listed)} parts: copy it again, or make the data set anew"
-                )
-        names = listed
+        compare_names(names, manifest, directory=directory, flag=flag)
     if part_num is not None:
         if part_num > len(names):
             raise UsageError(
@@ -96,42 +96,65 @@ def check_shards(directory: str, *, flag: str, part_num: int | None = None) -> S
                 "most that, or leave the flag out"
             )
         names = names[:part_num]
-    counts: list[int]
-    walk = True
-    if manifest is not None:
-        parts = manifest["parts"][: len(names)]
-        counts = [part["num_examples"] for part in parts]
-        for part in parts:
-            path = os.path.join(directory, part["name"])
-            size = os.path.getsize(path)
-            if size != part["num_bytes"]:
-                raise RunError(
-                    f"{path} has {size} bytes and its manifest says {part['num_bytes']}: it was "
-                    "cut off or changed; copy it again, or make the data set anew"
-                )
-        walk = sum(counts) <= ALWAYS_WALK
-    if walk:
-        paths = [os.path.join(directory, name) for name in names]
-        with ThreadPoolExecutor(WALKING_THREADS) as pool:
-            walked = list(pool.map(count_records, paths))
-        if manifest is not None and walked != counts:
-            i = next(i for i, (a, b) in enumerate(zip(walked, counts, strict=True)) if a != b)
-            raise RunError(
-                f"{paths[i]} holds {walked[i]} records and its manifest says {counts[i]}; make the "
-                "data set anew"
-            )
-        counts = walked
-    for name in names:
-        check_first_record(os.path.join(directory, name))
-    if sum(counts) == 0:
-        raise RunError(f"{flag}: the parts of {directory} hold no records")
+    paths = [os.path.join(directory, name) for name in names]
+    max_label = None
+    if manifest is None:
+        counts = count_all_records(paths)
+        max_label = look_into_records(paths)
+    else:
+        counts = compare_parts(paths, manifest["parts"])
+    for path, count in zip(paths, counts, strict=True):
+        if count == 0:
+            raise RunError(f"{path} holds no records, and OneFlow's reader cannot open such a part")
     return Shards(
         directory=directory,
         suffix_length=suffix_length,
         part_counts=tuple(counts),
         num_classes=None if manifest is None else manifest.get("num_classes"),
         classes=None if manifest is None else tuple(manifest.get("classes") or ()) or None,
+        max_label=max_label,
     )
+
+
+def compare_names(names: list[str], manifest: dict, *, directory: str, flag: str) -> None:
+    """Raise unless the parts in a directory are those of its manifest, in order."""
+    listed = [part["name"] for part in manifest["parts"]]
+    for name in listed:
+        if name not in names:
+            raise UsageError(
+                f"{flag}: {os.path.join(directory, name)} is missing; its manifest lists "
+                f"{len(listed)} parts: copy it again, or make the data set anew"
+            )
+    if listed != names:
+        raise RunError(
+            f"{directory} holds parts {names[0]} to {names[-1]}, and its manifest lists "
+            f"{', '.join(listed[:3])}{', ...' if len(listed) > 3 else ''}; make the data set anew"
+        )
+
+
+def compare_parts(paths: list[str], entries: list[dict]) -> list[int]:
+    """Records of each part, as its manifest says. Raises RunError where a part differs from it."""
+    counts = [entry["num_examples"] for entry in entries[: len(paths)]]
+    for path, entry in zip(paths, entries, strict=False):
+        size = os.path.getsize(path)
+        if size != entry["num_bytes"]:
+            raise RunError(
+                f"{path} has {size} bytes and its manifest says {entry['num_bytes']}: it was cut "
+                "off or changed; copy it again, or make the data set anew"
+            )
+    if sum(counts) <= ALWAYS_WALK:
+        for path, walked, count in zip(paths, count_all_records(paths), counts, strict=True):
+            if walked != count:
+                raise RunError(
+                    f"{path} holds {walked} records and its manifest says {count}; make the data "
+                    "set anew"
+                )
+    return counts
+
+
+def count_all_records(paths: list[str]) -> list[int]:
+    with ThreadPoolExecutor(WALKING_THREADS) as pool:
+        return list(pool.map(count_records, paths))
 
 
 def part_num_flag(data_dir_flag: str) -> str:
@@ -144,11 +167,16 @@ def list_parts(directory: str, *, flag: str) -> tuple[list[str], int]:
     Raises UsageError where there is no such directory, no part, or a gap in their numbers.
     """
     if not os.path.isdir(directory):
-        raise UsageError(f"{flag}: there is no directory {directory}")
+        raise UsageError(
+            f"{flag}: there is no directory {directory}; check the path, or make a data set with "
+            "tools/make_ofrecord.py or tools/make_mini_imagenet.py"
+        )
     pattern = re.compile(re.escape(PART_PREFIX) + r"(\d+)")
-    suffixes = sorted(
-        (match[1] for match in map(pattern.fullmatch, os.listdir(directory)) if match), key=int
-    )
+    try:
+        held = os.listdir(directory)
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot read {directory}: {error.strerror}") from None
+    suffixes = sorted((match[1] for match in map(pattern.fullmatch, held) if match), key=int)
     if not suffixes:
         raise UsageError(
             f"{flag}: {directory} holds no OFRecord parts ({PART_PREFIX}00000, ...); "
@@ -175,19 +203,26 @@ def read_manifest(directory: str) -> dict | None:
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-        for part in manifest["parts"]:
-            if not isinstance(part["name"], str):
-                raise TypeError("a part's name is no text")
-            int(part["num_examples"]), int(part["num_bytes"])
-        if not manifest["parts"]:
-            raise ValueError("it lists no parts")
+        well_formed = (
+            bool(manifest["parts"])
+            and all(
+                isinstance(part["name"], str)
+                and isinstance(part["num_examples"], int)
+                and isinstance(part["num_bytes"], int)
+                for part in manifest["parts"]
+            )
+            and isinstance(manifest.get("num_classes"), int | None)
+            and all(isinstance(name, str) for name in manifest.get("classes") or ())
+        )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        well_formed = False
+    if not well_formed:
         raise RunError(
-            f"{path} is not a readable manifest ({type(error).__name__}: {error}); remove it to "
-            "have the parts counted, or make the data set anew"
-        ) from None
+            f"{path} is not a manifest that can be read; remove it to have the parts counted, or "
+            "make the data set anew"
+        )
     return manifest
 
 
@@ -231,32 +266,53 @@ def walk_records(fd: int, path: str) -> int:
     return count
 
 
-def check_first_record(path: str) -> None:
-    """Raise RunError unless the first record of a part is what the loaders read.
+def look_into_records(paths: list[str]) -> int | None:
+    """See that records are what the loaders read: one JPEG in RGB, and one label.
 
-    That is `encoded`, one JPEG, and `class/label`, one int32: what tells a data set of another kind
-    from ours. tools/make_ofrecord.py looks at every image when it writes them.
+    What OneFlow's decoders meet instead ends the process, or, if it is a greyscale JPEG, is decoded
+    to noise without a word. Data that tools/make_ofrecord.py made need no such look.
+
+    Returns the largest label where every record was looked at, else None. Raises RunError, with
+    part, record and byte.
     """
-    with open(path, "rb") as file:
-        field = file.read(8)
-        if not field:  # an empty part
-            return
-        data = file.read(*struct.unpack("<q", field))
+    every = sum(map(os.path.getsize, paths)) <= ALWAYS_LOOK_BYTES
+    max_label = None
+    for path in paths:
+        with open(path, "rb") as file:
+            number = 0
+            while (every or number == 0) and (field := file.read(8)):
+                where = f"{path}: record {number}, at byte {file.tell() - 8},"
+                label = look_into_record(file.read(*struct.unpack("<q", field)), where)
+                max_label = label if max_label is None else max(label, max_label)
+                number += 1
+    return max_label if every else None
+
+
+def look_into_record(data: bytes, where: str) -> int:
+    """The label of one serialised record. Raises RunError, with `where`, if it cannot be read."""
     message = OFRecord()
     try:
-        message.ParseFromString(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of bytes left over: see below
+            message.ParseFromString(data)
         (encoded,) = message.feature["encoded"].bytes_list.value
-        (_,) = message.feature["class/label"].int32_list.value
+        (label,) = message.feature["class/label"].int32_list.value
     except (DecodeError, ValueError):
         raise RunError(
-            f"{path}: its first record is no OFRecord with one `encoded` image and one "
-            "`class/label`; make the data set with tools/make_ofrecord.py"
+            f"{where} is no OFRecord with one `encoded` image and one int32 `class/label`; make "
+            "the data set with tools/make_ofrecord.py"
         ) from None
-    if not encoded.startswith(JPEG_START):
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            kind = f"{image.mode} {image.format}"
+    except (OSError, SyntaxError, ValueError):
+        kind = "no image"
+    if kind not in ("RGB JPEG", "RGB MPO"):
         raise RunError(
-            f"{path}: the image of its first record is no JPEG, and OneFlow's decoder reads no "
-            "other; make the data set with tools/make_ofrecord.py"
+            f"{where} holds {kind}, and OneFlow's decoder reads RGB JPEG only; make the data set "
+            "with tools/make_ofrecord.py, which converts"
         )
+    return label
 
 
 def read_npz(path: str, *, flag: str) -> tuple[np.ndarray, np.ndarray]:
@@ -265,19 +321,18 @@ def read_npz(path: str, *, flag: str) -> tuple[np.ndarray, np.ndarray]:
     Raises UsageError where there is no such file, RunError where it holds something else.
     """
     if not os.path.isfile(path):
-        raise UsageError(f"{flag}: there is no file {path}")
+        raise UsageError(f"{flag}: there is no file {path}; check the path")
+    if not zipfile.is_zipfile(path):
+        raise RunError(f"{path} is not a readable .npz file: numpy.savez makes one")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
     except KeyError as error:
         raise RunError(f"{path} must hold `images` and `labels`: {error.args[0]}") from None
-    except (OSError, ValueError, EOFError, RuntimeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise RunError(f"{path} is not a readable .npz file: {error}") from None
-    except Exception as error:  # zipfile and zlib have errors of their own for damaged files
-        if type(error).__module__ not in ("zipfile", "zlib"):
-            raise
-        raise RunError(f"{path} is not a readable .npz file: {error}") from None
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+    right_shape = images.ndim == 4 and images.shape[3] == 3 and min(images.shape[1:]) > 0
+    if not right_shape or images.dtype != np.uint8:
         raise RunError(
             f"{path}: `images` is {images.shape} {images.dtype}; (N, H, W, 3) uint8 is needed"
         )
@@ -288,7 +343,11 @@ def read_npz(path: str, *, flag: str) -> tuple[np.ndarray, np.ndarray]:
         )
     if len(images) == 0:
         raise RunError(f"{path} holds no images")
-    return images, labels.astype(np.int64)
+    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
+        raise RunError(
+            f"{path}: labels run from {labels.min()} to {labels.max()}; 0, 1, ... needed"
+        )
+    return images, labels.astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -300,6 +359,7 @@ class Dataset:
     num_examples: int  # examples to use, the first so many
     num_classes: int | None  # if known
     classes: tuple[str, ...] | None  # names, if known
+    max_label: int | None  # the largest there is, if known
 
 
 def open_train_dataset(
@@ -347,13 +407,12 @@ def _open_dataset(
         if part_num is not None:
             raise UsageError(f"{part_num_flag(flag)} has no effect on {path}; leave it out")
         source = images, labels = read_npz(path, flag=flag)
-        available, classes = len(images), None
-        num_classes = int(labels.max()) + 1
-        if labels.min() < 0:
-            raise RunError(f"{path}: label {labels.min()} is below 0")
+        available, max_label, classes = len(images), int(labels.max()), None
+        num_classes = max_label + 1
     else:
         source = check_shards(path, flag=flag, part_num=part_num)
-        available, num_classes, classes = source.num_examples, source.num_classes, source.classes
+        available, max_label, classes = source.num_examples, source.max_label, source.classes
+        num_classes = source.num_classes
     if num_examples is not None and num_examples > available:
         raise UsageError(
             f"{count_flag}={num_examples}, but {path} holds {available}; give at most that, or "
@@ -365,15 +424,19 @@ def _open_dataset(
         num_examples=num_examples or available,
         num_classes=num_classes,
         classes=classes,
+        max_label=max_label,
     )
 
 
 def check_labels(dataset: Dataset, *, num_classes: int, path: str) -> None:
-    """Raise UsageError where the data set is known to have more classes than the network."""
-    if dataset.num_classes is not None and dataset.num_classes > num_classes:
+    """Raise UsageError where the data set is known to have labels that the network has not."""
+    needed = dataset.num_classes
+    if needed is None and dataset.max_label is not None:
+        needed = dataset.max_label + 1
+    if needed is not None and needed > num_classes:
         raise UsageError(
-            f"--num_classes={num_classes}, but {path} has {dataset.num_classes} classes (labels 0 "
-            f"to {dataset.num_classes - 1}); give at least --num_classes={dataset.num_classes}"
+            f"--num_classes={num_classes}, but {path} has labels up to {needed - 1}; give at least "
+            f"--num_classes={needed}"
         )
 
 
@@ -633,8 +696,9 @@ def random_crop(
 ) -> np.ndarray:
     """A random part of an (H, W, 3) uint8 image, resized to (size, size, 3) and mirrored at random.
 
-    Area and aspect ratio are drawn as in the Inception papers and as OneFlow's own decoder draws
-    them: up to ten times until the crop fits, else the whole image; bilinear.
+    Share of the area, uniform, and aspect ratio, uniform in its logarithm, are drawn up to ten
+    times until the crop fits (Szegedy et al., https://arxiv.org/abs/1409.4842); else it is the
+    whole image. Bilinear.
     """
     height, width = image.shape[:2]
     box = (0, 0, width, height)
@@ -671,8 +735,7 @@ def train_loader(
     }
     if isinstance(dataset.source, Shards):
         return OFRecordTrainLoader(dataset.source, **settings)
-    images, labels = (array[: dataset.num_examples] for array in dataset.source)
-    return ArrayTrainLoader(images, labels, **settings)
+    return ArrayTrainLoader(*dataset.source, **settings)
 
 
 def val_loader(

@@ -6,13 +6,18 @@
   warnings stay, for there they mean something.
 - The OpenBLAS in OneFlow's wheel does not know AMD's processors since Zen 3 and takes kernels from
   2007 for them. Those that it has for Zen are asked for instead: forward passes take half the time.
+- OneFlow installs a handler for SIGINT that ends the process in the middle of native code. Python's
+  own is put back, so that Ctrl-C is an exception that clean-up can follow.
 """
 
 import os
+import signal
 import sys
 import tempfile
+import threading
 
 NVIDIA_DRIVER = "/dev/nvidiactl"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HARMLESS = ("libibverbs not available",)
 
 
@@ -37,6 +42,9 @@ def import_quietly() -> None:
         os.environ.setdefault("GLOG_minloglevel", "3")  # fatal only
     sys.stderr.flush()
     stderr = os.dup(2)
+    # A signal in the middle of this import would leave half a module, or a native stack.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    sigint = signal.getsignal(signal.SIGINT)
     with tempfile.TemporaryFile() as held_back:
         os.dup2(held_back.fileno(), 2)
         try:
@@ -47,6 +55,12 @@ def import_quietly() -> None:
             held_back.seek(0)
             lines = held_back.read().decode(errors="replace").splitlines(keepends=True)
             sys.stderr.write("".join(line for line in lines if not line.startswith(HARMLESS)))
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, sigint)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    except KeyboardInterrupt:  # it came while it was blocked, before any script could catch it
+        sys.exit(130)
 
 
 choose_blas_kernels()

@@ -201,6 +201,34 @@ sys.exit(config.run_main(save))
     checkpoint_util.read_weights(str(tmp_path / "snapshot_a"))
 
 
+def test_runs_of_one_second_get_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = [checkpoint_util.prepare_save_dir(None) for _ in range(12)]
+    assert len(set(made)) == 12 and all(os.path.isdir(path) for path in made)
+    assert all(path.startswith("./output/snapshots/model_save-2") for path in made)
+
+
+def test_weights_of_another_number_format_are_refused(saved):
+    path, _, _ = saved
+    weights = path / "model.safetensors"
+    arrays = load_file(weights)
+    save_file(arrays | {"fc.bias": arrays["fc.bias"].astype(np.float16)}, weights)
+    with pytest.raises(RunError, match="fc.bias is float16"):
+        checkpoint_util.read_weights(str(path))
+    data = weights.read_bytes().replace(b'"F16"', b'"BF16"')
+    size = int.from_bytes(data[:8], "little") + 1
+    weights.write_bytes(size.to_bytes(8, "little") + data[8:])
+    with pytest.raises(RunError, match="model.safetensors"):
+        checkpoint_util.read_weights(str(path))
+
+
+def test_flags_that_are_no_text_can_be_kept(saved, tmp_path):
+    _, model, snapshot = saved
+    snapshot.flags = {"log_dir": "bad\udcff"}
+    path = checkpoint_util.save_snapshot(str(tmp_path), "x", model, snapshot)
+    assert checkpoint_util.read_description(path).flags == snapshot.flags
+
+
 def test_save_directories(tmp_path, saved):
     with pytest.raises(UsageError, match="already holds snapshot_epoch_3"):
         checkpoint_util.prepare_save_dir(str(tmp_path))
@@ -210,6 +238,7 @@ def test_save_directories(tmp_path, saved):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot write to"):
         checkpoint_util.prepare_save_dir(str(tmp_path / "file"))
+    assert checkpoint_util.prepare_save_dir(str(new)) == str(new)
     with pytest.raises(UsageError, match="cannot write to"):
         checkpoint_util.prepare_save_dir("/proc/snapshots")  # not even root can
 

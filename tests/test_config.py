@@ -105,6 +105,9 @@ def test_trial_on_a_cpu_takes_only_what_was_not_given():
         (["--lr_decay=step", "--lr_step_epochs=60,30"], "must rise"),
         (["--lr_decay=step", "--lr_step_epochs=1,2", "--warmup_epochs=3"], "within"),
         (["--val_data_dir=x"], "--val_data_dir needs --train_data_dir"),
+        (["--random_area=0.5,1"], "--random_area has no effect on synthetic"),
+        (["--val_batch_size_per_device=4"], "--val_batch_size_per_device has no effect"),
+        (["--train_data_dir=x.npz", "--shuffle_buffer_size=9"], "--shuffle_buffer_size has no"),
         (["--train_data_part_num=1"], "--train_data_part_num needs"),
         (["--train_data_dir=x", "--num_val_examples=1"], "--num_val_examples needs"),
     ],
@@ -144,6 +147,20 @@ def test_wrong_values_are_one_line_that_names_the_flag(flag, capsys):
     assert flag.split("=")[0] in error
 
 
+def test_short_runs_keep_a_step_after_the_warmup():
+    plan = epochs_to_steps(num_examples=8, global_batch_size=8, num_epochs=1, warmup_epochs=0.9)
+    assert (plan.total_steps, plan.warmup_steps) == (1, 0)
+    with pytest.raises(UsageError, match="--lr_step_epochs=0.1,0.2"):
+        epochs_to_steps(
+            num_examples=8, global_batch_size=8, num_epochs=1, lr_step_epochs=(0.1, 0.2)
+        )
+
+
+def test_a_step_schedule_that_never_drops_is_said():
+    args = parse("--lr_decay=step", "--num_epochs=10")
+    assert any("never drops" in text for text in config.finish_train_args(args, device="cuda"))
+
+
 @pytest.mark.parametrize("flag", ["--num_nodes=2", "--gpu_num_per_node=2"])
 def test_several_devices_are_refused_for_now(flag):
     with pytest.raises(UsageError, match=flag):
@@ -157,9 +174,15 @@ def test_run_main_turns_errors_into_one_line(capsys):
     def interrupt():
         raise KeyboardInterrupt
 
-    assert config.run_main(fail) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert config.run_main(interrupt) == 130
+    def exhaust():
+        raise MemoryError("cannot allocate 9 GB")
+
+    def fill_the_disk():
+        raise OSError(28, "No space left on device", "x.log")
+
+    for main, status in ((fail, 2), (interrupt, 130), (exhaust, 1), (fill_the_disk, 1)):
+        assert config.run_main(main) == status
+        assert capsys.readouterr().err.count("\n") == 1
     assert call(lambda argv: None).status == 0
 
 

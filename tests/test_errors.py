@@ -4,6 +4,7 @@ Native code is out of reach of Python, so whether a fault was found before it ca
 outside the process.
 """
 
+import io
 import shutil
 import struct
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from small import ROOT, script, write_parts
+from small import ROOT, record, script, write_parts
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,11 @@ def place(tmp_path_factory):
         return root / name / "part-00001"
 
     spoil("gap").unlink()
+    spoil("hollow").write_bytes(b"")
+    part = spoil("grey")
+    file = io.BytesIO()
+    Image.new("L", (20, 20)).save(file, "JPEG")
+    part.write_bytes(part.read_bytes() + record(file.getvalue(), 1))
     part = spoil("cut")
     part.write_bytes(part.read_bytes()[:-100])
     part = spoil("garbage")
@@ -48,6 +54,14 @@ CASES = [
     (TRAIN, "--train_data_dir=gap", 2, "part-00001 is missing"),
     (TRAIN, "--train_data_dir=cut", 1, "part-00001: record 3, at byte"),
     (TRAIN, "--train_data_dir=garbage", 1, "claims a length of -7 bytes"),
+    (TRAIN, "--train_data_dir=hollow", 1, "part-00001 holds no records"),
+    (TRAIN, "--train_data_dir=grey", 1, "part-00001: record 4, at byte"),
+    (
+        TRAIN,
+        "--train_data_dir=good --batch_size_per_device=4 --num_classes=3",
+        2,
+        "--num_classes=3",
+    ),
     (TRAIN, "--train_data_dir=images.npz", 1, "must hold `images` and `labels`"),
     (TRAIN, "--train_data_dir=good --num_examples=11", 2, "--num_examples=11, but good holds 10"),
     (TRAIN, "--train_data_dir=good --train_data_part_num=4", 2, "--train_data_part_num=4, but"),

@@ -11,6 +11,7 @@ import graph_util
 import metric_util
 import ofrecord_util
 import optimizer_util
+from config import RunError
 from graph_util import Evaluator, TrainGraph
 from image_util import Preprocessing
 from ofrecord_util import SyntheticLoader
@@ -21,6 +22,12 @@ PREPROCESSING = Preprocessing(32, 32, (123.0, 117.0, 104.0), (58.0, 57.0, 57.0))
 
 def global_tensor(array):
     return ofrecord_util.to_device(np.asarray(array), flow.env.all_device_placement("cpu"))
+
+
+def rank_of_label(logits, label):
+    """How many classes come before the label's, by numpy: equal logits by class number."""
+    order = np.argsort(-logits, axis=1, kind="stable")
+    return np.argmax(order == label[:, None], axis=1)
 
 
 def graph_hits(logits, label, top_k):
@@ -40,8 +47,6 @@ def test_hits_equal_a_stable_sort_even_with_ties(seed, num_classes, top_k):
     expected = [(order[:, :k] == label[:, None]).any(axis=1) for k in (1, top_k)]
     for mine, theirs in zip(graph_hits(logits, label, top_k), expected, strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    rank = metric_util.rank_of_label(logits, label)
-    np.testing.assert_array_equal(rank < top_k, expected[1])
 
 
 def test_a_network_that_knows_nothing_scores_nothing():
@@ -91,7 +96,7 @@ def test_every_example_counts_once_in_every_round(batch_size, num_examples):
     rng = np.random.default_rng(1)
     table = rng.standard_normal((available, 4), np.float32)
     label = np.arange(available) % 4
-    rank = metric_util.rank_of_label(table, label)[:num_examples]
+    rank = rank_of_label(table, label)[:num_examples]
     evaluator = Evaluator(
         Fixed(table),
         Counting(available, batch_size),
@@ -130,7 +135,7 @@ def test_evaluation_of_parts_does_not_depend_on_the_batch_size(tmp_path, batch_s
     assert rounds[0] == rounds[1] == rounds[2]
     predict = graph_util.Predictor(model, device="cpu")
     images, labels = read_all(data)
-    ranks = metric_util.rank_of_label(predict(images), labels)
+    ranks = rank_of_label(predict(images), labels)
     assert (rounds[0].top_1, rounds[0].top_k) == ((ranks < 1).sum(), (ranks < 2).sum())
 
 
@@ -200,6 +205,54 @@ def test_the_step_counts_hits_and_bad_labels():
     assert np.isfinite(loss.numpy())
     assert bad.numpy() == 3
     assert 0 <= top_1.numpy() <= top_k.numpy() <= 8
+
+
+def test_evaluation_refuses_labels_outside_the_classes():
+    class Foreign(Counting):
+        def forward(self, record, label):
+            return record, label + 1  # 1 to 4, where 0 to 3 are known
+
+    evaluator = Evaluator(
+        Fixed(np.zeros((13, 4), np.float32)),
+        Foreign(13, 4),
+        available=13,
+        num_examples=13,
+        batch_size=4,
+        top_k=2,
+        device="cpu",
+    )
+    with pytest.raises(RunError, match="3 labels outside"):
+        evaluator.round()
+
+
+def test_label_smoothing_is_that_of_the_formula():
+    """Frozen weights: the loss of a step against the cross entropy with smoothed labels."""
+    flow.manual_seed(0)
+    model = graph_util.place(tiny(10), "cpu")
+    graph, batches = training(model, lr=0.0)
+    image, label = next(batches)
+    model.train()
+    loss = float(graph(image, label)[0].numpy())
+    logits = model(image).numpy().astype(np.float64)  # the same statistics of the same batch
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    target = np.full_like(log_p, 0.1 / 10)
+    target[np.arange(8), label.numpy()] += 0.9
+    assert abs(loss - -(target * log_p).sum(axis=1).mean()) < 1e-5
+
+
+def test_the_host_does_not_run_far_ahead():
+    class Output:
+        def __init__(self, number):
+            self.number = number
+
+        def numpy(self):
+            waited.append(self.number)
+
+    waited, outputs = [], []
+    for number in range(5):
+        outputs.append([Output(number)])
+        metric_util.limit_run_ahead(outputs)
+    assert waited == [0, 1, 2]  # when step 4 has been asked for, step 2 is done
 
 
 def test_choose_device(capsys):

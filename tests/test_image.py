@@ -101,3 +101,12 @@ def test_class_names():
     assert image_util.class_names(1000, None) == names
     assert image_util.class_names(2, ("cat", "dog")) == ["cat", "dog"]
     assert image_util.class_names(2, None) == ["class 0", "class 1"]
+    assert image_util.class_names(3, ("cat", "dog")) == ["cat", "dog", "class 2"]
+    assert image_util.class_names(1000, ("cat", "dog"))[:3] == ["cat", "dog", "class 2"]
+
+
+def test_a_picture_too_long_for_its_width_is_refused_before_it_fills_the_memory(tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("L", (1, 30_000)).save(path)
+    with pytest.raises(RunError, match="x.png: a picture of 1 x 30000 pixels is too long"):
+        image_util.load_image(str(path), Preprocessing(224, 256, (0, 0, 0), (1, 1, 1)))

@@ -104,10 +104,28 @@ def test_a_manifest_that_lies_or_is_broken(tmp_path):
     path.write_text(json.dumps(manifest))
     with pytest.raises(RunError, match="part-00002 holds 4 records and its manifest says 40"):
         check_shards(str(directory), flag=FLAG)
-    for text in ("{", "[]", '{"parts": []}', '{"parts": [{"name": 3}]}'):
-        path.write_text(text)
-        with pytest.raises(RunError, match="not a readable manifest"):
+    write_manifest(directory, num_classes=4)
+    good = json.loads(path.read_text())
+    first = good["parts"][0]
+    for broken in (
+        [],
+        {},
+        good | {"parts": []},
+        good | {"parts": [{"name": 3}]},
+        good | {"parts": [first | {"num_examples": "5"}]},
+        good | {"num_classes": "4"},
+        good | {"classes": 4},
+    ):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(RunError, match="not a manifest that can be read"):
             check_shards(str(directory), flag=FLAG)
+    path.write_text("{")
+    with pytest.raises(RunError, match="not a manifest that can be read"):
+        check_shards(str(directory), flag=FLAG)
+    # The native reader opens parts by number, whatever a manifest says.
+    path.write_text(json.dumps(good | {"parts": good["parts"][1:]}))
+    with pytest.raises(RunError, match="its manifest lists part-00001"):
+        check_shards(str(directory), flag=FLAG)
 
 
 def test_directories_without_parts(tmp_path):
@@ -116,17 +134,61 @@ def test_directories_without_parts(tmp_path):
     with pytest.raises(UsageError, match="holds no OFRecord parts"):
         check_shards(str(tmp_path), flag=FLAG)
     (tmp_path / "part-00000").touch()
-    with pytest.raises(RunError, match="hold no records"):
+    with pytest.raises(RunError, match="holds no records"):
         check_shards(str(tmp_path), flag=FLAG)
 
 
+def encoded(mode, kind):
+    file = io.BytesIO()
+    Image.new(mode, (20, 20)).save(file, kind)
+    return file.getvalue()
+
+
+GOOD = record(encoded("RGB", "JPEG"), 2)
+
+
+@pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize(
-    "first", [record(b"PNG is not read", 0), struct.pack("<q", 9) + b"text only", record(b"", 0)]
+    "bad, words",
+    [
+        (record(encoded("L", "JPEG"), 0), "holds L JPEG"),
+        (record(encoded("CMYK", "JPEG"), 0), "holds CMYK JPEG"),
+        (record(encoded("RGB", "PNG"), 0), "holds RGB PNG"),
+        (record(b"\xff\xd8 garbage", 0), "holds no image"),
+        (record(b"", 0), "holds no image"),
+        (struct.pack("<q", 9) + b"text only", "is no OFRecord"),
+    ],
 )
-def test_records_of_another_kind_are_refused_before_the_native_reader_meets_them(tmp_path, first):
-    (tmp_path / "part-00000").write_bytes(first)
-    with pytest.raises(RunError, match="part-00000: (its first record|the image of its first)"):
+def test_records_that_the_decoder_cannot_read_are_found(tmp_path, bad, words, position):
+    (tmp_path / "part-00000").write_bytes(b"".join([GOOD, bad] if position else [bad, GOOD]))
+    place = f"part-00000: record {position}, at byte {position * len(GOOD)}, {words}"
+    with pytest.raises(RunError, match=place):
         check_shards(str(tmp_path), flag=FLAG)
+
+
+def test_large_data_are_looked_into_at_the_start_of_each_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(ofrecord_util, "ALWAYS_LOOK_BYTES", 100)
+    bad = record(encoded("L", "JPEG"), 0)
+    (tmp_path / "part-00000").write_bytes(GOOD + bad)
+    (tmp_path / "part-00001").write_bytes(GOOD)
+    assert check_shards(str(tmp_path), flag=FLAG).max_label is None
+    (tmp_path / "part-00001").write_bytes(bad + GOOD)
+    with pytest.raises(RunError, match="part-00001: record 0"):
+        check_shards(str(tmp_path), flag=FLAG)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_an_empty_part_is_refused(parts, empty):
+    (parts / f"part-0000{empty}").write_bytes(b"")
+    if (parts / "manifest.json").exists():
+        write_manifest(parts, num_classes=4)
+    with pytest.raises(RunError, match=f"part-0000{empty} holds no records"):
+        check_shards(str(parts), flag=FLAG)
+
+
+def test_labels_of_data_without_a_manifest_are_known(parts):
+    shards = check_shards(str(parts), flag=FLAG)
+    assert (shards.max_label, shards.num_classes) in ((3, None), (None, 4))
 
 
 def test_unpadded_part_names(tmp_path):
@@ -316,7 +378,14 @@ def test_npz_files(tmp_path):
     np.savez(path, images=images, labels=labels[:3])
     refuse(RunError, "integers are needed")
     np.savez(path, images=images, labels=labels - 1)
-    refuse(RunError, "below 0")
+    refuse(RunError, "labels run from -1")
+    np.savez(path, images=images, labels=labels + 2**40)
+    refuse(RunError, "labels run from")
+    np.savez(path, images=images[:, :0], labels=labels)
+    refuse(RunError, "uint8 is needed")
+    np.save(path.with_suffix(".npy"), images)
+    path.with_suffix(".npy").rename(path)
+    refuse(RunError, "not a readable .npz")
     np.savez(path, images=np.array([{}], object), labels=labels)
     refuse(RunError, "not a readable .npz")
 
@@ -324,9 +393,8 @@ def test_npz_files(tmp_path):
 def test_more_classes_than_the_network_has(parts):
     data = open_train_dataset(str(parts))
     ofrecord_util.check_labels(data, num_classes=4, path=str(parts))
-    if data.num_classes is not None:
-        with pytest.raises(UsageError, match="--num_classes=3"):
-            ofrecord_util.check_labels(data, num_classes=3, path=str(parts))
+    with pytest.raises(UsageError, match="--num_classes=3"):
+        ofrecord_util.check_labels(data, num_classes=3, path=str(parts))
 
 
 def test_jpeg_of_the_tests_is_faithful():

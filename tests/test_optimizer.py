@@ -32,6 +32,8 @@ class Toy(nn.Module):
 class ToyGraph(nn.Graph):
     def __init__(self, model, optimizer, schedule=None):
         super().__init__()
+        self.config.allow_fuse_add_to_output(True)  # as TrainGraph does
+        self.config.allow_fuse_model_update_ops(True)
         self.model = model
         self.add_optimizer(optimizer, **({} if schedule is None else {"lr_sch": schedule}))
 

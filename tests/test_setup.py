@@ -31,6 +31,33 @@ def test_a_choice_of_the_user_stands():
     assert run(code, OPENBLAS_CORETYPE="Haswell").stdout == "Haswell\n"
 
 
+def test_ctrl_c_is_an_exception_again():
+    code = """
+import oneflow_setup, config, oneflow, os, signal, sys
+def main():
+    oneflow.zeros(1)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        print("cleaned up")
+sys.exit(config.run_main(main))
+"""
+    done = run(code)
+    assert (done.returncode, done.stdout) == (130, "cleaned up\n")
+    assert done.stderr.endswith("interrupted\n")
+
+
+def test_ctrl_c_during_the_import_ends_quietly():
+    code = """
+import subprocess
+subprocess.Popen(["sh", "-c", "sleep 0.2; kill -INT $PPID"])
+import oneflow_setup
+print("not reached")
+"""
+    done = run(code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is an NVIDIA driver here")
 def test_only_the_harmless_lines_are_held_back():
     code = "import oneflow_setup, oneflow; oneflow.zeros(1)"

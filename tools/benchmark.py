@@ -27,7 +27,7 @@ import graph_util
 import model_util
 import of_cnn_train_val as script
 import ofrecord_util
-from config import Parser, number
+from config import Parser, UsageError, number
 from metric_util import Meter
 
 
@@ -100,13 +100,13 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
             f"--batch_size_per_device={args.batch_size_per_device}",
             "--loss_print_every_n_iter=10",
             "--warmup_epochs=0",
+            f"--num_examples={args.steps * args.batch_size_per_device}",
         ]
     )
     config.finish_train_args(train_args, device=device)
-    train_args.num_classes = 1000
     plan = script.make_plan(train_args, None)
-    snapshot = script.describe_run(train_args, None)
-    model = graph_util.place(script.build_model(train_args), device)
+    snapshot = script.describe_run(train_args, None, None)
+    model = graph_util.place(script.build_model(train_args, snapshot), device)
     model.train()
     graph, batches = script.build_training(
         train_args, None, model, snapshot, plan, device, lambda line: None
@@ -115,7 +115,7 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
 
     def own_loop():
         script.train_epoch(
-            train_args, 1, graph, batches, args.steps, meter, lambda line: print(line, file=sink)
+            train_args, 1, graph, batches, plan, meter, lambda line: print(line, file=sink)
         )
 
     def bare_loop():
@@ -159,6 +159,8 @@ class LoaderGraph(nn.Graph):
 
 def benchmark_loader(args: Namespace, device: str) -> dict:
     """images/s of reading, decoding and augmenting OFRecord parts, without a network."""
+    if args.train_data_dir.endswith(".npz"):
+        raise UsageError(f"--train_data_dir={args.train_data_dir}: a directory of parts is needed")
     data = ofrecord_util.open_train_dataset(args.train_data_dir)
     loader = ofrecord_util.train_loader(
         data,
