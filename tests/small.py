@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import oneflow as flow
 from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
@@ -31,6 +32,18 @@ def tiny(num_classes: int = 1000) -> resnet_model.ResNet:
 
 
 TINY = model_util.Model(tiny, image_size=32)
+
+
+def ballast(placement) -> flow.Tensor:
+    """A zero that takes some 20 ms to compute, for graphs that would be done within microseconds.
+
+    OneFlow 0.9.0 counts a run of a graph only after it has been started, and a run that is over
+    before that corrupts memory; docs/oneflow-notes.md tells more.
+    """
+    x = flow.zeros(512, 512, placement=placement, sbp=flow.sbp.broadcast)
+    for _ in range(3):
+        x = flow.matmul(x, x)
+    return x.sum()
 
 
 @dataclass
