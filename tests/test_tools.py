@@ -2,6 +2,7 @@
 
 import oneflow_setup  # noqa: F401
 
+import fcntl
 import gzip
 import hashlib
 import io
@@ -21,6 +22,7 @@ import oneflow as flow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
 from config import RunError, UsageError
@@ -34,7 +36,6 @@ from tools.ofrecord_writer import (
     encode_example,
     encode_jpeg,
     read_classes,
-    record_class,
     shuffled_parts,
     write_dataset,
 )
@@ -59,7 +60,7 @@ def read_messages(path: Path) -> list[bytes]:
 def read_parts(directory: Path) -> list[tuple[bytes, int]]:
     """(encoded, label) of each record, in the order of the parts."""
     records = [
-        record_class().FromString(message)
+        OFRecord.FromString(message)
         for part in sorted(directory.glob("part-*"))
         for message in read_messages(part)
     ]
@@ -179,7 +180,7 @@ def test_record_bytes_do_not_depend_on_the_order_of_features(order):
     assert encode_example(b"jpeg", 3, **{name: more[name] for name in order}) == encode_example(
         b"jpeg", 3, **more
     )
-    record = record_class().FromString(encode_example(b"jpeg", 3, **more))
+    record = OFRecord.FromString(encode_example(b"jpeg", 3, **more))
     assert list(record.feature["data_id"].int32_list.value) == [1, 2]
     assert list(record.feature["filename"].bytes_list.value) == [b"a.jpg"]
     assert list(record.feature["quality"].float_list.value) == [0.5]
@@ -198,7 +199,7 @@ def test_record_refuses_what_it_cannot_hold():
 @settings(max_examples=60, deadline=None)
 def test_parts_hold_every_example_once_and_are_of_a_size(num_examples, num_parts, seed):
     parts = shuffled_parts(num_examples, min(num_parts, num_examples), seed)
-    assert sorted(sum(parts, [])) == list(range(num_examples))
+    assert sorted(np.concatenate(parts)) == list(range(num_examples))
     sizes = {len(part) for part in parts}
     assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
     assert default_num_parts(num_examples) <= num_examples
@@ -216,17 +217,51 @@ def test_part_that_is_interrupted_is_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, SystemExit])
-def test_interrupted_data_set_leaves_nothing(tmp_path, stop):
-    def load(i):
-        if i == 3:
-            raise stop
-        return Example(b"jpeg", 0)
+def some_splits(root: Path, load, count: int = 8) -> list[Split]:
+    names = [f"x{i}" for i in range(count)]
+    return [Split(root / name, names, load) for name in ("train", "validation")]
 
-    splits = [Split(tmp_path / name, ["x"] * 8, load) for name in ("train", "validation")]
+
+def good(i: int) -> Example:
+    return Example(b"jpeg %d" % i, 0)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_interrupted_before_a_part_is_finished_nothing_is_left(tmp_path, stop):
+    def load(i):
+        raise stop
+
     with pytest.raises(stop):
-        write_dataset(splits, classes=["a"], made_by={}, num_parts=4)
+        write_dataset(some_splits(tmp_path, load), classes=["a"], made_by={}, num_parts=4)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_interrupted_run_keeps_whole_parts_and_goes_on(tmp_path, capsys, stop):
+    calls = []
+
+    def load(i):
+        calls.append(i)
+        if len(calls) == 6:
+            raise stop
+        return good(i)
+
+    write_dataset(some_splits(tmp_path / "whole", good), classes=["a"], made_by={}, num_parts=4)
+    out = tmp_path / "out"
+    with pytest.raises(stop):
+        write_dataset(some_splits(out, load), classes=["a"], made_by={}, num_parts=4)
+    assert sorted(tree(out)) == [
+        "train.partial/journal.jsonl",
+        "train.partial/part-00000",
+        "train.partial/part-00001",
+    ]
+    assert "2 of 4 parts are finished and kept; the same command goes on" in capsys.readouterr().err
+    del calls[:]
+    calls += [None] * 100
+    write_dataset(some_splits(out, load), classes=["a"], made_by={}, num_parts=4)
+    assert len(calls) == 100 + 4 + 8  # what was finished is not made again
+    assert "2 parts of 4 were there from an earlier run\n" in capsys.readouterr().err
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 KILLED = """
@@ -235,24 +270,143 @@ from pathlib import Path
 from tools.ofrecord_writer import Example, Split, write_dataset
 def load(i, calls=[]):
     calls.append(i)
-    if len(calls) == 6:
+    if len(calls) == 6 and len(sys.argv) > 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return Example(b"jpeg", 0)
 write_dataset([Split(Path(sys.argv[1]), ["x"] * 8, load)], classes=["a"], made_by={}, num_parts=4)
 """
 
 
-def test_killed_run_leaves_no_directory_of_that_name_and_the_next_one_says_so(tmp_path):
+def test_killed_run_leaves_no_directory_of_that_name_and_the_next_one_goes_on(tmp_path):
     output = tmp_path / "out"
-    run = subprocess.run([sys.executable, "-c", KILLED, output], cwd=ROOT, check=False)
+    run = subprocess.run([sys.executable, "-c", KILLED, output, "die"], cwd=ROOT, check=False)
     assert run.returncode == -signal.SIGKILL
     assert not output.exists()
     left = sorted(path.name for path in (tmp_path / "out.partial").iterdir())
-    assert left == ["part-00000", "part-00001", "part-00002.tmp"]
-    split = Split(output, ["x"], lambda i: Example(b"jpeg", 0))
-    with pytest.raises(UsageError, match=r"out\.partial: left by a run that was killed"):
-        write_dataset([split], classes=["a"], made_by={})
-    assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == left
+    assert left[:3] == ["journal.jsonl", "part-00000", "part-00001"]
+    assert re.fullmatch(r"part-00002\.\d+\.tmp", left[3]) and len(left) == 4
+    for name in ("out", "other"):
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path / name], cwd=ROOT, check=True)
+    assert tree(output) == tree(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+@pytest.fixture
+def unfinished(tmp_path) -> Path:
+    """A directory of which 2 parts of 4 are finished."""
+    calls = []
+
+    def load(i):
+        calls.append(i)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return good(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        resume(tmp_path / "out", load=load)
+    return tmp_path / "out.partial"
+
+
+def resume(output: Path, *, load=good, seed=3, num_parts=4, classes=("a",), **arguments) -> None:
+    write_dataset(
+        [Split(output, [f"x{i}" for i in range(8)], load)],
+        classes=classes,
+        made_by={"tool": "me", "arguments": {"seed": seed, "skip_bad": False, **arguments}},
+        num_parts=num_parts,
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"seed": 4}, r"other arguments \(--seed was 3, now it is 4\); give the same"),
+        ({"num_parts": 2}, "number of parts was 4, now it is 2"),
+        ({"classes": ("b",)}, "classes was .*, now it is"),
+        ({"input": "there"}, "--input was None, now it is there"),
+    ],
+)
+def test_other_arguments_are_refused(unfinished, tmp_path, change, match):
+    before = tree(unfinished)
+    with pytest.raises(UsageError, match=match):
+        resume(tmp_path / "out", **change)
+    assert tree(unfinished) == before
+
+
+def test_parts_that_are_not_as_the_journal_says_are_made_anew(unfinished, tmp_path, capsys):
+    resume(tmp_path / "whole")
+    (unfinished / "part-00000").unlink()
+    part = unfinished / "part-00001"
+    part.write_bytes(part.read_bytes()[:-1] + b"!")
+    (unfinished / "part-00002.999.tmp").write_text("half")
+    with open(unfinished / "journal.jsonl", "a") as journal:
+        journal.write('{"index": 2, "info": {"na')  # killed in the middle of the line
+    resume(tmp_path / "out")
+    assert "1 made anew, as it was damaged; 1 made anew, as it was missing" in (
+        capsys.readouterr().err
+    )
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_changed_input_is_made_anew_and_said(photos, tmp_path, capsys, monkeypatch):
+    # The first run stops at an image that is bad, with the other parts finished.
+    whole = (photos / "validation" / "cow" / "x.JPEG").read_bytes()
+    (photos / "validation" / "cow" / "x.JPEG").write_bytes(whole[:-9])
+    with pytest.raises(RunError, match="^1 of 15 images are bad"):
+        folder(photos, tmp_path / "out", "--num_parts=3")
+    assert "3 of 3 parts are finished and kept" in capsys.readouterr().err
+    save(picture(77), photos / "train" / "ant" / "0.jpg", quality=90)
+    (photos / "validation" / "cow" / "x.JPEG").write_bytes(whole)
+    folder(photos, tmp_path / "out", "--num_parts=3")
+    err = capsys.readouterr().err
+    assert "train: 2 parts of 3 were there from an earlier run; 1 made anew, as the input " in err
+    assert "validation: 2 parts of 3 were there from an earlier run\n" in err
+    folder(photos, tmp_path / "whole", "--num_parts=3")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_unfinished_directories_of_others(unfinished, tmp_path):
+    journal = unfinished / "journal.jsonl"
+    lock = os.open(unfinished, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match=r"out\.partial: another run is writing it now"):
+        resume(tmp_path / "out")
+    os.close(lock)
+    kept = journal.read_bytes()
+    journal.write_bytes(b"no JSON")
+    with pytest.raises(UsageError, match=r"journal\.jsonl: cannot be read; remove"):
+        resume(tmp_path / "out")
+    journal.unlink()
+    with pytest.raises(UsageError, match=r"holds part-00000 but no journal\.jsonl"):
+        resume(tmp_path / "out")
+    journal.write_bytes(kept)
+    resume(tmp_path / "out")
+
+
+def test_killed_on_the_last_steps(tmp_path, capsys, monkeypatch):
+    """Between the renames of the two splits, and after the journal is gone."""
+    splits = some_splits(tmp_path / "whole", good)
+    write_dataset(splits, classes=["a"], made_by={}, num_parts=2)
+    for last in range(3):  # the rename that does not happen; 2: all of them do
+        out, calls = tmp_path / f"out{last}", []
+        rename = os.rename
+
+        def stop(source, target, calls=calls, last=last, rename=rename):
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            calls.append(rename(source, target))
+
+        monkeypatch.setattr(os, "rename", stop)
+        if last < 2:
+            with pytest.raises(KeyboardInterrupt):
+                write_dataset(some_splits(out, good), classes=["a"], made_by={}, num_parts=2)
+            assert (out / "train").exists() == (last == 1)
+            assert not (out / ("validation" if last else "train")).exists()
+        monkeypatch.setattr(os, "rename", rename)
+        write_dataset(some_splits(out, good), classes=["a"], made_by={}, num_parts=2)
+        assert tree(out) == tree(tmp_path / "whole")
+        with pytest.raises(UsageError, match="already holds"):
+            write_dataset(some_splits(out, good), classes=["a"], made_by={}, num_parts=2)
 
 
 def test_sigterm_cleans_up(photos, tmp_path):
@@ -485,7 +639,8 @@ def test_bad_images_are_all_named_and_nothing_is_made(torn_photos, tmp_path, cap
         folder(torn_photos, tmp_path / "out")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in lines if line.startswith("bad image: ")] == BAD
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out" / "train").exists()
+    assert not (tmp_path / "out" / "validation").exists()
 
 
 def test_skip_bad_leaves_them_out_and_says_so(torn_photos, tmp_path, capsys):
@@ -613,7 +768,7 @@ def test_idx_converts_both_sets(idx_files, tmp_path):
         assert (manifest["num_examples"], manifest["num_classes"]) == (count, 10)
         assert manifest["classes"][0] == "T-shirt/top" and manifest["classes"][9] == "Ankle boot"
         source = make_ofrecord.read_idx(idx_files / f"{prefix}-images-idx3-ubyte.gz", "images")
-        order = sum(shuffled_parts(count, 1, 0), [])
+        [order] = shuffled_parts(count, 1, 0)
         images, labels = read_natively(tmp_path / "out" / name)
         assert labels == [i % 10 for i in order]
         for image, i in zip(images, order, strict=True):

@@ -3,9 +3,11 @@
 python3 tools/make_mini_imagenet.py
 """
 
+import hashlib
 import random
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -54,6 +56,20 @@ class Crops:
         return examples
 
 
+@dataclass(frozen=True)
+class InMemory:
+    """Loads the i-th of a list."""
+
+    examples: list[Example]
+
+    def __call__(self, i: int) -> Example:
+        return self.examples[i]
+
+    def fingerprint(self, i: int) -> bytes:
+        example = self.examples[i]
+        return hashlib.sha256(example.encoded + str(example.label).encode()).digest()
+
+
 def make_parser() -> Parser:
     parser = Parser(
         "Make a tiny data set of ImageNet's shape: random crops of the two photographs in data/, "
@@ -85,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, count in (("train", args.num_examples), ("validation", args.num_val_examples)):
         examples = crops.draw(count)
         names = [f"crop {i}" for i in range(count)]
-        splits.append(Split(args.output / name, names, examples.__getitem__))
+        splits.append(Split(args.output / name, names, InMemory(examples)))
     arguments = {k: getattr(args, k) for k in ("num_examples", "num_val_examples", "seed")}
     write_dataset(
         splits,

@@ -1,5 +1,6 @@
 """Make OFRecord parts, as the training and evaluation scripts read them, from images.
 
+    python3 tools/make_ofrecord.py imagenet --input=downloads --output=data/imagenet/ofrecord
     python3 tools/make_ofrecord.py folder --input=my_photos --output=data/my_photos
     python3 tools/make_ofrecord.py idx --input=/usr/share/datasets/fashion-mnist \\
         --output=data/fashion_mnist --dataset=fashion_mnist
@@ -7,7 +8,7 @@
 
 import argparse
 import gzip
-import io
+import hashlib
 import os
 import signal
 import sys
@@ -16,21 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import Parser, RunError, UsageError, add_switch, number, run_main
-from image_util import IMAGE_SUFFIXES, to_rgb
+from image_util import IMAGE_SUFFIXES
+from tools import cifar, imagenet
+from tools.imagenet import some
+from tools.jpeg_util import jpeg_example
 from tools.ofrecord_writer import (
     BadImage,
     Example,
     Split,
+    default_num_parts,
     encode_jpeg,
+    file_stamp,
     read_classes,
     write_dataset,
 )
 
+IMAGENET_PARTS = 256
 VALIDATION_FOLDERS = ("validation", "val")
 
 IDX_MAGIC = {"images": 2051, "labels": 2049}  # unsigned bytes with 3 dimensions, with 1
@@ -56,74 +63,9 @@ def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def some(names, limit: int = 5) -> str:
-    """The first few of `names` for a message."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
 def printable(path: str) -> str:
     """A file name as text; bytes that are no UTF-8 are shown as escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-# One image.
-
-
-def orientation(image: Image.Image) -> int:
-    """The camera's orientation tag: 1 is upright. Broken tags do not make a broken image."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # whatever the reader of the tags trips over
-        return 1
-
-
-def grey_jpeg_to_rgb(image: Image.Image) -> bytes:
-    """An RGB JPEG of a greyscale JPEG, with the same quantisation, so that almost nothing is lost.
-
-    Measured on a photograph: mean error 0.005 grey levels at the size of the original, against
-    0.16 and twice the size at quality 95.
-    """
-    table = image.quantization[0]
-    if max(table) > 255:  # only an 8-bit table can be written to an ordinary JPEG
-        return encode_jpeg(image)
-    return encode_jpeg(image, qtables=[table, table])
-
-
-def jpeg_example(data: bytes, label: int) -> Example:
-    """The record of an image file: its own bytes if they are an RGB JPEG, else an RGB JPEG of it.
-
-    OneFlow 0.9's OFRecord decoders read three-component JPEGs, baseline or progressive, and nothing
-    else: a greyscale JPEG comes out scrambled without a word, and a CMYK JPEG, a PNG, GIF, BMP or
-    WebP file ends the process with a memory fault. They ignore the orientation tags of cameras,
-    which inference heeds, so a picture that lies on its side is stored upright.
-    Raises BadImage where Pillow cannot decode the whole image.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            kind = image.format
-            if kind in ("JPEG", "MPO"):  # MPO: a JPEG followed by more pictures
-                kind = {"RGB": "", "L": "greyscale JPEG"}.get(image.mode, f"{image.mode} JPEG")
-            if orientation(image) in range(2, 9):
-                upright = encode_jpeg(to_rgb(ImageOps.exif_transpose(image)))
-                return Example(upright, label, change=f"turned {kind or 'RGB JPEG'}")
-            if not kind:
-                # Reads all of the compressed data, but at an eighth of the size: half the time.
-                image.draft(None, (1, 1))
-                image.load()
-                return Example(data, label)
-            image.load()
-            if kind == "greyscale JPEG":
-                return Example(grey_jpeg_to_rgb(image), label, change=kind)
-            return Example(encode_jpeg(to_rgb(image)), label, change=kind)
-    except Exception as error:  # Pillow's readers raise of many kinds on a broken file
-        if not data:
-            reason = "empty file"
-        elif isinstance(error, UnidentifiedImageError):
-            reason = "no image that Pillow knows"
-        else:
-            reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadImage(reason) from None
 
 
 # Job `folder`.
@@ -144,6 +86,13 @@ class ImageFiles:
         except OSError as error:
             raise BadImage(error.strerror) from None
         return jpeg_example(data, self.labels[i])
+
+    def take(self, positions) -> "ImageFiles":
+        paths, labels = ([held[i] for i in positions] for held in (self.paths, self.labels))
+        return ImageFiles(self.root, paths, labels)
+
+    def fingerprint(self, i: int) -> bytes:
+        return file_stamp(os.path.join(self.root, self.paths[i]), self.labels[i])
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -283,19 +232,25 @@ def folder_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
 
 
 @dataclass(frozen=True)
-class GreyImages:
-    """Loads the i-th of an array of greyscale images.
+class SmallImages:
+    """Loads the i-th of an array of images, greyscale or RGB.
 
     At quality 100 a pixel of Fashion-MNIST is off by 2 of 255 at most, on average by 0.06; the
     decoders take no lossless format.
     """
 
-    images: np.ndarray  # (N, H, W) uint8
+    images: np.ndarray  # (N, H, W) or (N, H, W, 3) uint8
     labels: np.ndarray  # (N,) uint8
 
     def __call__(self, i: int) -> Example:
         image = Image.fromarray(self.images[i])
         return Example(encode_jpeg(image, quality=100), int(self.labels[i]))
+
+    def take(self, positions) -> "SmallImages":
+        return SmallImages(self.images[positions], self.labels[positions])
+
+    def fingerprint(self, i: int) -> bytes:
+        return hashlib.sha256(self.images[i].tobytes() + bytes((self.labels[i],))).digest()
 
 
 def read_idx(path: Path, what: str) -> np.ndarray:
@@ -402,8 +357,44 @@ def idx_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
         if wanted > len(images):
             raise UsageError(f"--{flag}={wanted}: {pairs[name][0]} holds {len(images)} images only")
         names = [f"{pairs[name][0].name}[{i}]" for i in range(wanted)]
-        splits.append(Split(args.output / name, names, GreyImages(images, labels)))
+        splits.append(Split(args.output / name, names, SmallImages(images, labels)))
     return splits, classes
+
+
+# Job `cifar`.
+
+
+def cifar_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
+    """The splits and the class names of a binary archive of CIFAR."""
+    splits, classes = cifar.read_cifar(args.input, labels=args.labels)
+    return [
+        Split(args.output / name, names, SmallImages(images, labels))
+        for name, (images, labels, names) in splits.items()
+    ], classes
+
+
+# Job `imagenet`.
+
+
+def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
+    """The splits and the class names of ImageNet's archives or folders."""
+    loaders, classes, notices = imagenet.load_images(
+        imagenet.find_sources(args.input, args.train, args.validation),
+        classes_path=args.classes or imagenet.CLASSES,
+        val_labels_path=args.val_labels or imagenet.VAL_LABELS,
+        resize_shorter=args.resize_shorter,
+        decode=args.check == "decode",
+    )
+    for notice in notices:
+        note(notice)
+    return [
+        Split(args.output / name, loader.names, loader, list_changes=True)
+        for name, loader in loaders.items()
+    ], classes
+
+
+def imagenet_num_parts(num_examples: int) -> int:
+    return min(IMAGENET_PARTS, num_examples)
 
 
 class JobParser(Parser):
@@ -414,17 +405,109 @@ class JobParser(Parser):
         self.prog = prog
 
 
-def add_output_flags(parser: Parser) -> None:
+def add_output_flags(
+    parser: Parser,
+    *,
+    parts: str = "one per started 10000 examples, and 8 or, for small data, one per 64 examples at "
+    "least",
+) -> None:
     parser.add_argument("--output", type=Path, required=True, help="new or empty directory")
     parser.add_argument(
         "--num_parts",
         type=number(int, 1, 99999),
-        help="parts per directory; unless given, one per started 10000 examples, and 8 or, for "
-        "small data, one per 64 examples at least",
+        help=f"parts per directory; unless given, {parts}",
     )
     parser.add_argument(
         "--seed", type=number(int, 0), default=0, help="of the shuffle over all parts"
     )
+    parser.add_argument(
+        "--num_workers",
+        type=number(int, 1, 999),
+        help="processes; unless given, one per core, and fewer for small data. The bytes do not "
+        "depend on it",
+    )
+
+
+def add_skip_bad(parser: Parser) -> None:
+    add_switch(parser, "--skip_bad", "leave bad images out, and list them in the manifest")
+
+
+def add_imagenet_parser(jobs) -> None:
+    parser = jobs.add_parser(
+        "imagenet",
+        help="ImageNet's archives as downloaded, or unpacked",
+        description="Convert ImageNet (ILSVRC 2012) from its two archives, which are not unpacked, "
+        "or from folders, into <output>/train and <output>/validation. RGB JPEGs are stored as "
+        "they are, after a check; CMYK and greyscale JPEGs and other formats become RGB JPEGs, and "
+        "the report says which. Names are checked before anything is written: all classes there, "
+        "none too many, a label for every validation image. A bad image ends the run at its end, "
+        "with a list. A run that was interrupted goes on when it is started again.",
+    )
+    parser.add_argument(
+        "--input",
+        type=Path,
+        help="folder with ILSVRC2012_img_train.tar or train/, and ILSVRC2012_img_val.tar or "
+        "validation/ or val/",
+    )
+    parser.add_argument(
+        "--train", type=Path, help="archive or folder, in place of what --input holds"
+    )
+    parser.add_argument(
+        "--validation",
+        type=Path,
+        help="the same; without --input, only what is given is converted",
+    )
+    add_output_flags(parser, parts=f"{IMAGENET_PARTS}, or one per example for tiny data")
+    parser.add_argument(
+        "--resize_shorter",
+        type=number(int, 16),
+        help="make larger pictures smaller, to so many pixels on the shorter side, as JPEG of "
+        "quality 95; unless given, bytes are kept",
+    )
+    parser.add_argument(
+        "--check",
+        choices=("markers", "decode"),
+        default="markers",
+        help="how JPEGs are checked: walk their structure to the end, or decode them as well, "
+        "which takes several times as long",
+    )
+    add_skip_bad(parser)
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        help="lines of a WordNet id and a name: their order gives the labels; unless given, "
+        "data/imagenet_classes.txt",
+    )
+    parser.add_argument(
+        "--val_labels",
+        type=Path,
+        help="lines of a label or a WordNet id, one for each flat validation image, in the order "
+        "of their numbers; unless given, data/imagenet_val_labels.txt",
+    )
+    parser.set_defaults(make=imagenet_job, choose_num_parts=imagenet_num_parts)
+
+
+def add_cifar_parser(jobs) -> None:
+    parser = jobs.add_parser(
+        "cifar",
+        help="binary archives of CIFAR-10 and CIFAR-100",
+        description="Convert the binary version of CIFAR-10 or CIFAR-100 into <output>/train and "
+        "<output>/validation. Class names are the archive's. Images are stored as RGB JPEG of "
+        "quality 100.",
+    )
+    parser.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        help="cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, or the folder it was unpacked to",
+    )
+    add_output_flags(parser)
+    parser.add_argument(
+        "--labels",
+        choices=("fine", "coarse"),
+        help="CIFAR-100 only: 100 or 20 classes; unless given, fine",
+    )
+    parser.set_defaults(make=cifar_job)
 
 
 def make_parser() -> Parser:
@@ -432,6 +515,7 @@ def make_parser() -> Parser:
     jobs = parser.add_subparsers(
         dest="job", required=True, metavar="JOB", parser_class=JobParser, title="jobs"
     )
+    add_imagenet_parser(jobs)
     folder = jobs.add_parser(
         "folder",
         help="image files, one sub-folder per class",
@@ -452,7 +536,7 @@ def make_parser() -> Parser:
         "data/imagenet_classes.txt: its order gives the labels, and folders are named by id, name "
         "or first synonym",
     )
-    add_switch(folder, "--skip_bad", "leave bad images out, and list them in the manifest")
+    add_skip_bad(folder)
     folder.set_defaults(make=folder_job)
 
     idx = jobs.add_parser(
@@ -489,14 +573,20 @@ def make_parser() -> Parser:
         "labels' numbers",
     )
     idx.set_defaults(make=idx_job)
+    add_cifar_parser(jobs)
     return parser
 
 
+# Neither goes into the manifest: equal runs, into two places, give equal bytes.
+NOT_IN_MANIFEST = ("job", "make", "choose_num_parts", "output", "num_workers")
+
+
 def manifest_arguments(args: argparse.Namespace) -> dict:
-    """The flags for the manifest, less --output: equal runs into two places give equal bytes."""
-    given = {name: value for name, value in vars(args).items() if name not in ("job", "make")}
-    del given["output"]
-    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in NOT_IN_MANIFEST
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -506,8 +596,10 @@ def main(argv: list[str] | None = None) -> None:
         splits,
         classes=classes,
         num_parts=args.num_parts,
+        choose_num_parts=getattr(args, "choose_num_parts", default_num_parts),
         seed=args.seed,
         skip_bad=getattr(args, "skip_bad", False),
+        num_workers=args.num_workers,
         made_by={
             "tool": f"tools/make_ofrecord.py {args.job}",
             "arguments": manifest_arguments(args),

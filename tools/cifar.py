@@ -1,0 +1,107 @@
+"""The binary archives of CIFAR-10 and CIFAR-100, as arrays.
+
+A file is a sequence of records: one label (CIFAR-10) or a coarse and a fine one (CIFAR-100), one
+byte each, then 3 x 32 x 32 bytes, the red, the green and the blue plane.
+"""
+
+import os
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from config import RunError, UsageError
+
+PLANES = (3, 32, 32)
+FILES_10 = {
+    "train": [f"data_batch_{k}.bin" for k in range(1, 6)],
+    "validation": ["test_batch.bin"],
+}
+FILES_100 = {"train": ["train.bin"], "validation": ["test.bin"]}
+CIFAR_100_NAMES = {"fine": "fine_label_names.txt", "coarse": "coarse_label_names.txt"}
+CIFAR_10_NAMES = "batches.meta.txt"
+LABEL_BYTES = {"coarse": 0, "fine": 1}  # place in a record of CIFAR-100
+
+
+def read_files(path: Path) -> dict[str, bytes]:
+    """The files of an archive, or of the folder it was unpacked to, by their base names."""
+    wanted = {*sum(FILES_10.values(), []), *sum(FILES_100.values(), [])}
+    wanted |= {CIFAR_10_NAMES, *CIFAR_100_NAMES.values()}
+    try:
+        if path.is_dir():
+            return {name: (path / name).read_bytes() for name in wanted if (path / name).exists()}
+        with tarfile.open(path) as archive:
+            return {
+                os.path.basename(member.name): archive.extractfile(member).read()
+                for member in archive
+                if member.isfile() and os.path.basename(member.name) in wanted
+            }
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise RunError(f"{path}: is no whole tar archive: {error}") from None
+    except OSError as error:
+        if error.strerror is None:  # gzip's own
+            raise RunError(f"{path}: is no whole tar archive: {error}") from None
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_names(files: dict[str, bytes], name: str, path: Path) -> list[str]:
+    try:
+        names = [line.strip() for line in files[name].decode().splitlines()]
+    except UnicodeDecodeError:
+        raise RunError(f"{path}: {name} is no UTF-8 text") from None
+    names = [name for name in names if name]
+    if not names:
+        raise RunError(f"{path}: {name} is empty")
+    return names
+
+
+def read_cifar(
+    path: Path, *, labels: str | None
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, list[str]]], list[str]]:
+    """Images (N, 32, 32, 3) uint8 RGB, labels (N,) uint8 and names by split; and the class names.
+
+    `labels` is "fine" or "coarse", for CIFAR-100 only; None: fine.
+    Raises UsageError where the archive cannot be read, RunError where it is not what it should be.
+    """
+    files = read_files(path)
+    if CIFAR_10_NAMES in files:
+        if labels is not None:
+            raise UsageError(f"--labels={labels}: {path} is CIFAR-10, which has one kind of labels")
+        by_split, name_file, label_bytes, at = FILES_10, CIFAR_10_NAMES, 1, 0
+    elif all(name in files for name in CIFAR_100_NAMES.values()):
+        labels = labels or "fine"
+        by_split, name_file, label_bytes = FILES_100, CIFAR_100_NAMES[labels], 2
+        at = LABEL_BYTES[labels]
+    else:
+        raise UsageError(
+            f"--input={path}: holds neither {CIFAR_10_NAMES} nor {CIFAR_100_NAMES['fine']}; needs "
+            "the binary version of CIFAR-10 or CIFAR-100 (cifar-10-binary.tar.gz, "
+            "cifar-100-binary.tar.gz), or the folder it was unpacked to"
+        )
+    classes = read_names(files, name_file, path)
+    width = label_bytes + int(np.prod(PLANES))
+    splits = {}
+    for split, parts in by_split.items():
+        images, held, names = [], [], []
+        for part in parts:
+            if part not in files:
+                raise RunError(f"{path}: {part} is missing")
+            data = np.frombuffer(files[part], np.uint8)
+            if not len(data) or len(data) % width:
+                raise RunError(
+                    f"{path}: {part} holds {len(data)} bytes, which is no multiple of {width}, the "
+                    "bytes of an image and its label"
+                )
+            records = data.reshape(-1, width)
+            wrong = np.flatnonzero(records[:, at] >= len(classes))
+            if len(wrong):
+                raise RunError(
+                    f"{path}: {part}: label {records[wrong[0], at]} of image {wrong[0]} is outside "
+                    f"of the {len(classes)} classes of {name_file}"
+                )
+            images.append(records[:, label_bytes:].reshape(-1, *PLANES).transpose(0, 2, 3, 1))
+            held.append(records[:, at])
+            names += [f"{part}[{i}]" for i in range(len(records))]
+        splits[split] = np.concatenate(images), np.concatenate(held), names
+    return splits, classes

@@ -1,0 +1,156 @@
+"""Tasks spread over processes, with progress, and nobody left behind.
+
+Workers are fresh interpreters, not forks, so that it does not matter what the parent has imported
+or which threads it runs. Each has a pipe of its own. A worker whose parent is gone, by SIGKILL too,
+finds its pipe broken and ends; a parent whose worker is gone raises an error.
+"""
+
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection
+
+from tqdm import tqdm
+
+from config import RunError
+
+REPORT_SECONDS = 0.1  # between a worker's reports of progress
+LINE_SECONDS = 30.0  # between lines of progress in a log
+
+Advance = Callable[[int], object]  # called with the number of examples just done
+Task = Callable[[Advance], object]  # returns what `run_tasks` yields for it
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line now and then. Both on stderr."""
+
+    def __init__(self, total: int, *, initial: int = 0):
+        self.total, self.initial, self.count = total, initial, initial
+        self.started = self.printed = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self.bar = None
+        if terminal:
+            self.bar = tqdm(total=total, initial=initial, unit=" images", dynamic_ncols=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, count: int = 1) -> None:
+        self.count += count
+        if self.bar is not None:
+            self.bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self.printed >= LINE_SECONDS:
+            self.printed = now
+            print(self.line(now), file=sys.stderr, flush=True)
+
+    def line(self, now: float) -> str:
+        rate = (self.count - self.initial) / (now - self.started)
+        left = (self.total - self.count) / rate if rate else 0.0
+        minutes, seconds = divmod(round(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        return (
+            f"{self.count} of {self.total} images, {rate:.1f} images/s, "
+            f"{hours}:{minutes:02d}:{seconds:02d} left"
+        )
+
+
+def serve(pipe) -> None:
+    """The life of a worker: one task after the other, until the pipe ends."""
+    pending, reported = 0, time.monotonic()
+
+    def advance(count: int = 1) -> None:
+        nonlocal pending, reported
+        pending += count
+        now = time.monotonic()
+        if now - reported >= REPORT_SECONDS:
+            pipe.send(("progress", pending))
+            pending, reported = 0, now
+
+    try:
+        while True:
+            number, task = pipe.recv()
+            try:
+                answer = ("result", (number, task(advance)))
+            except OSError as error:
+                if isinstance(error, BrokenPipeError):
+                    raise
+                answer = ("error", error)
+            except Exception as error:
+                answer = ("error", error)
+            if pending:
+                pipe.send(("progress", pending))
+                pending = 0
+            pipe.send(answer)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is gone
+
+
+def run_tasks(
+    tasks: Iterable[Task], *, num_workers: int, advance: Advance
+) -> Iterator[tuple[int, object]]:
+    """Yield (number, result) of each task as it is done; the numbers count the tasks from 0.
+
+    With one worker the tasks run in this process, in order; with more they have to be picklable,
+    and are started in order. A task is only drawn from `tasks` when a worker is free for it.
+    An exception in a task is raised here, and the other workers are ended.
+    """
+    if num_workers == 1:
+        for number, task in enumerate(tasks):
+            yield number, task(advance)
+        return
+    waiting = enumerate(tasks)
+    context = multiprocessing.get_context("spawn")
+    workers = {}  # pipe -> process; busy ones only, between rounds
+    try:
+        for _ in range(num_workers):
+            item = next(waiting, None)
+            if item is None:
+                break
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs,), daemon=True)
+            workers[pipe] = process
+            # Ctrl-C reaches the whole group. Workers inherit the mask, so that it never gets
+            # through to them, and it arrives here a moment later.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
+            pipe.send(item)
+        while workers:
+            for pipe in connection.wait(list(workers)):
+                try:
+                    kind, value = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    workers[pipe].join()
+                    raise RunError(
+                        f"a worker process ended (exit code {workers[pipe].exitcode}); if the "
+                        "system was short of memory, give fewer --num_workers"
+                    ) from None
+                if kind == "progress":
+                    advance(value)
+                    continue
+                if kind == "error":
+                    raise value
+                yield value
+                item = next(waiting, None)
+                if item is not None:
+                    pipe.send(item)
+                else:
+                    pipe.close()
+                    workers.pop(pipe).join()
+    finally:
+        for pipe, process in workers.items():
+            if process.pid is not None:
+                process.kill()
+                process.join()
+            pipe.close()
