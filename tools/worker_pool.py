@@ -26,13 +26,13 @@ Task = Callable[[Advance], object]  # returns what `run_tasks` yields for it
 class Progress:
     """A bar on a terminal; elsewhere a line now and then. Both on stderr."""
 
-    def __init__(self, total: int, *, initial: int = 0):
-        self.total, self.initial, self.count = total, initial, initial
+    def __init__(self, total: int, *, unit: str = "images"):
+        self.total, self.unit, self.count = total, unit, 0
         self.started = self.printed = time.monotonic()
-        terminal = sys.stderr.isatty()
         self.bar = None
-        if terminal:
-            self.bar = tqdm(total=total, initial=initial, unit=" images", dynamic_ncols=True)
+        if sys.stderr.isatty():
+            form = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": f" {unit}"}
+            self.bar = tqdm(total=total, dynamic_ncols=True, **form)
 
     def __enter__(self) -> "Progress":
         return self
@@ -40,6 +40,12 @@ class Progress:
     def __exit__(self, *_) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    def print(self, line: str) -> None:
+        """Print a line of results without tearing the bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(line, flush=True)
 
     def advance(self, count: int = 1) -> None:
         self.count += count
@@ -52,12 +58,12 @@ class Progress:
             print(self.line(now), file=sys.stderr, flush=True)
 
     def line(self, now: float) -> str:
-        rate = (self.count - self.initial) / (now - self.started)
+        rate = self.count / (now - self.started)
         left = (self.total - self.count) / rate if rate else 0.0
         minutes, seconds = divmod(round(left), 60)
         hours, minutes = divmod(minutes, 60)
         return (
-            f"{self.count} of {self.total} images, {rate:.1f} images/s, "
+            f"{self.count} of {self.total} {self.unit}, {rate:.0f} {self.unit}/s, "
             f"{hours}:{minutes:02d}:{seconds:02d} left"
         )
 

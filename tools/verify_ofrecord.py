@@ -1,0 +1,350 @@
+"""Check OFRecord directories, of this toolkit or of others, and list every fault.
+
+python3 tools/verify_ofrecord.py data/imagenet/ofrecord
+python3 tools/verify_ofrecord.py --decode --num_classes=1000 /data/others/train
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import MAX_CLASSES, Parser, RunError, UsageError, add_switch, number, run_main
+from tools import ofrecord_message
+from tools.jpeg_util import BrokenJpeg, decode_jpeg, walk_jpeg
+from tools.ofrecord_writer import BLOCK_BYTES, LENGTH, MANIFEST, default_num_workers
+from tools.worker_pool import Advance, Progress, run_tasks
+
+PART_NAME = re.compile(r"part-(\d+)")
+SPLITS = ("train", "validation")
+BYTES_PER_IMAGE = 100_000  # or so, to tell how much there is to do
+# What OneFlow 0.9's decoders do with an image that is no RGB JPEG.
+CONSEQUENCE = {
+    "greyscale JPEG": "which OneFlow decodes to noise without a word",
+    "no JPEG": "and OneFlow's decoder reads nothing else",
+}
+OTHER_CONSEQUENCE = "on which OneFlow's decoder fails"
+
+
+@dataclass(frozen=True)
+class Fault:
+    what: str
+    part: str = ""
+    record: int | None = None
+    offset: int | None = None  # byte of the record's length field in the part
+
+    def __str__(self) -> str:
+        where = [self.part] if self.part else []
+        if self.record is not None:
+            where.append(f"record {self.record}, at byte {self.offset}")
+        return ": ".join([*where, self.what])
+
+
+@dataclass
+class PartResult:
+    num_examples: int
+    num_bytes: int
+    faults: list[Fault]
+    max_label: int = -1
+
+
+# One record.
+
+
+def one(features: dict, name: str, kind: str):
+    """The only value of a feature. Raises MessageError."""
+    if name not in features:
+        raise ofrecord_message.MessageError(f"has no `{name}`")
+    found, values = features[name]
+    if found != kind or len(values) != 1:
+        what = f"{len(values)} values of {found}" if found else "nothing"
+        raise ofrecord_message.MessageError(f"`{name}` holds {what}, not one of {kind}")
+    return values[0]
+
+
+def image_faults(encoded: bytes, features: dict, decode: bool) -> Iterator[str]:
+    try:
+        info = walk_jpeg(encoded)
+        if decode:
+            decode_jpeg(encoded)
+    except BrokenJpeg as error:
+        reason = str(error)
+        yield f"the image: {', '.join(filter(None, (reason, CONSEQUENCE.get(reason))))}"
+        return
+    if info.oddity:
+        yield f"the image: {info.oddity}, {CONSEQUENCE.get(info.oddity, OTHER_CONSEQUENCE)}"
+    for name in ("height", "width", "channels"):
+        kind, values = features.get(name, ("", []))
+        if kind == "int32" and values != [getattr(info, name)]:
+            yield f"`{name}` is {values}, and the image has {getattr(info, name)}"
+
+
+def record_faults(message: bytes, num_classes: int | None, decode: bool) -> tuple[list[str], int]:
+    """What is wrong with one serialised record, and its label (-1 where there is none)."""
+    found, label = [], -1
+    try:
+        features = ofrecord_message.decode(message)
+    except ofrecord_message.MessageError as error:
+        return [f"is no OFRecord: {error}"], label
+    try:
+        label = one(features, "class/label", "int32")
+        if not 0 <= label < (num_classes or MAX_CLASSES):
+            found.append(f"label {label} is outside of 0 to {(num_classes or MAX_CLASSES) - 1}")
+    except ofrecord_message.MessageError as error:
+        found.append(str(error))
+    try:
+        encoded = one(features, "encoded", "bytes")
+        found += image_faults(encoded, features, decode)
+    except ofrecord_message.MessageError as error:
+        found.append(str(error))
+    return found, label
+
+
+# One part.
+
+
+@dataclass(frozen=True)
+class PartCheck:
+    """Walks one part, all of it, once."""
+
+    path: Path
+    entry: dict  # of the manifest; empty where there is none
+    num_classes: int | None
+    decode: bool
+
+    def __call__(self, advance: Advance) -> PartResult:
+        name, faults = self.path.name, []
+        try:
+            with open(self.path, "rb", buffering=BLOCK_BYTES) as file:
+                result, digest = self.walk(file, faults, advance)
+        except OSError as error:
+            return PartResult(0, 0, [Fault(f"cannot be read: {error.strerror}", name)])
+        if not result.num_bytes:
+            faults.append(Fault("holds no record, and OneFlow's reader cannot open that", name))
+        self.compare(result, digest, faults)
+        return result
+
+    def compare(self, result: PartResult, digest: str, faults: list[Fault]) -> None:
+        found = {
+            "num_bytes": result.num_bytes,
+            "num_examples": result.num_examples,
+            "sha256": digest,
+        }
+        for key, what in (("num_bytes", "bytes"), ("num_examples", "whole records")):
+            if self.entry.get(key, found[key]) != found[key]:
+                faults.append(
+                    Fault(
+                        f"holds {found[key]} {what}, and the manifest says {self.entry[key]}",
+                        self.path.name,
+                    )
+                )
+        if self.entry.get("sha256", digest) != digest:
+            faults.append(
+                Fault("its SHA-256 is not the manifest's: it was changed", self.path.name)
+            )
+
+    def walk(self, file, faults: list[Fault], advance: Advance) -> tuple[PartResult, str]:
+        size, at, digest = os.fstat(file.fileno()).st_size, 0, hashlib.sha256()
+        result = PartResult(0, size, faults)
+
+        def fault(what: str) -> None:
+            faults.append(Fault(what, self.path.name, result.num_examples, at))
+
+        while at < size:
+            head = file.read(LENGTH.size)
+            digest.update(head)
+            left = size - at - LENGTH.size
+            if left < 0:
+                fault(f"its length field is cut off at byte {size}, the end of the file")
+                break
+            (length,) = LENGTH.unpack(head)
+            if not 0 < length <= left:
+                fault(
+                    f"its length field says {length}, and {left} bytes follow: it is damaged, or "
+                    "the part is cut off; what follows in this part was not looked at"
+                )
+                break
+            message = file.read(length)
+            digest.update(message)
+            found, label = record_faults(message, self.num_classes, self.decode)
+            for what in found:
+                fault(what)
+            result.max_label = max(result.max_label, label)
+            at += LENGTH.size + length
+            result.num_examples += 1
+            advance(LENGTH.size + length)
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+        return result, digest.hexdigest()
+
+
+# One directory.
+
+
+def read_manifest(directory: Path) -> tuple[dict | None, list[Fault]]:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        for part in manifest["parts"]:
+            if not isinstance(part["name"], str):
+                raise ValueError("a part without a name")
+        if not isinstance(manifest.get("num_classes"), int | None):
+            raise ValueError("num_classes is no number")
+    except FileNotFoundError:
+        return None, []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, [Fault(f"{MANIFEST}: is not a manifest that can be read ({error!r})")]
+    return manifest, manifest_faults(manifest)
+
+
+def manifest_faults(manifest: dict) -> list[Fault]:
+    """Where a manifest contradicts itself."""
+    faults = []
+    total = sum(part.get("num_examples", 0) for part in manifest["parts"])
+    if manifest.get("num_examples", total) != total:
+        faults.append(
+            Fault(f"{MANIFEST}: num_examples is {manifest['num_examples']}, its parts have {total}")
+        )
+    classes = manifest.get("classes")
+    if classes and manifest.get("num_classes", len(classes)) != len(classes):
+        faults.append(
+            Fault(f"{MANIFEST}: num_classes is {manifest['num_classes']}, {len(classes)} are named")
+        )
+    return faults
+
+
+def part_names(directory: Path) -> list[str]:
+    try:
+        held = os.listdir(directory)
+    except OSError as error:
+        raise UsageError(f"{directory}: cannot be read: {error.strerror}") from None
+    numbered = [match for match in map(PART_NAME.fullmatch, held) if match]
+    return [match[0] for match in sorted(numbered, key=lambda match: (int(match[1]), match[0]))]
+
+
+def name_faults(names: list[str], manifest: dict | None) -> list[Fault]:
+    """Parts that are missing, or too many."""
+    if manifest is not None:
+        listed = [part["name"] for part in manifest["parts"]]
+        missing = [name for name in listed if name not in set(names)]
+        faults = [Fault("is missing; the manifest lists it", name) for name in missing]
+        extra = [name for name in names if name not in set(listed)]
+        return faults + [Fault("is not in the manifest", name) for name in extra]
+    width = len(names[0]) - len("part-")
+    wanted = [f"part-{k:0{width}d}" for k in range(len(names))]
+    for name, want in zip(names, wanted, strict=True):
+        if name != want:
+            return [Fault("is missing; parts are numbered from 0 without a gap", want)]
+    return []
+
+
+def find_directories(paths: list[Path]) -> list[Path]:
+    """The directories of parts that the arguments name. Raises UsageError."""
+    found = []
+    for path in paths:
+        if not path.is_dir():
+            raise UsageError(f"{path}: there is no such directory")
+        if part_names(path) or (path / MANIFEST).exists():
+            found.append(path)
+            continue
+        below = [path / split for split in SPLITS if (path / split).is_dir()]
+        below = [directory for directory in below if part_names(directory)]
+        if not below:
+            raise UsageError(f"{path}: holds no OFRecord parts (part-00000, ...)")
+        found += below
+    return found
+
+
+def verify(
+    directory: Path, *, num_classes: int | None, decode: bool, num_workers: int | None
+) -> int:
+    """Print every fault of a directory as it is found, and a summary; return their number."""
+    names = part_names(directory)
+    manifest, faults = read_manifest(directory)
+    faults += name_faults(names, manifest) if names or manifest else []
+    for fault in faults:
+        print(f"{directory}: {fault}")
+    entries, claimed = {}, None
+    if manifest is not None:
+        entries = {part["name"]: part for part in manifest["parts"]}
+        claimed = manifest.get("num_classes")
+    checks = [
+        PartCheck(directory / name, entries.get(name, {}), num_classes or claimed, decode)
+        for name in names
+    ]
+    size = sum(os.path.getsize(directory / name) for name in names)
+    num_workers = num_workers or default_num_workers(size // BYTES_PER_IMAGE)
+    num_examples = num_faults = 0
+    max_label = -1
+    with Progress(size, unit="bytes") as progress:
+        tasks = run_tasks(checks, num_workers=num_workers, advance=progress.advance)
+        with contextlib.closing(tasks):  # ends the workers whatever happens here
+            for _, result in tasks:
+                for fault in result.faults:
+                    progress.print(f"{directory}: {fault}")
+                num_faults += len(result.faults)
+                num_examples += result.num_examples
+                max_label = max(max_label, result.max_label)
+    num_faults += len(faults)
+    checksums = any("sha256" in entry for entry in entries.values())
+    print(
+        f"{directory}: {num_examples} examples in {len(names)} part{'s' * (len(names) != 1)}, "
+        f"{size} bytes, labels up to {max_label}, "
+        f"checksums {'compared' if checksums else 'not compared, as there is no manifest'}, "
+        f"images {'decoded' if decode else 'walked'}: "
+        f"{num_faults or 'no'} fault{'s' * (num_faults != 1)}",
+        flush=True,
+    )
+    return num_faults
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        "Check directories of OFRecord parts, without OneFlow: framing, messages, labels, images, "
+        "and sizes and checksums where there is a manifest. Each fault is a line with part, record "
+        "number (from 0) and byte; exit status 1 if there is one."
+    )
+    parser.add_argument(
+        "directories",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="directory of parts, or one that holds train/ and validation/",
+    )
+    add_switch(parser, "--decode", "decode every JPEG, beside walking its structure")
+    parser.add_argument(
+        "--num_classes",
+        type=number(int, 1, MAX_CLASSES),
+        help="labels must be below; unless given, as in the manifest",
+    )
+    parser.add_argument(
+        "--num_workers", type=number(int, 1, 999), help="processes; unless given, one per core"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    num_faults = sum(
+        verify(
+            directory,
+            num_classes=args.num_classes,
+            decode=args.decode,
+            num_workers=args.num_workers,
+        )
+        for directory in find_directories(args.directories)
+    )
+    if num_faults:
+        raise RunError(f"{num_faults} fault{'s' if num_faults > 1 else ''}, listed above")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the clean-up
+    sys.exit(run_main(main))
