@@ -2,13 +2,20 @@
 
 python3 tools/benchmark.py
 python3 tools/benchmark.py --train_data_dir=data/imagenet/ofrecord/train
+python3 tools/benchmark.py --conversion --num_workers=2
 """
 
+import io
 import json
 import os
 import platform
+import random
+import shutil
 import statistics
+import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -20,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import oneflow_setup  # noqa: F401  (first, see there)
 
 from oneflow import nn
+from PIL import Image
 
 import checkpoint_util
 import config
@@ -27,15 +35,24 @@ import graph_util
 import model_util
 import of_cnn_train_val as script
 import ofrecord_util
-from config import Parser, UsageError, number
+from config import Parser, RunError, UsageError, add_switch, number
 from metric_util import Meter
+from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
+from tools.ofrecord_writer import BLOCK_BYTES, read_classes
+
+# Crops of the demo photographs at this size and quality are 110 kB on average, as ImageNet's are.
+PHOTOGRAPH_SIZE = (580, 435)
+PHOTOGRAPH_QUALITY = 98
+CONVERSION_PARTS = 16
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     device = graph_util.choose_device(args.device)
     report = {"date": date.today().isoformat(), "machine": describe_machine(device)}
-    if args.train_data_dir is not None:
+    if args.conversion:
+        report["conversion"] = benchmark_conversion(args)
+    elif args.train_data_dir is not None:
         report["loader"] = benchmark_loader(args, device)
     else:
         report["training_loop"] = benchmark_training_loop(args, device)
@@ -45,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> Parser:
     parser = Parser(
         "Measure the training script's own loop on synthetic data against a bare loop over the "
-        "same graph, or, with --train_data_dir, the loader alone. Prints JSON."
+        "same graph; or, with --train_data_dir, the loader alone; or, with --conversion, how fast "
+        "an archive of photographs becomes OFRecord parts, against a plain copy of its bytes. "
+        "Prints JSON."
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where")
     parser.add_argument(
@@ -65,6 +84,16 @@ def make_parser() -> Parser:
         help="rounds of each kind, taken by turns; the median counts",
     )
     parser.add_argument("--train_data_dir", help="OFRecord parts: measure their loader alone")
+    add_switch(parser, "--conversion", "measure tools/make_ofrecord.py imagenet")
+    parser.add_argument(
+        "--num_images",
+        type=number(int, 1000),
+        default=5000,
+        help="conversion: photographs in the archive, 110 kB each, in 1000 classes",
+    )
+    parser.add_argument(
+        "--num_workers", type=number(int, 1), default=2, help="conversion: processes"
+    )
     return parser
 
 
@@ -189,6 +218,109 @@ def benchmark_loader(args: Namespace, device: str) -> dict:
         "images_per_second": round(
             args.steps * args.batch_size_per_device / statistics.median(seconds), 1
         ),
+    }
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def make_archive(path: Path, num_images: int) -> int:
+    """An archive of the official shape, a tar of 1000 tars; returns the bytes of its images."""
+    _, wordnet_ids = read_classes(DATA / "imagenet_classes.txt")
+    photographs = [Image.open(DATA / name).convert("RGB") for name in PHOTOGRAPHS]
+    rng, num_bytes, done = random.Random(0), 0, 0
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as outer:
+        for label, wordnet_id in enumerate(wordnet_ids):
+            held = io.BytesIO()
+            with tarfile.open(fileobj=held, mode="w", format=tarfile.USTAR_FORMAT) as inner:
+                while done * len(wordnet_ids) < (label + 1) * num_images:
+                    photograph = photographs[done % len(photographs)]
+                    crop = photograph.crop(draw_box(rng, *photograph.size))
+                    encoded = io.BytesIO()
+                    crop.resize(PHOTOGRAPH_SIZE, Image.Resampling.BICUBIC).save(
+                        encoded, "JPEG", quality=PHOTOGRAPH_QUALITY
+                    )
+                    add_member(inner, f"{wordnet_id}_{done}.JPEG", encoded.getvalue())
+                    num_bytes += len(encoded.getvalue())
+                    done += 1
+            add_member(outer, f"{wordnet_id}.tar", held.getvalue())
+    return num_bytes
+
+
+def copy_plainly(source: Path, target: Path) -> None:
+    """Read a file and write its bytes, to the disk as a part is."""
+    with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
+        while block := reader.read(BLOCK_BYTES):
+            writer.write(block)
+        os.fsync(writer.fileno())
+
+
+def resident_megabytes(pid: int) -> float:
+    """Resident memory of a process and those that it started."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return 0.0
+    own = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return own + sum(resident_megabytes(int(child)) for child in children)
+
+
+def convert(archive: Path, output: Path, num_workers: int) -> float:
+    """Run the conversion; return the most memory that its processes held together, in MB."""
+    tool, most = Path(__file__).with_name("make_ofrecord.py"), 0.0
+    command = [sys.executable, tool, "imagenet", f"--train={archive}", f"--output={output}"]
+    command += [f"--num_parts={CONVERSION_PARTS}", f"--num_workers={num_workers}"]
+    with tempfile.TemporaryFile("w+") as messages:
+        with subprocess.Popen(command, stdout=messages, stderr=messages) as run:
+            while run.poll() is None:
+                most = max(most, resident_megabytes(run.pid))
+                time.sleep(0.02)
+        messages.seek(0)
+        if run.returncode:
+            raise RunError(f"the conversion failed: {messages.read().strip()}")
+    return most
+
+
+def benchmark_conversion(args: Namespace) -> dict:
+    """images/s of the whole command, from its start to its end, and of a copy of the archive.
+
+    Both read from the page cache, where the archive has just been written, and both wait for the
+    disk.
+    """
+    seconds, most = {"copy": [], "convert": []}, 0.0
+
+    def converting():
+        nonlocal most
+        most = max(most, convert(archive, output, args.num_workers))
+
+    with tempfile.TemporaryDirectory(prefix="ofrecord-benchmark-") as place:
+        archive, copied, output = (Path(place, name) for name in ("a.tar", "copy", "out"))
+        num_bytes = make_archive(archive, args.num_images)
+        for _ in range(args.rounds):
+            os.sync()
+            seconds["copy"].append(timed(lambda: copy_plainly(archive, copied)))
+            copied.unlink()
+            os.sync()
+            seconds["convert"].append(timed(converting))
+            shutil.rmtree(output)
+    copy, conversion = (statistics.median(seconds[kind]) for kind in ("copy", "convert"))
+    pairs = zip(seconds["copy"], seconds["convert"], strict=True)
+    return {
+        "num_images": args.num_images,
+        "bytes_per_image": num_bytes // args.num_images,
+        "num_workers": args.num_workers,
+        "num_parts": CONVERSION_PARTS,
+        "rounds": args.rounds,
+        "images_per_second": round(args.num_images / conversion, 1),
+        "megabytes_per_second": round(num_bytes / conversion / 1e6, 1),
+        "plain_copy_megabytes_per_second": round(num_bytes / copy / 1e6, 1),
+        # Of neighbours in time, so that a busy machine slows both.
+        "to_plain_copy": round(statistics.median(a / b for a, b in pairs), 3),
+        "memory_of_all_processes_megabytes": round(most, 1),
     }
 
 

@@ -410,7 +410,7 @@ class Images:
             "format": "JPEG",
             "colorspace": "RGB",
             "channels": 3,
-            "data_id": str(self.numbers[i]),
+            "data_id": b"%d" % self.numbers[i],
         }
         return Example(data, label, change=was, more=more)
 
