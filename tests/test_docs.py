@@ -16,13 +16,14 @@ import of_cnn_inference
 import of_cnn_train_val
 import optimizer_util
 from small import ROOT
-from tools import benchmark, make_mini_imagenet, make_ofrecord
+from tools import benchmark, make_mini_imagenet, make_ofrecord, verify_ofrecord
 
 PARSE = {
     "of_cnn_train_val.py": of_cnn_train_val.parse_args,
     "of_cnn_evaluate.py": of_cnn_evaluate.parse_args,
     "of_cnn_inference.py": of_cnn_inference.parse_args,
     "tools/make_ofrecord.py": make_ofrecord.make_parser().parse_args,
+    "tools/verify_ofrecord.py": verify_ofrecord.parse_args,
     "tools/make_mini_imagenet.py": make_mini_imagenet.make_parser().parse_args,
     "tools/benchmark.py": benchmark.make_parser().parse_args,
 }

@@ -330,8 +330,14 @@ def make_parser() -> Parser:
     return parser
 
 
+def parse_args(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    # A switch with an optional value would take the directory behind it for that.
+    return make_parser().parse_args(["--decode=True" if a == "--decode" else a for a in argv])
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    args = parse_args(argv)
     num_faults = sum(
         verify(
             directory,
