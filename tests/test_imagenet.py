@@ -247,6 +247,25 @@ def test_every_feature(source, tmp_path):
     assert listed["classes"] == NAMES[:4] and listed["num_examples"] == 12
 
 
+def test_the_page_about_the_format(source, tmp_path):
+    """Its ten lines read a part, and its table has the features, and no others."""
+    page = (ROOT / "docs" / "ofrecord.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    reader = {}
+    exec(code, reader)
+    assert convert(source, tmp_path / "out", "--num_parts=2").status == 0
+    found = [
+        record
+        for part in sorted((tmp_path / "out" / "train").glob("part-*"))
+        for record in reader["read_part"](part)
+    ]
+    written = records(tmp_path / "out" / "train")
+    assert found == [(f["encoded"], f["class/label"]) for f in written.values()]
+    rows = re.findall(r"^\| (`.*?) \|.*\| `?[a-z ]+`? \|$", page, re.MULTILINE)
+    assert set(re.findall(r"`([^`]+)`", " ".join(rows))) == set(next(iter(written.values())))
+
+
 def test_the_bytes_depend_on_input_and_seed_alone(source, tmp_path):
     """Not on the number of workers, nor on whether the input is packed."""
     for name, more in {

@@ -8,7 +8,9 @@ wrong with the names is found here, before anything is written.
 import functools
 import os
 import re
+import sys
 import tarfile
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,6 +36,7 @@ PLACES = {
 WORDNET_ID = re.compile(r"n\d{8}")
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 TAR_BLOCK = 512
+INDEX_SECONDS = 10.0  # between lines of progress
 
 
 def some(names, limit: int = 5) -> str:
@@ -181,8 +184,12 @@ def index_archive(path: Path) -> Index:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        end = os.fstat(handle).st_size
+        end, printed = os.fstat(handle).st_size, time.monotonic()
         for name, offset, size in walk_tar(handle, 0, end, str(path)):
+            if time.monotonic() - printed > INDEX_SECONDS:
+                printed = time.monotonic()
+                share = offset * 100 // end
+                print(f"{path}: reading the headers, {share} % done", file=sys.stderr, flush=True)
             if not name.endswith(".tar"):
                 add_member(index, name, "", offset, size)
                 continue

@@ -30,9 +30,11 @@ from tools.ofrecord_writer import (
     BadImage,
     Example,
     Split,
+    check_output,
     default_num_parts,
     encode_jpeg,
     file_stamp,
+    partial_name,
     read_classes,
     write_dataset,
 )
@@ -378,8 +380,13 @@ def cifar_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
 
 def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
     """The splits and the class names of ImageNet's archives or folders."""
+    sources = imagenet.find_sources(args.input, args.train, args.validation)
+    outputs = [args.output / name for name in sources]
+    if not any(partial_name(output).exists() for output in outputs):
+        for output in outputs:  # now, as indexing an archive takes a while
+            check_output(output)
     loaders, classes, notices = imagenet.load_images(
-        imagenet.find_sources(args.input, args.train, args.validation),
+        sources,
         classes_path=args.classes or imagenet.CLASSES,
         val_labels_path=args.val_labels or imagenet.VAL_LABELS,
         resize_shorter=args.resize_shorter,

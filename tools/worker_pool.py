@@ -5,14 +5,13 @@ or which threads it runs. Each has a pipe of its own. A worker whose parent is g
 finds its pipe broken and ends; a parent whose worker is gone raises an error.
 """
 
+import itertools
 import multiprocessing
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
-
-from tqdm import tqdm
 
 from config import RunError
 
@@ -31,6 +30,8 @@ class Progress:
         self.started = self.printed = time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
+            from tqdm import tqdm  # here, as workers have no use for it
+
             form = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": f" {unit}"}
             self.bar = tqdm(total=total, dynamic_ncols=True, **form)
 
@@ -116,10 +117,8 @@ def run_tasks(
     context = multiprocessing.get_context("spawn")
     workers = {}  # pipe -> process; busy ones only, between rounds
     try:
-        for _ in range(num_workers):
-            item = next(waiting, None)
-            if item is None:
-                break
+        first = list(itertools.islice(waiting, num_workers))
+        for _ in first:
             pipe, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs,), daemon=True)
             workers[pipe] = process
@@ -131,6 +130,7 @@ def run_tasks(
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
+        for pipe, item in zip(workers, first, strict=True):
             pipe.send(item)
         while workers:
             for pipe in connection.wait(list(workers)):
