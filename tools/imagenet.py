@@ -120,6 +120,26 @@ def pax_fields(data: bytes) -> dict[str, str]:
     return fields
 
 
+def plain_header(block: bytes) -> tuple[str, int] | None:
+    """Name and size of an ordinary file, or None where tarfile has to look.
+
+    A fifth of tarfile's time, which counts with 1.3 million headers.
+    """
+    if block[156:157] not in (b"0", b"\0") or len(block) < TAR_BLOCK:
+        return None
+    name, prefix = block[:100].rstrip(b"\0"), block[345:500].rstrip(b"\0")
+    try:
+        size, checksum = int(block[124:136].strip(b" \0"), 8), int(block[148:156].strip(b" \0"), 8)
+    except ValueError:  # empty, or too large for this notation
+        return None
+    if size < 0 or prefix or not name or b"\0" in name or name.endswith(b"/"):
+        return None
+    # The checksum is that of the block with blanks in its own place.
+    if sum(block) - sum(block[148:156]) + 8 * 32 != checksum:
+        return None
+    return name.decode("utf-8", "surrogateescape"), size
+
+
 def walk_tar(handle: int, begin: int, end: int, where: str) -> Iterator[tuple[str, int, int]]:
     """(path, offset, size) of each file in a tar archive at bytes `begin` to `end` of a file.
 
@@ -129,6 +149,11 @@ def walk_tar(handle: int, begin: int, end: int, where: str) -> Iterator[tuple[st
     at, name, size = begin, None, None
     while True:
         block = os.pread(handle, TAR_BLOCK, at) if at < end else b""
+        plain = plain_header(block) if name is None and size is None else None
+        if plain and at + TAR_BLOCK + plain[1] <= end:
+            yield plain[0], at + TAR_BLOCK, plain[1]
+            at += TAR_BLOCK + -(-plain[1] // TAR_BLOCK) * TAR_BLOCK
+            continue
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.EOFHeaderError:  # a block of zeros

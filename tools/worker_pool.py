@@ -1,14 +1,16 @@
 """Tasks spread over processes, with progress, and nobody left behind.
 
-Workers are fresh interpreters, not forks, so that it does not matter what the parent has imported
-or which threads it runs. Each has a pipe of its own. A worker whose parent is gone, by SIGKILL too,
-finds its pipe broken and ends; a parent whose worker is gone raises an error.
+Workers are forks, which start at once; where the parent runs threads or has loaded OneFlow, which
+does not survive a fork, they are fresh interpreters. Each has a pipe of its own. A worker whose
+parent is gone, by SIGKILL too, finds its pipe broken and ends; a parent whose worker is gone raises
+an error.
 """
 
 import itertools
 import multiprocessing
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
@@ -32,6 +34,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm  # here, as workers have no use for it
 
+            tqdm.monitor_interval = 0  # no thread, so that workers can be forks
             form = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": f" {unit}"}
             self.bar = tqdm(total=total, dynamic_ncols=True, **form)
 
@@ -69,8 +72,10 @@ class Progress:
         )
 
 
-def serve(pipe) -> None:
+def serve(pipe, inherited) -> None:
     """The life of a worker: one task after the other, until the pipe ends."""
+    for end in inherited:  # a pipe ends when nobody holds its other end
+        end.close()
     pending, reported = 0, time.monotonic()
 
     def advance(count: int = 1) -> None:
@@ -114,13 +119,15 @@ def run_tasks(
             yield number, task(advance)
         return
     waiting = enumerate(tasks)
-    context = multiprocessing.get_context("spawn")
+    method = "spawn" if "oneflow" in sys.modules or threading.active_count() > 1 else "fork"
+    context = multiprocessing.get_context(method)
     workers = {}  # pipe -> process; busy ones only, between rounds
     try:
         first = list(itertools.islice(waiting, num_workers))
         for _ in first:
             pipe, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs,), daemon=True)
+            inherited = (*workers, pipe) if method == "fork" else ()
+            process = context.Process(target=serve, args=(theirs, inherited), daemon=True)
             workers[pipe] = process
             # Ctrl-C reaches the whole group. Workers inherit the mask, so that it never gets
             # through to them, and it arrives here a moment later.
