@@ -20,6 +20,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ from tools.worker_pool import Advance, Progress, run_tasks
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 JOURNAL = "journal.jsonl"
+LOCK_SECONDS = 1.0
 TEMPORARY = ".tmp"  # end of the name of a file that is not whole
 BLOCK_BYTES = 1 << 20
 SEND_BYTES = 8 << 20  # between calls that have the disk begin to write
@@ -305,15 +307,24 @@ class Unfinished:
         return self
 
     def lock(self) -> None:
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{self.directory}: another run is writing it now; wait for it, or give another "
-                "--output"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        """Raise UsageError while another run holds the directory.
+
+        The workers of a run that was killed hold it for a moment longer, so that is waited for.
+        """
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UsageError(
+                        f"{self.directory}: another run is writing it now; wait for it, or give "
+                        "another --output"
+                    ) from None
+                time.sleep(0.02)
+            except OSError:  # a file system without locks
+                return
 
     def look(self) -> None:
         """Read what an earlier run left. Raises UsageError where that was no run of this kind."""
