@@ -31,7 +31,7 @@ from oneflow import nn
 from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
-from config import MAX_CLASSES, RunError, UsageError
+from config import DATA_DEFAULTS, MAX_CLASSES, RunError, UsageError
 from image_util import Preprocessing, center_crop
 
 MANIFEST = "manifest.json"
@@ -447,10 +447,10 @@ def check_labels(dataset: Dataset, *, num_classes: int, path: str) -> None:
 class Augmentation:
     """The random part of training preprocessing."""
 
-    area: tuple[float, float] = (0.08, 1.0)  # share of the picture
-    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
-    flip: float = 0.5  # probability
-    shuffle_buffer_size: int = 1024  # records
+    area: tuple[float, float] = DATA_DEFAULTS["random_area"]  # share of the picture
+    aspect_ratio: tuple[float, float] = DATA_DEFAULTS["random_aspect_ratio"]  # width over height
+    flip: float = DATA_DEFAULTS["random_flip"]  # probability
+    shuffle_buffer_size: int = DATA_DEFAULTS["shuffle_buffer_size"]  # records
 
 
 class OFRecordLoader(nn.Module):

@@ -127,6 +127,19 @@ def write_manifest(directory: Path, num_classes: int) -> None:
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
+def tree(directory: Path) -> dict[str, bytes]:
+    """All files below a directory, by their relative paths."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def read_manifest(directory: Path) -> dict:
+    return json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+
+
 def losses(stdout: str) -> list[float]:
     return [float(m[4]) for m in map(LINE.fullmatch, stdout.splitlines()) if m and m[4]]
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from small import Result, call
-from test_imagenet import manifest, tree
+from small import Result, call, read_manifest, tree
 from tools import make_ofrecord, ofrecord_message, verify_ofrecord
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -89,7 +88,7 @@ def check_images(directory: Path, seeds, label) -> None:
 def test_cifar_10(tmp_path):
     source = pack(tmp_path / "cifar-10-binary.tar.gz", "cifar-10-batches-bin", ten_files())
     assert convert(source, tmp_path / "out").status == 0
-    assert manifest(tmp_path / "out" / "train")["classes"] == TEN
+    assert read_manifest(tmp_path / "out" / "train")["classes"] == TEN
     seeds = [10 * k + i for k in range(1, 6) for i in range(4)]
     check_images(tmp_path / "out" / "train", seeds, lambda s: s % 10)
     check_images(tmp_path / "out" / "validation", range(905, 910), lambda s: s % 10)
@@ -114,7 +113,7 @@ def test_cifar_10(tmp_path):
 def test_cifar_100(tmp_path, more, classes, label):
     source = pack(tmp_path / "c.tar.gz", "cifar-100-binary", hundred_files())
     assert convert(source, tmp_path / "out", *more).status == 0
-    assert manifest(tmp_path / "out" / "train")["classes"] == classes
+    assert read_manifest(tmp_path / "out" / "train")["classes"] == classes
     check_images(tmp_path / "out" / "train", range(9), label)
     check_images(tmp_path / "out" / "validation", range(20, 24), label)
 

@@ -1,7 +1,6 @@
 """From ImageNet's own archives to parts: labels, oddities, refusals, and going on when killed."""
 
 import io
-import json
 import os
 import random
 import re
@@ -20,7 +19,7 @@ from PIL import Image
 import model_util
 import of_cnn_train_val
 from config import RunError
-from small import LINE, ROOT, TINY, Result, call
+from small import LINE, ROOT, TINY, Result, call, read_manifest, tree
 from tools import imagenet, make_ofrecord, ofrecord_message, verify_ofrecord
 from tools.jpeg_util import BrokenJpeg, decode_jpeg, passed_through, walk_jpeg
 from tools.ofrecord_writer import BadImage, read_classes
@@ -143,18 +142,6 @@ def records(directory: Path) -> dict[str, dict]:
     return found
 
 
-def manifest(directory: Path) -> dict:
-    return json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-
-
 def parts_of(directory: Path) -> dict[str, bytes]:
     return {name: data for name, data in tree(directory).items() if "manifest" not in name}
 
@@ -243,7 +230,7 @@ def test_every_feature(source, tmp_path):
     held = records(tmp_path / "out" / "validation")
     labels = [held[name]["class/label"] for name, _ in val_files(len(VAL_LABELS))]
     assert labels == VAL_LABELS
-    listed = manifest(tmp_path / "out" / "train")
+    listed = read_manifest(tmp_path / "out" / "train")
     assert listed["classes"] == NAMES[:4] and listed["num_examples"] == 12
 
 
@@ -331,7 +318,7 @@ def test_oddities_become_rgb_jpegs_and_are_named(source, tmp_path):
     (source / "ILSVRC2012_img_train.tar").write_bytes(train_tar(files))
     result = convert(source, tmp_path / "out")
     assert result.status == 0, result.stderr
-    made_by = manifest(tmp_path / "out" / "train")["made_by"]
+    made_by = read_manifest(tmp_path / "out" / "train")["made_by"]
     assert made_by["re_encoded"] == dict.fromkeys(sorted(odd), 1)
     held = records(tmp_path / "out" / "train")
     for wnid, (kind, data) in zip(TINY_WNIDS, odd.items(), strict=True):
@@ -446,7 +433,7 @@ def test_bad_images_end_the_run_at_its_end_and_can_be_left_out(damaged, tmp_path
     result = convert(damaged, tmp_path / "out", *argv, "--skip_bad")
     assert result.status == 0, result.stderr
     assert "train: bad images left out, as listed in manifest.json: 3" in result.stdout
-    listed = manifest(tmp_path / "out" / "train")
+    listed = read_manifest(tmp_path / "out" / "train")
     assert listed["num_examples"] == 9
     assert [item["file"] for item in listed["made_by"]["left_out"]] == [
         f"{wnid}/{wnid}_20.JPEG" for wnid in TINY_WNIDS[:3]

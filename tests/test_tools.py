@@ -6,7 +6,6 @@ import fcntl
 import gzip
 import hashlib
 import io
-import json
 import os
 import re
 import signal
@@ -26,6 +25,7 @@ from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
 from config import RunError, UsageError
+from small import read_manifest, tree
 from tools import make_mini_imagenet, make_ofrecord
 from tools.ofrecord_writer import (
     BadImage,
@@ -84,18 +84,6 @@ def read_natively(directory: Path) -> tuple[list[np.ndarray], list[int]]:
     labels = flow.nn.OFRecordRawDecoder("class/label", shape=(), dtype=flow.int32)(record).numpy()
     shaped = [np.asarray(image).reshape(np.asarray(image).shape[-3:]) for image in images]
     return shaped, labels.tolist()
-
-
-def read_manifest(directory: Path) -> dict:
-    return json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
 
 
 # Making input.

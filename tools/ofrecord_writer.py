@@ -186,11 +186,16 @@ def write_manifest(directory: Path, *, parts: list[dict], classes: list[str], ma
         "parts": parts,
         "made_by": made_by,
     }
-    temporary = directory / (MANIFEST + ".tmp")
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    write_durably(temporary, text.encode())
-    os.replace(temporary, directory / MANIFEST)
-    sync_directory(directory)
+    write_whole(directory / MANIFEST, text.encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there with all of `data` or, whatever happens, as it was before."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    write_durably(temporary, data)
+    os.replace(temporary, path)
+    sync_directory(path.parent)
 
 
 def partial_name(output: Path) -> Path:
@@ -354,11 +359,8 @@ class Unfinished:
             path.unlink(missing_ok=True)
         text = json.dumps(self.identity) + "\n"
         text += "".join(report.journal_line(k) for k, report in self.finished.items())
-        temporary = self.directory / (JOURNAL + TEMPORARY)
         try:
-            write_durably(temporary, text.encode())
-            os.replace(temporary, self.directory / JOURNAL)
-            sync_directory(self.directory)
+            write_whole(self.directory / JOURNAL, text.encode())
         except BaseException:
             if not self.finished:
                 shutil.rmtree(self.directory, ignore_errors=True)
