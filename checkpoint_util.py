@@ -2,17 +2,22 @@
 
 A snapshot is a directory `snapshot_<name>` that holds
 
-    model.safetensors   parameters and buffers, float32, named as in torchvision
-    snapshot.json       what the weights belong to: model, classes, preprocessing, epoch, figures
+    model.safetensors     parameters and buffers, float32, named as in torchvision
+    training.safetensors  the rest of what a run needs to go on as if it had never stopped
+    snapshot.json         what they belong to: model, classes, preprocessing, epoch, figures, flags
 
 It is written under a temporary name beside its place, flushed to disk and renamed, so that it is
 whole or is not there. Nothing of it is a pickle.
 """
 
+import fcntl
 import json
 import os
 import platform
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
@@ -24,12 +29,15 @@ from safetensors.numpy import load_file, save
 
 import model_util
 from config import SNAPSHOT_ROOT, RunError, UsageError
-from file_util import sync_directory, write_durably
+from file_util import link_files, replace_directory, sync_directory, write_durably
 from image_util import Preprocessing
+from metric_util import notice
 
 FORMAT_VERSION = 1
 PREFIX = "snapshot_"
+EPOCH_NAME = re.compile(f"{PREFIX}epoch_([0-9]+)")
 WEIGHTS = "model.safetensors"
+TRAINING_STATE = "training.safetensors"
 DESCRIPTION = "snapshot.json"
 
 
@@ -41,9 +49,13 @@ class Snapshot:
     num_classes: int
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None = None  # names, in label order
-    epoch: int | None = None  # last finished epoch, from 0; None before the first
+    epoch: int | None = None  # last finished epoch, validation included; None before the first
+    iteration: int = 0  # iterations done in the epoch behind that
     step: int = 0  # updates made
-    metrics: dict = field(default_factory=dict)
+    steps_per_epoch: int | None = None
+    global_batch_size: int | None = None
+    metrics: dict = field(default_factory=dict)  # of the last finished epoch
+    best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
     flags: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -77,33 +89,104 @@ def local(tensor) -> flow.Tensor:
     return tensor
 
 
-def prepare_save_dir(save_dir: str | None) -> str:
-    """Make the directory that snapshots go to, see that it can be written, and return it.
+def training_arrays(graph: nn.Graph) -> dict[str, np.ndarray]:
+    """What a training graph remembers beside its model, named as OneFlow does.
 
-    Unless one is given it is a new one under SNAPSHOT_ROOT, named after the time; of two runs that
-    start within one second the later has `-2` behind it.
-
-    Raises UsageError where it cannot be written, or holds the snapshots of another run.
+    The optimizer's buffers (`model.fc.weight-momentum`), float32, and the step counter of the
+    schedule (`System-Train-TrainStep`), int64. Empty before the graph's first call.
     """
+    return {
+        name: np.ascontiguousarray(local(value).numpy())
+        for name, value in graph.state_dict().items()
+        if isinstance(value, flow.Tensor)
+    }
+
+
+def load_training_state(graph: nn.Graph, arrays: dict[str, np.ndarray], *, device: str) -> None:
+    """Hand `training_arrays` of another process to a graph that has not been called yet."""
+    placement = flow.env.all_device_placement(device)
+    state = {
+        name: flow.tensor(array).to_global(placement, flow.sbp.broadcast)
+        for name, array in arrays.items()
+    }
+    graph.load_state_dict(state, strict=False)
+
+
+@contextmanager
+def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterator[str]:
+    """The directory that snapshots go to, made, seen to be writable, and locked for this process.
+
+    Unless one is given it is that of the snapshot `resumed`, else a new one under SNAPSHOT_ROOT,
+    named after the time; of two runs that start within one second the later has `-2` behind it.
+
+    Raises UsageError where it cannot be written, another process is using it, or it holds snapshots
+    that this run does not go on from.
+    """
+    if save_dir is None and resumed is not None:
+        save_dir = os.path.dirname(os.path.abspath(resumed))
     try:
         if save_dir is None:
-            return make_timed_dir()
+            save_dir = make_timed_dir()
         os.makedirs(save_dir, exist_ok=True)
         probe = os.path.join(save_dir, f".{PREFIX}probe-{os.getpid()}")
         with open(probe, "w"):
             pass
         os.remove(probe)
-        held = sorted(name for name in os.listdir(save_dir) if name.startswith(PREFIX))
+        handle = os.open(save_dir, os.O_RDONLY)
     except OSError as error:
         raise UsageError(
             f"--model_save_dir: cannot write to {error.filename}: {error.strerror}; give another"
         ) from None
-    if held:
+    try:
+        lock(handle, save_dir)
+        check_held(save_dir, resumed)
+        yield save_dir
+    finally:
+        os.close(handle)
+
+
+def lock(handle: int, save_dir: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         raise UsageError(
-            f"--model_save_dir: {save_dir} already holds {held[0]} of another run; nothing is "
-            "overwritten, so give another directory"
-        )
-    return save_dir
+            f"--model_save_dir: another run is writing to {save_dir}; wait for its end, or give "
+            "another directory"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def check_held(save_dir: str, resumed: str | None) -> None:
+    """Refuse a directory with snapshots that this run would overwrite.
+
+    Where it goes on in a directory, what a killed process left there half-written is removed.
+    """
+    names = sorted(os.listdir(save_dir))
+    held = [name for name in names if name.startswith(PREFIX)]
+    if resumed is None or not os.path.samefile(os.path.dirname(os.path.abspath(resumed)), save_dir):
+        if held:
+            raise UsageError(
+                f"--model_save_dir: {save_dir} already holds {held[0]} of another run; nothing is "
+                "overwritten, so give another directory, or go on with --resume"
+            )
+        return
+    start = position(read_description(resumed))
+    for name in held:
+        path = os.path.join(save_dir, name)
+        if EPOCH_NAME.fullmatch(name) and position(read_description(path)) > start:
+            raise UsageError(
+                f"--resume={resumed}: {save_dir} holds {name}, which is later and would be "
+                "overwritten; give another --model_save_dir, or go on from the later one"
+            )
+    for name in names:
+        if name.startswith(f".{PREFIX}") and ".tmp-" in name:  # of a run that was killed
+            shutil.rmtree(os.path.join(save_dir, name), ignore_errors=True)
+
+
+def position(snapshot: Snapshot) -> tuple[int, int]:
+    """How far a run had got, for comparisons: updates, then finished epochs."""
+    return snapshot.step, -1 if snapshot.epoch is None else snapshot.epoch
 
 
 def make_timed_dir() -> str:
@@ -118,28 +201,85 @@ def make_timed_dir() -> str:
     raise RunError(f"{path} and 998 more are taken; name one with --model_save_dir")
 
 
-def save_snapshot(save_dir: str, name: str, model: nn.Module, snapshot: Snapshot) -> str:
+def save_snapshot(
+    save_dir: str,
+    name: str,
+    model: nn.Module,
+    snapshot: Snapshot,
+    *,
+    graph: nn.Graph | None = None,
+    replace: bool = False,
+) -> str:
     """Write `<save_dir>/snapshot_<name>` and return its path.
 
-    Raises RunError where it cannot be written, with the disk as it was before.
+    Args:
+        graph: the training graph, if the run is to go on from here.
+        replace: put it in the place of one of the same name, which is whole until then.
+
+    Raises RunError where it cannot be written, with the disk as it was before, or where a weight is
+    not finite.
     """
     path = os.path.join(save_dir, PREFIX + name)
-    temporary = os.path.join(save_dir, f".{PREFIX}{name}.tmp-{os.getpid()}")
-    try:
+    arrays = state_arrays(model)
+    for parameter, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise RunError(f"{parameter} is no longer finite, so {path} is not written")
+    with writing(path) as temporary:
         os.makedirs(temporary)
-        write_durably(os.path.join(temporary, WEIGHTS), save(state_arrays(model)))
+        write_durably(os.path.join(temporary, WEIGHTS), save(arrays))
+        if graph is not None:
+            state = save(training_arrays(graph))
+            write_durably(os.path.join(temporary, TRAINING_STATE), state)
         text = json.dumps(asdict(snapshot), indent=2) + "\n"
         write_durably(os.path.join(temporary, DESCRIPTION), text.encode())
-        sync_directory(temporary)
-        os.rename(temporary, path)
-        sync_directory(save_dir)
+        put(temporary, path, replace=replace)
+    return path
+
+
+def link_snapshot(path: str, name: str) -> None:
+    """Let `snapshot_<name>`, beside the snapshot `path`, be the same as it, from now on.
+
+    The files are shared, and are there as long as one of the two is. Raises as `save_snapshot`.
+    """
+    target = os.path.join(os.path.dirname(path), PREFIX + name)
+    with writing(target) as temporary:
+        link_files(path, temporary)
+        put(temporary, target, replace=True)
+
+
+@contextmanager
+def writing(path: str) -> Iterator[str]:
+    """A temporary name beside `path`; nothing is left under it."""
+    directory, name = os.path.split(path)
+    temporary = os.path.join(directory, f".{name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
     except OSError as error:
         raise RunError(
             f"cannot save the model to {path}: {error.strerror}; earlier snapshots are untouched"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return path
+
+
+def put(temporary: str, path: str, *, replace: bool) -> None:
+    sync_directory(temporary)
+    if replace:
+        replace_directory(temporary, path)
+    else:
+        os.rename(temporary, path)
+    sync_directory(os.path.dirname(path) or ".")
+
+
+def prune_snapshots(save_dir: str, keep: int) -> None:
+    """Remove the oldest `snapshot_epoch_<n>`, all but the newest `keep`, and nothing else."""
+    numbers = sorted(
+        int(match[1]) for match in map(EPOCH_NAME.fullmatch, os.listdir(save_dir)) if match
+    )
+    for number in numbers[:-keep]:
+        path = os.path.join(save_dir, f"{PREFIX}epoch_{number}")
+        with writing(path) as temporary:
+            os.rename(path, temporary)  # a snapshot is whole or is not there
 
 
 def find_snapshot(model_load_dir: str | None) -> str:
@@ -160,13 +300,75 @@ def find_snapshot(model_load_dir: str | None) -> str:
             path = os.path.join(directory, name)
             description = os.path.join(path, DESCRIPTION)
             if name.startswith(PREFIX) and os.path.isfile(description):
-                found.append((os.stat(description).st_mtime_ns, path))
+                # `last` shares its files with an epoch's snapshot, whose name says more.
+                is_epoch = EPOCH_NAME.fullmatch(name) is not None
+                found.append((os.stat(description).st_mtime_ns, is_epoch, path))
     if not found:
         raise UsageError(
             f"no snapshot under {SNAPSHOT_ROOT}: train one first (sh train.sh), or name one with "
             "--model_load_dir"
         )
-    return max(found)[1]
+    return max(found)[-1]
+
+
+def find_resume(resume: str | None, save_dir: str | None) -> str | None:
+    """The snapshot that --resume means, seen to be whole; None for a fresh start.
+
+    Args:
+        resume: a snapshot, a directory of snapshots of which the newest whole one is taken, `auto`
+            for that of `save_dir`, or None.
+        save_dir: --model_save_dir.
+
+    Raises UsageError where there is no such directory, or `auto` has no --model_save_dir; RunError
+    where the snapshot cannot be gone on from.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        if save_dir is None:
+            raise UsageError("--resume=auto needs --model_save_dir: the directory of the run")
+        return newest_whole(save_dir) if os.path.isdir(save_dir) else None
+    if not os.path.isdir(resume):
+        raise UsageError(f"--resume: there is no directory {resume}; check the path")
+    if os.path.isfile(os.path.join(resume, DESCRIPTION)):
+        check_whole(resume)
+        return resume
+    found = newest_whole(resume)
+    if found is None:
+        raise UsageError(f"--resume: {resume} holds no snapshot to go on from")
+    return found
+
+
+def newest_whole(save_dir: str) -> str | None:
+    """The snapshot in `save_dir` that got furthest; damaged ones are named and passed over."""
+    found = []
+    for name in sorted(os.listdir(save_dir)):
+        path = os.path.join(save_dir, name)
+        if name.startswith(PREFIX) and os.path.isdir(path):
+            try:
+                is_epoch = EPOCH_NAME.fullmatch(name) is not None  # rather than its twin, `last`
+                found.append((position(read_description(path)), is_epoch, path))
+            except RunError as error:
+                notice(f"Passed over: {error}.")
+    for *_, path in sorted(found, reverse=True):
+        try:
+            check_whole(path)
+            return path
+        except RunError as error:
+            notice(f"Passed over: {error}.")
+    return None
+
+
+def check_whole(path: str) -> None:
+    """Raise RunError where a run cannot go on from the snapshot `path`."""
+    if read_description(path).step > 0:
+        if not os.path.exists(os.path.join(path, TRAINING_STATE)):
+            raise RunError(
+                f"{path} holds weights only, no {TRAINING_STATE}; start a new run from them with "
+                f"--model_load_dir={path}"
+            )
+        read_training_state(path)
+    read_weights(path)
 
 
 def read_description(path: str) -> Snapshot:
@@ -212,23 +414,35 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
 
     Raises RunError where it is missing or damaged.
     """
-    file_path = os.path.join(path, WEIGHTS)
+    weights = read_arrays(path, WEIGHTS)
+    for name, array in weights.items():
+        if array.dtype != np.float32:
+            raise RunError(
+                f"{os.path.join(path, WEIGHTS)}: {name} is {array.dtype}, and float32 is needed"
+            )
+    return weights
+
+
+def read_training_state(path: str) -> dict[str, np.ndarray]:
+    """Read training.safetensors of the snapshot directory `path`, as `training_arrays` gave it.
+
+    Raises RunError where it is missing or damaged.
+    """
+    return read_arrays(path, TRAINING_STATE)
+
+
+def read_arrays(path: str, name: str) -> dict[str, np.ndarray]:
+    file_path = os.path.join(path, name)
     try:
-        weights = load_file(file_path)
+        return load_file(file_path)
     except FileNotFoundError:
-        raise RunError(
-            f"{path} is no snapshot, or only part of one: it holds no {WEIGHTS}"
-        ) from None
+        raise RunError(f"{path} is no snapshot, or only part of one: it holds no {name}") from None
     except (SafetensorError, OSError) as error:
         raise RunError(
             f"{file_path} is damaged or cut off ({error}); use another snapshot"
         ) from None
     except (TypeError, KeyError) as error:  # a number format that numpy has not
         raise RunError(f"{file_path} is not of float32: {error}") from None
-    for name, array in weights.items():
-        if array.dtype != np.float32:
-            raise RunError(f"{file_path}: {name} is {array.dtype}, and float32 is needed")
-    return weights
 
 
 def load_weights(model: nn.Module, weights: dict[str, np.ndarray], *, path: str) -> None:

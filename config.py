@@ -28,10 +28,22 @@ DATA_DEFAULTS = {
     "random_area": (0.08, 1.0),
     "random_aspect_ratio": (3 / 4, 4 / 3),
     "random_flip": 0.5,
-    "shuffle_buffer_size": 1024,
+    "shuffle_buffer_size": None,
     "val_batch_size_per_device": 50,
 }
+SHUFFLE_BUFFER_SIZE = 1024  # records; less for small data, see ofrecord_util
 EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
+
+
+# Flags that belong to some choices of another flag.
+BELONGING_FLAGS = {
+    "momentum": ("optimizer", ("sgd",)),
+    "decay_rate": ("optimizer", ("rmsprop",)),
+    "epsilon": ("optimizer", tuple(EPSILON)),
+    "lr_step_epochs": ("lr_decay", ("step",)),
+    "lr_decay_rate": ("lr_decay", ("exponential",)),
+    "lr_decay_epochs": ("lr_decay", ("exponential",)),
+}
 
 
 class UsageError(Exception):
@@ -284,8 +296,8 @@ def add_train_data_flags(parser: Parser) -> None:
     group.add_argument(
         "--shuffle_buffer_size",
         type=number(int, 1),
-        default=DATA_DEFAULTS["shuffle_buffer_size"],
-        help="records among which OneFlow's OFRecord reader draws the next one",
+        help="records among which OneFlow's OFRecord reader draws the next one; 1: each image once "
+        f"per epoch, exactly; unless given, {SHUFFLE_BUFFER_SIZE}, at most a 50th of the data",
     )
 
 
@@ -404,8 +416,16 @@ def add_training_flags(parser: Parser) -> None:
         "--model_load_dir", help="snapshot whose weights to start from; unless given, random ones"
     )
     group.add_argument(
+        "--resume",
+        metavar="DIR|auto",
+        help="go on as if the run had never stopped: from a snapshot, from the newest whole one in "
+        "a directory, or, with auto, from the newest in --model_save_dir, and from the start where "
+        "there is none; flags that are not given are those of the run",
+    )
+    group.add_argument(
         "--model_save_dir",
-        help="where snapshots go; unless given, ./output/snapshots/model_save-<date and time>",
+        help="where snapshots go; unless given, where the resumed run's are, else "
+        "./output/snapshots/model_save-<date and time>",
     )
     group.add_argument(
         "--save_epoch_interval",
@@ -413,8 +433,19 @@ def add_training_flags(parser: Parser) -> None:
         default=1,
         help="epochs between snapshots; the last epoch is always saved",
     )
+    group.add_argument(
+        "--save_every_n_iter",
+        type=number(int, 1),
+        help="also save `last` every so many iterations of an epoch; unless given, never",
+    )
     add_switch(group, "--save_init", "save the initial model as well")
-    add_switch(group, "--save_last", "save the trained model once more under the name `last`")
+    add_switch(group, "--save_last", "keep the newest snapshot under the name `last` too", True)
+    group.add_argument(
+        "--keep_snapshots",
+        type=number(int, 1),
+        help="keep the newest so many snapshots of epochs and remove older ones; best, last and "
+        "initial_model always stay; unless given, nothing is removed",
+    )
     group.add_argument(
         "--loss_print_every_n_iter",
         type=number(int, 1),
@@ -438,10 +469,10 @@ def add_snapshot_flags(parser: Parser) -> None:
     )
 
 
-def add_switch(group, name: str, text: str) -> None:
+def add_switch(group, name: str, text: str, default: bool = False) -> None:
     """A boolean flag: `--name`, `--name=True` or `--name=False`."""
     group.add_argument(
-        name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text
+        name, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=text
     )
 
 
@@ -517,25 +548,29 @@ def check_devices(args: argparse.Namespace) -> None:
 
 
 def check_optimizer_flags(args: argparse.Namespace) -> None:
-    """Refuse a flag that the chosen optimizer or schedule would ignore; fill in its default."""
-    belongs = {
-        "momentum": ("optimizer", ("sgd",), 0.875),
-        "decay_rate": ("optimizer", ("rmsprop",), 0.9),
-        "epsilon": ("optimizer", tuple(EPSILON), EPSILON.get(args.optimizer)),
-        "lr_step_epochs": ("lr_decay", ("step",), (30, 60, 80)),
-        "lr_decay_rate": ("lr_decay", ("exponential",), 0.94),
-        "lr_decay_epochs": ("lr_decay", ("exponential",), 2.0),
+    """Refuse a flag that the chosen optimizer or schedule would ignore, else fill in its default.
+
+    Flags that do not belong to them stay None.
+    """
+    defaults = {
+        "momentum": 0.875,
+        "decay_rate": 0.9,
+        "epsilon": EPSILON.get(args.optimizer),
+        "lr_step_epochs": (30, 60, 80),
+        "lr_decay_rate": 0.94,
+        "lr_decay_epochs": 2.0,
     }
-    for flag, (chooser, choices, default) in belongs.items():
+    for flag, (chooser, choices) in BELONGING_FLAGS.items():
         value, chosen = getattr(args, flag), getattr(args, chooser)
-        if value is None:
-            setattr(args, flag, default)
-        elif chosen not in choices:
+        if chosen in choices:
+            setattr(args, flag, defaults[flag] if value is None else value)
+        elif value is not None:
             raise UsageError(
                 f"--{flag} has no effect with --{chooser}={chosen}; it belongs to "
                 f"{' and '.join(f'--{chooser}={choice}' for choice in choices)}"
             )
-    if list(args.lr_step_epochs) != sorted(set(args.lr_step_epochs)):
+    steps = args.lr_step_epochs or ()
+    if list(steps) != sorted(set(steps)):
         raise UsageError(f"--lr_step_epochs={args.lr_step_epochs} must rise from left to right")
 
 
@@ -604,6 +639,66 @@ def finish_train_args(args: argparse.Namespace, *, device: str) -> list[str]:
     return notices
 
 
+# Flags that belong to one start of a run: a later start does not inherit them.
+OF_ONE_START = (
+    "resume",
+    "model_load_dir",
+    "model_save_dir",
+    "device",
+    "num_nodes",
+    "node_ips",
+    "gpu_num_per_node",
+    "ctrl_port",
+)
+# What a run cannot change on its way: the optimizer's buffers, and the order of the data.
+OF_THE_WHOLE_RUN = ("optimizer", "seed")
+
+
+def parse_resumed(parser: Parser, argv: Sequence[str] | None, flags: dict) -> argparse.Namespace:
+    """Parse a command line that goes on with a run: what is not given is as in its `flags`.
+
+    `flags` came back from JSON. Those of another schedule than the one that is asked for now are
+    left out.
+    """
+    inherited = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in flags.items()
+        if name not in OF_ONE_START
+    }
+    parser.set_defaults(**inherited)
+    args = parser.parse_args(argv)
+    parser.set_defaults(
+        **{
+            name: None
+            for name, (chooser, _) in BELONGING_FLAGS.items()
+            if getattr(args, chooser) != flags.get(chooser)
+        }
+    )
+    return parser.parse_args(argv)
+
+
+def compare_flags(args: argparse.Namespace, flags: dict, *, path: str) -> list[str]:
+    """Refuse flags that contradict the run that left `flags` in the snapshot `path`.
+
+    Returns a notice for each other flag that differs, since it holds from here on. Raises
+    UsageError.
+    """
+    notices = []
+    for name, value in flags.items():
+        was = tuple(value) if isinstance(value, list) else value
+        now = getattr(args, name, was)
+        if name in OF_ONE_START or now == was:
+            continue
+        if name in OF_THE_WHOLE_RUN:
+            raise UsageError(
+                f"--{name}={now}, but {path} is of a run with {was}; leave it out, or start a new "
+                f"run from the weights with --model_load_dir={path}"
+            )
+        if was is not None and now is not None:
+            notices.append(f"--{name}={now} from here on; it was {was}.")
+    return notices
+
+
 def default_resize_shorter(image_size: int) -> int:
     """256 for 224 pixels, the ratio of the recipe, and in proportion for other sizes."""
     return round(image_size * 256 / 224)
@@ -630,8 +725,8 @@ def epochs_to_steps(
     global_batch_size: int,
     num_epochs: int,
     warmup_epochs: float = 0,
-    lr_step_epochs: Sequence[float] = (),
-    lr_decay_epochs: float = 1.0,
+    lr_step_epochs: Sequence[float] | None = None,
+    lr_decay_epochs: float | None = None,
 ) -> Plan:
     """Turn durations in epochs into steps. An epoch ends with the step that completes the data.
 
@@ -642,7 +737,7 @@ def epochs_to_steps(
     """
     steps_per_epoch = math.ceil(num_examples / global_batch_size)
     total_steps = steps_per_epoch * num_epochs
-    milestones = tuple(round(steps_per_epoch * epoch) for epoch in lr_step_epochs)
+    milestones = tuple(round(steps_per_epoch * epoch) for epoch in lr_step_epochs or ())
     if len(set(milestones)) < len(milestones):
         raise UsageError(
             f"--lr_step_epochs={','.join(f'{epoch:g}' for epoch in lr_step_epochs)}: two of them "
@@ -654,5 +749,5 @@ def epochs_to_steps(
         # At least one step is left for the schedule after it.
         warmup_steps=min(round(steps_per_epoch * warmup_epochs), total_steps - 1),
         step_milestones=milestones,
-        exponential_steps=steps_per_epoch * lr_decay_epochs,
+        exponential_steps=steps_per_epoch * (lr_decay_epochs or 1.0),
     )

@@ -1,7 +1,7 @@
 """The `nn.Graph`s that train, evaluate and predict, and the one function that evaluates."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import oneflow as flow
@@ -152,10 +152,8 @@ class Predictor:
 class Evaluator:
     """Scores a model on a validation set, each example exactly once a round.
 
-    A native reader goes round and round its `available` records and its batches run across the
-    end, so where a round begins depends on the rounds before it. Any `available` records in a row
-    are each record once; a round therefore counts that many rows and no more, and of those, where
-    only the first `num_examples` are asked for, the rows that fall on them.
+    The loader's batches run on behind the last example, from the first again, so that all are of
+    one size. Only the first `num_examples` rows of a round are counted.
     """
 
     def __init__(
@@ -163,7 +161,6 @@ class Evaluator:
         model: nn.Module,
         loader: nn.Module,
         *,
-        available: int,
         num_examples: int,
         batch_size: int,
         top_k: int,
@@ -171,33 +168,33 @@ class Evaluator:
     ):
         self.model = model
         self.graph = EvalGraph(model, loader, top_k=top_k)
-        self.batches: Iterator[tuple] = loader.batches()
-        self.available, self.num_examples, self.batch_size = available, num_examples, batch_size
+        self.loader = loader
+        self.num_examples, self.batch_size = num_examples, batch_size
         self.placement = flow.env.all_device_placement(device)
-        self.position = 0  # records read so far
 
     @property
     def num_batches(self) -> int:
-        return -(-self.available // self.batch_size)
+        return -(-self.num_examples // self.batch_size)
 
-    def round(self) -> tuple[Counts, float]:
+    def round(self, check: Callable[[], None] = lambda: None) -> tuple[Counts, float]:
         """Counts over `num_examples` samples, and the seconds it took (without compilation).
 
-        Leaves the model in evaluation mode. Raises RunError where a label is outside the classes.
+        Leaves the model in evaluation mode. `check` is called between batches, and may raise.
+        Raises RunError where a label is outside the classes.
         """
         self.model.eval()
         start = time.perf_counter()
         outputs = []
-        for batch_number in range(self.num_batches):
-            row = np.arange(batch_number * self.batch_size, (batch_number + 1) * self.batch_size)
-            record = (self.position + row) % self.available
-            counted = (row < self.available) & (record < self.num_examples)
+        batches = self.loader.batches()
+        for start_row in range(0, self.num_examples, self.batch_size):
+            counted = np.arange(start_row, start_row + self.batch_size) < self.num_examples
             mask = to_device(counted.astype(np.int32), self.placement)
-            outputs.append(self.graph(mask, *next(self.batches)))
+            compiled = self.graph.is_compiled
+            outputs.append(self.graph(mask, *next(batches)))
             limit_run_ahead(outputs)
-            if self.position == 0 and batch_number == 0:
-                start = time.perf_counter()  # that call compiled the graph
-        self.position += self.num_batches * self.batch_size
+            if not compiled:
+                start = time.perf_counter()
+            check()
         totals = np.array([[value.numpy() for value in output] for output in outputs]).sum(axis=0)
         seconds = time.perf_counter() - start
         top_1, top_k, bad_labels = totals.tolist()

@@ -112,8 +112,8 @@ class Meter:
         self.pending.append(step_output)
         limit_run_ahead(self.pending)
 
-    def read(self) -> tuple[float, Counts, int, float]:
-        """Mean loss, hits, number of labels out of range, and seconds since the last `restart`.
+    def read(self) -> tuple[list[float], Counts, int, float]:
+        """Losses of the steps, hits, labels out of range, and seconds since the last `restart`.
 
         Waits for the steps; then starts anew.
         """
@@ -121,6 +121,6 @@ class Meter:
         seconds = time.perf_counter() - self.start
         counts = Counts()
         counts.add(values[:, 1].sum(), values[:, 2].sum(), self.batch_size * len(values))
-        loss, bad_labels = float(values[:, 0].mean()), int(values[:, 3].sum())
+        losses, bad_labels = values[:, 0].tolist(), int(values[:, 3].sum())
         self.restart()
-        return loss, counts, bad_labels, seconds
+        return losses, counts, bad_labels, seconds

@@ -43,7 +43,6 @@ def main(argv: list[str] | None = None) -> None:
     evaluator = graph_util.Evaluator(
         graph_util.place(model, device),
         loader,
-        available=data.available,
         num_examples=data.num_examples,
         batch_size=batch_size,
         top_k=args.top_k,

@@ -8,9 +8,9 @@ python3 of_cnn_train_val.py --help
 import oneflow_setup  # noqa: F401  (first, see there)
 
 import math
+import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 
 import oneflow as flow
 from oneflow import nn
@@ -24,49 +24,64 @@ import ofrecord_util
 import optimizer_util
 from checkpoint_util import Snapshot
 from config import Plan, RunError, UsageError
+from interrupt_util import Interrupted, Interrupts
 from metric_util import Log, Meter, notice
 from ofrecord_util import Dataset
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    resumed = checkpoint_util.find_resume(args.resume, args.model_save_dir)
+    if resumed is not None:
+        flags = checkpoint_util.read_description(resumed).flags
+        args = parse_args(argv, flags)
+        for text in config.compare_flags(args, flags, path=resumed):
+            notice(text)
     device = graph_util.choose_device(args.device)
     for text in config.finish_train_args(args, device=device):
         notice(text)
     train_data, val_data = open_data(args)
-    snapshot = describe_run(args, train_data, val_data)
+    snapshot = describe_run(args, train_data, val_data, resumed)
     plan = make_plan(args, train_data)
-    model = graph_util.place(build_model(args, snapshot), device)
+    go_on(args, snapshot, plan, resumed)
+    model = graph_util.place(build_model(args, snapshot, resumed), device)
     log = metric_util.open_log(args.log_dir, "of_cnn_train_val")
-    args.model_save_dir = checkpoint_util.prepare_save_dir(args.model_save_dir)
+    with checkpoint_util.open_save_dir(args.model_save_dir, resumed=resumed) as save_dir:
+        graph, loader = build_training(args, train_data, model, snapshot, plan, device, log)
+        if snapshot.step > 0:
+            state = checkpoint_util.read_training_state(resumed)
+            checkpoint_util.load_training_state(graph, state, device=device)
+        run = Run(
+            args,
+            model=model,
+            graph=graph,
+            loader=loader,
+            evaluator=build_evaluator(args, val_data, model, snapshot, device, log),
+            plan=plan,
+            snapshot=snapshot,
+            save_dir=save_dir,
+            log=log,
+            resumed=resumed,
+        )
+        run.start()
+        run.run()
 
-    train_graph, batches = build_training(args, train_data, model, snapshot, plan, device, log)
-    evaluator = build_evaluator(args, val_data, model, snapshot, device, log)
-    start(args, model, snapshot, log)
-    meter = Meter(global_batch_size(args))
-    for epoch in range(args.num_epochs):
-        model.train()
-        train_epoch(args, epoch, train_graph, batches, plan, meter, log)
-        snapshot.epoch, snapshot.step = epoch, (epoch + 1) * plan.steps_per_epoch
-        if evaluator is not None:
-            counts, seconds = evaluator.round()
-            log(metric_util.validation_line(epoch, evaluator.num_batches, counts, seconds))
-            snapshot.metrics = counts.as_metrics()
-        last = epoch + 1 == args.num_epochs
-        if last or (epoch + 1) % args.save_epoch_interval == 0:
-            save(args, f"epoch_{epoch}", model, snapshot, log)
-    if args.save_last:
-        save(args, "last", model, snapshot, log)
 
-
-def parse_args(argv: list[str] | None) -> Namespace:
+def parse_args(argv: list[str] | None, resumed_flags: dict | None = None) -> Namespace:
+    """The flags; what is not given is as in the run to go on with, if there is one."""
     parser = config.train_parser(
         models=model_util.MODELS,
         optimizers=optimizer_util.OPTIMIZERS,
         schedules=optimizer_util.SCHEDULES,
     )
-    args = parser.parse_args(argv)
+    args = config.parse_resumed(parser, argv, resumed_flags or {})
     config.check_devices(args)
+    if args.resume not in (None, "auto") and args.model_load_dir is not None:
+        raise UsageError(
+            "--resume and --model_load_dir both name weights to start from; give one of them"
+        )
+    if resumed_flags is not None:
+        args.model_load_dir = None  # of the first start
     return args
 
 
@@ -120,18 +135,18 @@ def make_plan(args: Namespace, train_data: Dataset | None) -> Plan:
     )
 
 
-def describe_run(args: Namespace, train_data: Dataset | None, val_data: Dataset | None) -> Snapshot:
+def describe_run(
+    args: Namespace, train_data: Dataset | None, val_data: Dataset | None, resumed: str | None
+) -> Snapshot:
     """What snapshots of this run will say of themselves.
 
     Model, class count and preprocessing are those of the flags, else of the snapshot to start from,
     else of the training data and the table of models.
     """
-    start = None
-    if args.model_load_dir is not None:
-        start = checkpoint_util.read_description(checkpoint_util.find_snapshot(args.model_load_dir))
-        checkpoint_util.check_fits(
-            start, model=args.model, num_classes=args.num_classes, path=args.model_load_dir
-        )
+    start, path = None, resumed or args.model_load_dir
+    if path is not None:
+        start = checkpoint_util.read_description(checkpoint_util.find_snapshot(path))
+        checkpoint_util.check_fits(start, model=args.model, num_classes=args.num_classes, path=path)
     model = args.model or (start.model if start else "resnet50")
     known = None if train_data is None else train_data.num_classes
     num_classes = args.num_classes or (start.num_classes if start else known)
@@ -159,12 +174,42 @@ def describe_run(args: Namespace, train_data: Dataset | None, val_data: Dataset 
     )
 
 
-def build_model(args: Namespace, snapshot: Snapshot) -> nn.Module:
-    """The network with initial weights drawn by --seed, or with those of --model_load_dir."""
+def go_on(args: Namespace, snapshot: Snapshot, plan: Plan, resumed: str | None) -> None:
+    """Let the description of the run begin where the snapshot `resumed` stood, if it fits."""
+    snapshot.steps_per_epoch = plan.steps_per_epoch
+    snapshot.global_batch_size = global_batch_size(args)
+    if resumed is None:
+        return
+    was = checkpoint_util.read_description(resumed)
+    if was.global_batch_size != snapshot.global_batch_size:
+        raise UsageError(
+            f"--batch_size_per_device={args.batch_size_per_device} makes batches of "
+            f"{snapshot.global_batch_size} images, but {resumed} is of a run with batches of "
+            f"{was.global_batch_size}"
+        )
+    if was.steps_per_epoch != snapshot.steps_per_epoch:
+        raise UsageError(
+            f"--num_examples: an epoch has {snapshot.steps_per_epoch} iterations, but {resumed} is "
+            f"of a run with {was.steps_per_epoch}; the training data are not the same"
+        )
+    for field, now in vars(snapshot.preprocessing).items():
+        if now != getattr(was.preprocessing, field):
+            raise UsageError(
+                f"--{field}={now}, but {resumed} is of a run with "
+                f"{getattr(was.preprocessing, field)}; leave it out"
+            )
+    if was.epoch is not None and was.epoch + 1 >= args.num_epochs:
+        notice(f"{resumed} has finished all {args.num_epochs} epochs; more: --num_epochs.")
+    for field in ("epoch", "iteration", "step", "metrics", "best"):
+        setattr(snapshot, field, getattr(was, field))
+
+
+def build_model(args: Namespace, snapshot: Snapshot, resumed: str | None) -> nn.Module:
+    """The network with initial weights drawn by --seed, or with those of a snapshot."""
     flow.manual_seed(args.seed)
     model = model_util.MODELS[snapshot.model].build(snapshot.num_classes)
-    if args.model_load_dir is not None:
-        path = checkpoint_util.find_snapshot(args.model_load_dir)
+    if resumed is not None or args.model_load_dir is not None:
+        path = checkpoint_util.find_snapshot(resumed or args.model_load_dir)
         checkpoint_util.load_weights(model, checkpoint_util.read_weights(path), path=path)
     return model
 
@@ -177,8 +222,8 @@ def build_training(
     plan: Plan,
     device: str,
     log: Log,
-) -> tuple[graph_util.TrainGraph, Iterator[tuple]]:
-    """The training graph and the endless stream of what its calls take."""
+) -> tuple[graph_util.TrainGraph, nn.Module]:
+    """The training graph, and the loader whose batches its calls take."""
     batch_size = global_batch_size(args)
     if train_data is None:
         log("Loading synthetic data.")
@@ -209,13 +254,7 @@ def build_training(
         epsilon=args.epsilon,
     )
     schedule = optimizer_util.build_schedule(
-        optimizer,
-        args.lr_decay,
-        total_steps=plan.total_steps,
-        warmup_steps=plan.warmup_steps,
-        step_milestones=plan.step_milestones,
-        decay_rate=args.lr_decay_rate,
-        exponential_steps=plan.exponential_steps,
+        optimizer, args.lr_decay, **schedule_settings(args, plan)
     )
     graph = graph_util.TrainGraph(
         model,
@@ -225,7 +264,17 @@ def build_training(
         label_smoothing=args.label_smoothing,
         top_k=args.top_k,
     )
-    return graph, loader.batches()
+    return graph, loader
+
+
+def schedule_settings(args: Namespace, plan: Plan) -> dict:
+    return {
+        "total_steps": plan.total_steps,
+        "warmup_steps": plan.warmup_steps,
+        "step_milestones": plan.step_milestones,
+        "decay_rate": args.lr_decay_rate,
+        "exponential_steps": plan.exponential_steps,
+    }
 
 
 def synthetic_loader(
@@ -253,21 +302,19 @@ def build_evaluator(
         log("Loading synthetic data.")
         batch_size = global_batch_size(args)
         loader = synthetic_loader(args, batch_size, snapshot, device)
-        available = loader.num_examples
-        num_examples = min(args.num_val_examples or available, available)
+        num_examples = min(args.num_val_examples or loader.num_examples, loader.num_examples)
     elif val_data is not None:
         log(f"Loading data from {args.val_data_dir}")
         batch_size = global_batch_size(args, args.val_batch_size_per_device)
         loader = ofrecord_util.val_loader(
             val_data, batch_size=batch_size, preprocessing=snapshot.preprocessing, device=device
         )
-        available, num_examples = val_data.available, val_data.num_examples
+        num_examples = val_data.num_examples
     else:
         return None
     return graph_util.Evaluator(
         model,
         loader,
-        available=available,
         num_examples=num_examples,
         batch_size=batch_size,
         top_k=args.top_k,
@@ -275,57 +322,171 @@ def build_evaluator(
     )
 
 
-def start(args: Namespace, model: nn.Module, snapshot: Snapshot, log: Log) -> None:
-    """Say where the weights come from, and save them if asked to."""
-    if args.model_load_dir is not None:
-        log(f"Restoring model from {args.model_load_dir}.")
-    if args.save_init:
-        save(args, "initial_model", model, snapshot, log)
-    if args.model_load_dir is None:
-        log("Init model on demand.")
-    notice("Compiling the training graph; on a CPU this takes 5 to 30 seconds.")
+class Run:
+    """A run on its way: it trains, validates, prints and saves, from where its snapshot stands."""
 
+    def __init__(
+        self,
+        args: Namespace,
+        *,
+        model: nn.Module,
+        graph: graph_util.TrainGraph,
+        loader: nn.Module,
+        evaluator: graph_util.Evaluator | None,
+        plan: Plan,
+        snapshot: Snapshot,
+        save_dir: str,
+        log: Log,
+        resumed: str | None = None,
+    ):
+        self.args, self.plan, self.log = args, plan, log
+        self.model, self.graph, self.loader, self.evaluator = model, graph, loader, evaluator
+        self.save_dir, self.snapshot = save_dir, snapshot
+        self.last_good = resumed  # path of the newest snapshot
+        self.saved_step = snapshot.step
+        self.meter = Meter(snapshot.global_batch_size)
+        self.interrupts = Interrupts()
 
-def save(args: Namespace, name: str, model: nn.Module, snapshot: Snapshot, log: Log) -> None:
-    log(f"Saving model to {args.model_save_dir}/{checkpoint_util.PREFIX}{name}.")
-    checkpoint_util.save_snapshot(args.model_save_dir, name, model, snapshot)
+    @property
+    def epoch(self) -> int:
+        """The epoch that is on its way."""
+        return 0 if self.snapshot.epoch is None else self.snapshot.epoch + 1
 
+    def start(self) -> None:
+        """Say where the weights come from, and save them if asked to."""
+        resumed, loaded = self.last_good, self.args.model_load_dir
+        if resumed is not None:
+            self.log(f"Restoring model from {resumed}.")
+            trained = self.snapshot.iteration == self.plan.steps_per_epoch
+            what = "validation" if trained else f"iteration {self.snapshot.iteration + 1}"
+            notice(f"Going on with epoch {self.epoch}, {what}.")
+            if os.path.dirname(os.path.abspath(resumed)) == os.path.abspath(self.save_dir):
+                self.link(resumed)  # a kill may have come before that
+        elif loaded is not None:
+            self.log(f"Restoring model from {loaded}.")
+        if resumed is None and self.args.save_init:
+            self.save("initial_model")
+        if resumed is None and loaded is None:
+            self.log("Init model on demand.")
+        if self.epoch < self.args.num_epochs:
+            notice("Compiling the training graph; on a CPU this takes 5 to 30 seconds.")
 
-def train_epoch(
-    args: Namespace,
-    epoch: int,
-    graph: graph_util.TrainGraph,
-    batches: Iterator[tuple],
-    plan: Plan,
-    meter: Meter,
-    log: Log,
-) -> None:
-    """One epoch. A line is printed at each interval and at the end."""
-    meter.restart()
-    for iteration in range(1, plan.steps_per_epoch + 1):
-        meter.add(graph(*next(batches)))
-        if epoch == 0 and iteration == 1:
-            meter.restart_clock()  # that call compiled the graph
-        if iteration % args.loss_print_every_n_iter == 0 or iteration == plan.steps_per_epoch:
-            loss, counts, bad_labels, seconds = meter.read()
-            check_step(args, epoch, iteration, loss, bad_labels)
-            log(metric_util.train_line(epoch, iteration, loss, counts, seconds))
+    def run(self) -> None:
+        """The epochs that are left. A signal ends them after an iteration, with a snapshot."""
+        with self.interrupts:
+            try:
+                while self.epoch < self.args.num_epochs:
+                    self.train_epoch()
+                    self.validate()
+                    self.snapshot.epoch, self.snapshot.iteration = self.epoch, 0
+                    self.save_epoch()
+                    self.interrupts.check()
+            except Interrupted as interrupted:
+                self.print_line()
+                if self.snapshot.step > self.saved_step:
+                    self.save("last", replace=True)
+                where = f"go on with --resume={self.last_good}" if self.last_good else "no snapshot"
+                raise interrupted.saying(where) from None
 
+    def train_epoch(self) -> None:
+        """What is left of an epoch. A line is due at each interval, the end, and each snapshot."""
+        snapshot, every = self.snapshot, self.args.save_every_n_iter
+        self.model.train()
+        batches = self.loader.batches(self.epoch, snapshot.iteration)
+        self.meter.restart()
+        for iteration in range(snapshot.iteration + 1, self.plan.steps_per_epoch + 1):
+            compiled = self.graph.is_compiled
+            self.meter.add(self.graph(*next(batches)))
+            if not compiled:
+                self.meter.restart_clock()
+            snapshot.iteration, snapshot.step = iteration, snapshot.step + 1
+            end = iteration == self.plan.steps_per_epoch
+            save = every is not None and iteration % every == 0 and not end
+            if iteration % self.args.loss_print_every_n_iter == 0 or save or end:
+                self.print_line()
+            if save:
+                self.save("last", replace=True)
+            self.interrupts.check()
 
-def check_step(args: Namespace, epoch: int, iteration: int, loss: float, bad_labels: int) -> None:
-    where = (
-        f"in the {args.loss_print_every_n_iter} iterations up to epoch {epoch}, iter {iteration}"
-    )
-    if bad_labels:
-        raise RunError(
-            f"{args.train_data_dir} has {bad_labels} labels outside the network's classes {where}; "
-            "give a larger --num_classes or mend the data"
+    def validate(self) -> None:
+        if self.evaluator is None:
+            return
+        counts, seconds = self.evaluator.round(self.interrupts.check)
+        num_batches = self.evaluator.num_batches
+        self.log(metric_util.validation_line(self.epoch, num_batches, counts, seconds))
+        snapshot = self.snapshot
+        snapshot.metrics = counts.as_metrics()
+        if snapshot.metrics["val_top_1"] > snapshot.best.get("val_top_1", -1.0):
+            snapshot.best = {"epoch": self.epoch} | snapshot.metrics
+
+    def print_line(self) -> None:
+        """The line over the iterations since the last one. Raises RunError if they went wrong."""
+        if not self.meter.pending:
+            return
+        losses, counts, bad_labels, seconds = self.meter.read()
+        iteration = self.snapshot.iteration
+        if bad_labels:
+            raise RunError(
+                f"{self.args.train_data_dir} has {bad_labels} labels outside the network's classes "
+                f"in the {len(losses)} iterations up to epoch {self.epoch}, iter {iteration}; give "
+                "a larger --num_classes or mend the data"
+            )
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            self.refuse_loss(losses[bad[0]], back=len(losses) - 1 - bad[0])
+        loss = sum(losses) / len(losses)
+        self.log(metric_util.train_line(self.epoch, iteration, loss, counts, seconds))
+
+    def refuse_loss(self, loss: float, *, back: int) -> None:
+        """Raise RunError for the loss of the step that lies `back` steps before the newest."""
+        step = self.snapshot.step - back
+        rate = optimizer_util.learning_rate_at(
+            step - 1,
+            self.args.lr_decay,
+            learning_rate=self.args.learning_rate,
+            **schedule_settings(self.args, self.plan),
         )
-    if not math.isfinite(loss):
+        way = "try a lower --learning_rate or --gradient_clipping"
+        if self.last_good is not None:
+            way = (
+                f"the last good snapshot is {self.last_good}; {way} with --resume={self.last_good}"
+            )
         raise RunError(
-            f"the loss is {loss} {where}; try a lower --learning_rate (now {args.learning_rate:g}) "
-            "or --gradient_clipping"
+            f"the loss is {loss} at epoch {self.epoch}, iter {self.snapshot.iteration - back} "
+            f"(step {step}, learning rate {rate:g}); {way}"
         )
+
+    def save_epoch(self) -> None:
+        """What is due after an epoch. `best` and `last` share the files of the epoch's snapshot."""
+        epoch, keep = self.snapshot.epoch, self.args.keep_snapshots
+        if epoch + 1 == self.args.num_epochs or (epoch + 1) % self.args.save_epoch_interval == 0:
+            self.link(self.save(f"epoch_{epoch}"))
+            if keep is not None:
+                checkpoint_util.prune_snapshots(self.save_dir, keep)
+        elif self.snapshot.best.get("epoch") == epoch:
+            self.save("best", replace=True)
+
+    def save(self, name: str, *, replace: bool = False) -> str:
+        self.log(f"Saving model to {self.save_dir}/{checkpoint_util.PREFIX}{name}.")
+        self.last_good = checkpoint_util.save_snapshot(
+            self.save_dir,
+            name,
+            self.model,
+            self.snapshot,
+            graph=self.graph if self.snapshot.step > 0 else None,
+            replace=replace,
+        )
+        self.saved_step = self.snapshot.step
+        return self.last_good
+
+    def link(self, path: str) -> None:
+        """Let `best` and `last` be the snapshot of an epoch, where they are."""
+        if os.path.basename(path) != f"{checkpoint_util.PREFIX}epoch_{self.snapshot.epoch}":
+            return
+        if self.snapshot.best.get("epoch") == self.snapshot.epoch:
+            checkpoint_util.link_snapshot(path, "best")
+        if self.args.save_last:
+            checkpoint_util.link_snapshot(path, "last")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Data: checks of OFRecord directories in Python, then the loaders that feed the graphs.
 
-A loader is an `nn.Module` that a graph owns, in two halves. `batches(step)` runs outside the graph
-and yields, from the given step on without end, the tensors that one call of the graph takes;
-`forward(*batch)` runs inside it and gives
+A loader is an `nn.Module` that a graph owns, in two halves. `batches(...)` runs outside the graph
+and yields, without end, the tensors that one call of the graph takes; `forward(*batch)` runs inside
+it and gives
 
     image  (N, 3, H, W) float32, RGB, normalised, on the device
     label  (N,) int32, on the device
 
-with N the global batch size. OFRecord loaders read inside the graph by OneFlow's native reader, so
-their `batches` yields nothing to pass in.
+with N the global batch size. A training loader's `batches(epoch, iteration)` begins after the first
+`iteration` batches of an epoch, and what it yields depends on the seed, the epoch and the iteration
+alone, so that a run can stop and go on anywhere. A validation loader's `batches()` begins at the
+first record.
 """
 
 import io
@@ -16,11 +18,13 @@ import itertools
 import json
 import os
 import re
+import resource
 import struct
+import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -31,7 +35,7 @@ from oneflow import nn
 from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
-from config import DATA_DEFAULTS, MAX_CLASSES, RunError, UsageError
+from config import DATA_DEFAULTS, MAX_CLASSES, SHUFFLE_BUFFER_SIZE, RunError, UsageError
 from image_util import Preprocessing, center_crop
 
 MANIFEST = "manifest.json"
@@ -62,6 +66,10 @@ class Shards:
     @property
     def num_examples(self) -> int:
         return sum(self.part_counts)
+
+    def part_path(self, number: int) -> str:
+        suffix = str(number).zfill(max(self.suffix_length, 1))
+        return os.path.join(self.directory, PART_PREFIX + suffix)
 
     def holding(self, num_examples: int) -> "Shards":
         """As many parts, from the first, as hold the first `num_examples` records."""
@@ -450,38 +458,67 @@ class Augmentation:
     area: tuple[float, float] = DATA_DEFAULTS["random_area"]  # share of the picture
     aspect_ratio: tuple[float, float] = DATA_DEFAULTS["random_aspect_ratio"]  # width over height
     flip: float = DATA_DEFAULTS["random_flip"]  # probability
-    shuffle_buffer_size: int = DATA_DEFAULTS["shuffle_buffer_size"]  # records
+    shuffle_buffer_size: int | None = None  # records; None: `default_buffer_size`
 
 
 class OFRecordLoader(nn.Module):
-    """What training and validation share: the reader and the label."""
+    """What training and validation share: OneFlow's native reader, and the label.
 
-    def __init__(self, shards: Shards, *, batch_size: int, device: str, **reader):
+    Reader and decoders run on the CPU and outside the graph, where they can be made anew: a reader
+    begins at its first record, and a decoder's random numbers at its seed.
+    """
+
+    def __init__(self, shards: Shards, *, batch_size: int, device: str):
         super().__init__()
-        self.device = device
-        self.reader = nn.OFRecordReader(
-            shards.directory,
-            batch_size=batch_size,
-            data_part_num=len(shards.part_counts),
-            part_name_prefix=PART_PREFIX,
-            part_name_suffix_length=shards.suffix_length,
-            placement=flow.env.all_device_placement("cpu"),
-            sbp=flow.sbp.split(0),
-            **reader,
-        )
+        self.shards = shards
+        self.batch_size = batch_size
+        self.placement = flow.env.all_device_placement(device)
         self.label = nn.OFRecordRawDecoder("class/label", shape=(), dtype=flow.int32)
+        allow_open_files(len(shards.part_counts))
 
-    def batches(self, step: int = 0) -> Iterator[tuple]:
+    def read(self, order: Sequence[int], *, skip: int = 0, **reader) -> Iterator[flow.Tensor]:
+        """Batches of records, round and round the parts in the given order, behind `skip` batches.
+
+        The native reader takes parts by their numbers, so it is shown links that are numbered as
+        the order wants it. It opens all of them before the first batch.
+        """
+        with tempfile.TemporaryDirectory(prefix="ofrecord-order-") as links:
+            for i, number in enumerate(order):
+                path = os.path.abspath(self.shards.part_path(number))
+                os.symlink(path, os.path.join(links, f"{PART_PREFIX}{i:05d}"))
+            read = nn.OFRecordReader(
+                links,
+                batch_size=self.batch_size,
+                data_part_num=len(order),
+                part_name_prefix=PART_PREFIX,
+                part_name_suffix_length=5,
+                **reader,
+            )
+            record = read()
+            self.label(record).numpy()  # waits until it was read
+        for i in range(skip):
+            record = read()
+            if i % 64 == 0:
+                self.label(record).numpy()  # the host must not ask for all of them at once
         while True:
-            yield ()
+            yield record
+            record = read()
 
-    def forward(self):
-        record = self.reader()
-        return self.image(record).to(self.device), self.label(record).to(self.device)
+    def everywhere(self, tensor: flow.Tensor) -> flow.Tensor:
+        """This process's share of a batch as a part of the global one, on the device."""
+        return tensor.to_global(self.placement, flow.sbp.split(0))
+
+    def forward(self, image, label):
+        return image, label
 
 
 class OFRecordTrainLoader(OFRecordLoader):
-    """Shuffled records, random crop, resize, flip, normalise; round the data without end."""
+    """Shuffled records, random crop, resize, flip, normalise.
+
+    Each epoch has its own order of parts. Within it records are drawn from a buffer that OneFlow
+    fills up from the parts, and at their end from their beginning: of the records of an epoch,
+    about 0.37 times as many as the buffer holds come late for it, and as many others twice.
+    """
 
     def __init__(
         self,
@@ -493,31 +530,14 @@ class OFRecordTrainLoader(OFRecordLoader):
         seed: int,
         device: str,
     ):
-        super().__init__(
-            shards,
-            batch_size=batch_size,
-            device=device,
-            random_shuffle=True,
-            shuffle_after_epoch=True,
-            shuffle_buffer_size=augmentation.shuffle_buffer_size,
-            random_seed=seed,
-        )
-        self.decode = nn.OFRecordImageDecoderRandomCrop(
-            "encoded",
-            color_space="RGB",
-            random_seed=seed,
-            random_area=augmentation.area,
-            random_aspect_ratio=augmentation.aspect_ratio,
+        super().__init__(shards, batch_size=batch_size, device=device)
+        self.seed = seed
+        self.augmentation = augmentation
+        self.shuffle_buffer_size = augmentation.shuffle_buffer_size or default_buffer_size(
+            shards.num_examples
         )
         size = preprocessing.image_size
         self.resize = nn.image.Resize(target_size=[size, size])
-        self.flip = nn.CoinFlip(
-            batch_size=batch_size,
-            random_seed=seed,
-            probability=augmentation.flip,
-            placement=flow.env.all_device_placement("cpu"),
-            sbp=flow.sbp.split(0),
-        )
         self.normalise = nn.CropMirrorNormalize(
             color_space="RGB",
             output_layout="NCHW",
@@ -526,8 +546,32 @@ class OFRecordTrainLoader(OFRecordLoader):
             output_dtype=flow.float,
         )
 
-    def image(self, record):
-        return self.normalise(self.resize(self.decode(record))[0], self.flip())
+    def batches(self, epoch: int, iteration: int = 0) -> Iterator[tuple]:
+        """Batches of an epoch, behind the first `iteration` of them, which are read and dropped."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards.part_counts))
+        records = self.read(
+            order.tolist(),
+            skip=iteration,
+            random_shuffle=True,
+            shuffle_buffer_size=self.shuffle_buffer_size,
+            random_seed=derive_seeds(1, self.seed, epoch)[0],
+        )
+        for step, record in enumerate(records, iteration):
+            crop_seed, flip_seed = derive_seeds(2, self.seed, epoch, step)
+            decode = nn.OFRecordImageDecoderRandomCrop(
+                "encoded",
+                color_space="RGB",
+                random_seed=crop_seed,
+                random_area=self.augmentation.area,
+                random_aspect_ratio=self.augmentation.aspect_ratio,
+            )
+            flip = nn.CoinFlip(
+                batch_size=self.batch_size,
+                random_seed=flip_seed,
+                probability=self.augmentation.flip,
+            )
+            image = self.normalise(self.resize(decode(record))[0], flip())
+            yield self.everywhere(image), self.everywhere(self.label(record))
 
 
 class OFRecordValLoader(OFRecordLoader):
@@ -555,8 +599,36 @@ class OFRecordValLoader(OFRecordLoader):
             output_dtype=flow.float,
         )
 
-    def image(self, record):
-        return self.normalise(self.resize(self.decode(record))[0])
+    def batches(self) -> Iterator[tuple]:
+        for record in self.read(range(len(self.shards.part_counts))):
+            image = self.normalise(self.resize(self.decode(record))[0])
+            yield self.everywhere(image), self.everywhere(self.label(record))
+
+
+def derive_seeds(count: int, *key: int) -> list[int]:
+    """Seeds for OneFlow, of 31 bits, that depend on all numbers of `key`."""
+    return [int(word) >> 1 for word in np.random.SeedSequence(key).generate_state(count)]
+
+
+def default_buffer_size(num_examples: int) -> int:
+    """1024 records, or a 50th of the data, so that under 1 % of an epoch's records are repeats."""
+    return max(1, min(SHUFFLE_BUFFER_SIZE, num_examples // 50))
+
+
+def allow_open_files(num_parts: int) -> None:
+    """Let this process open all parts at once, as OneFlow's reader does, and some files beside.
+
+    Raises RunError where the system does not allow it: the reader would end the process.
+    """
+    needed = 2 * num_parts + 256  # the next epoch's reader is opened before the last one's is gone
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise RunError(
+                f"OneFlow keeps all {num_parts} parts open and this process may open {hard} files; "
+                f"raise the limit (ulimit -n {needed}), or make fewer parts"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class ArrayLoader(nn.Module):
@@ -581,14 +653,14 @@ class ArrayLoader(nn.Module):
             tensor = flow.tensor(value).to_global(self.placement, flow.sbp.broadcast)
             self.register_buffer(name, tensor, persistent=False)
 
-    def batches(self, step: int = 0) -> Iterator[tuple]:
+    def ahead(self, make_batch: Callable[[int], tuple], iteration: int = 0) -> Iterator[tuple]:
         """Tensors (N, H, W, 3) uint8 and (N,) int32. The next batch is made while one is used."""
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self.make_batch, step)
+            ahead = pool.submit(make_batch, iteration)
             while True:
                 image, label = ahead.result()
-                step += 1
-                ahead = pool.submit(self.make_batch, step)
+                iteration += 1
+                ahead = pool.submit(make_batch, iteration)
                 yield to_device(image, self.placement), to_device(label, self.placement)
 
     def forward(self, image, label):
@@ -597,9 +669,9 @@ class ArrayLoader(nn.Module):
 
 
 class ArrayTrainLoader(ArrayLoader):
-    """Every image once per pass, in an order of its own; random crop, resize, flip.
+    """Every image once per epoch, in an order of its own; random crop, resize, flip.
 
-    What a step gets depends on the seed and the step alone.
+    Where the last batch is not full, the first images of the epoch fill it up.
     """
 
     def __init__(
@@ -615,15 +687,16 @@ class ArrayTrainLoader(ArrayLoader):
         self.augmentation = augmentation
         self.seed = seed
 
-    def make_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        passes, positions = np.divmod(positions, len(self.images))
-        orders = {
-            number: np.random.default_rng((self.seed, 0, number)).permutation(len(self.images))
-            for number in set(passes.tolist())
-        }
-        indices = [orders[number][i] for number, i in zip(passes.tolist(), positions, strict=True)]
-        rng = np.random.default_rng((self.seed, 1, step))
+    def batches(self, epoch: int, iteration: int = 0) -> Iterator[tuple]:
+        order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.images))
+        return self.ahead(lambda step: self.make_batch(order, epoch, step), iteration)
+
+    def make_batch(
+        self, order: np.ndarray, epoch: int, iteration: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        positions = np.arange(iteration * self.batch_size, (iteration + 1) * self.batch_size)
+        indices = order[positions % len(order)]
+        rng = np.random.default_rng((self.seed, 1, epoch, iteration))
         crops = [
             random_crop(self.images[i], size=self.size, augmentation=self.augmentation, rng=rng)
             for i in indices
@@ -632,14 +705,17 @@ class ArrayTrainLoader(ArrayLoader):
 
 
 class ArrayValLoader(ArrayLoader):
-    """Images in order, round and round; shorter side resized, centre crop."""
+    """Images in order, and again from the first; shorter side resized, centre crop."""
 
     def __init__(self, images, labels, *, preprocessing: Preprocessing, **array_loader):
         super().__init__(images, labels, preprocessing=preprocessing, **array_loader)
         self.preprocessing = preprocessing
 
-    def make_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        start = step * self.batch_size
+    def batches(self) -> Iterator[tuple]:
+        return self.ahead(self.make_batch)
+
+    def make_batch(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+        start = iteration * self.batch_size
         indices = np.arange(start, start + self.batch_size) % len(self.images)
         crops = [
             center_crop(
@@ -677,10 +753,9 @@ class SyntheticLoader(nn.Module):
     def num_examples(self) -> int:
         return sum(label.shape[0] for _, label in self.pool)
 
-    def batches(self, step: int = 0) -> Iterator[tuple]:
-        while True:
-            yield self.pool[step % len(self.pool)]
-            step += 1
+    def batches(self, epoch: int = 0, iteration: int = 0) -> Iterator[tuple]:
+        """The pool, from its first batch, in every epoch."""
+        return itertools.islice(itertools.cycle(self.pool), iteration % len(self.pool), None)
 
     def forward(self, image, label):
         return image, label

@@ -4,6 +4,7 @@ Everything here ends up inside the training graph. A schedule counts steps from 
 the learning rate of the update made in that step.
 """
 
+import math
 import re
 from collections.abc import Callable
 
@@ -154,6 +155,32 @@ SCHEDULES: dict[str, Callable] = {
     "exponential": _exponential,
     "none": _none,
 }
+
+
+def learning_rate_at(
+    step: int,
+    name: str,
+    *,
+    learning_rate: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    step_milestones: tuple[int, ...] = (),
+    decay_rate: float = 1.0,
+    exponential_steps: float = 1.0,
+) -> float:
+    """The rate of one update by the formulas of `build_schedule`, for messages."""
+    if step < warmup_steps:
+        return learning_rate * step / warmup_steps
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    if name == "cosine":
+        return learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    if name == "step":
+        return learning_rate * STEP_FACTOR ** sum(step >= each for each in step_milestones)
+    if name == "polynomial":
+        return learning_rate + (POLYNOMIAL_END_LEARNING_RATE - learning_rate) * progress
+    if name == "exponential":
+        return learning_rate * decay_rate ** ((step - warmup_steps) / exponential_steps)
+    return learning_rate
 
 
 def build_schedule(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import oneflow as flow
+from oneflow import nn
 from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
@@ -44,6 +45,23 @@ def ballast(placement) -> flow.Tensor:
     for _ in range(3):
         x = flow.matmul(x, x)
     return x.sum()
+
+
+class Toy(nn.Module):
+    """A convolution, a batch norm and a linear layer: compiles in a fraction of a second."""
+
+    def __init__(self, num_classes: int = 1000):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8, stride=8, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, image):
+        x = self.bn(self.conv(image)).relu().mean(dim=(2, 3))
+        return self.fc(x) + ballast(image.placement)
+
+
+TOY = model_util.Model(Toy, image_size=32)
 
 
 @dataclass

@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import checkpoint_util
+import file_util
 import graph_util
 import model_util
-from checkpoint_util import Snapshot
+from checkpoint_util import Snapshot, open_save_dir
 from config import RunError, UsageError
 from image_util import Preprocessing
-from small import ROOT, TINY, tiny
+from small import ROOT, TINY, tiny, tree
 
 PREPROCESSING = Preprocessing(32, 37, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
 
@@ -203,7 +206,8 @@ sys.exit(config.run_main(save))
 
 def test_runs_of_one_second_get_directories_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = [checkpoint_util.prepare_save_dir(None) for _ in range(12)]
+    with ExitStack() as stack:
+        made = [stack.enter_context(open_save_dir(None)) for _ in range(12)]
     assert len(set(made)) == 12 and all(os.path.isdir(path) for path in made)
     assert all(path.startswith("./output/snapshots/model_save-2") for path in made)
 
@@ -230,17 +234,98 @@ def test_flags_that_are_no_text_can_be_kept(saved, tmp_path):
 
 
 def test_save_directories(tmp_path, saved):
-    with pytest.raises(UsageError, match="already holds snapshot_epoch_3"):
-        checkpoint_util.prepare_save_dir(str(tmp_path))
+    def refuse(words, path, **more):
+        with pytest.raises(UsageError, match=words), open_save_dir(str(path), **more):
+            pass
+
+    refuse("already holds snapshot_epoch_3", tmp_path)
     new = tmp_path / "a" / "b"
-    checkpoint_util.prepare_save_dir(str(new))
-    assert list(new.iterdir()) == []
+    with open_save_dir(str(new)) as path:
+        assert path == str(new) and list(new.iterdir()) == []
+        refuse("another run is writing to", new)
+    with open_save_dir(str(new)):
+        pass
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot write to"):
-        checkpoint_util.prepare_save_dir(str(tmp_path / "file"))
-    assert checkpoint_util.prepare_save_dir(str(new)) == str(new)
-    with pytest.raises(UsageError, match="cannot write to"):
-        checkpoint_util.prepare_save_dir("/proc/snapshots")  # not even root can
+    refuse("cannot write to", tmp_path / "file")
+    refuse("cannot write to", "/proc/snapshots")  # not even root can
+
+
+def test_a_resumed_run_writes_beside_its_snapshot(tmp_path, saved):
+    path, model, snapshot = saved
+    debris = tmp_path / ".snapshot_last.tmp-123"
+    debris.mkdir()
+    (debris / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "notes.txt").touch()
+    with open_save_dir(None, resumed=str(path)) as save_dir:
+        assert os.path.samefile(save_dir, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "snapshot_epoch_3"]
+    snapshot.epoch, snapshot.step = 4, 9
+    checkpoint_util.save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
+    with (
+        pytest.raises(UsageError, match="holds snapshot_epoch_4, which is later"),
+        open_save_dir(None, resumed=str(path)),
+    ):
+        pass
+    with open_save_dir(str(tmp_path / "elsewhere"), resumed=str(path)) as save_dir:
+        assert save_dir == str(tmp_path / "elsewhere")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, saved):
+    _, model, snapshot = saved
+    model.fc.bias.data.fill_(float("nan"))
+    with pytest.raises(RunError, match="fc.bias is no longer finite"):
+        checkpoint_util.save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
+    assert [p.name for p in tmp_path.iterdir()] == ["snapshot_epoch_3"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_snapshot_is_replaced_by_a_whole_one(tmp_path, saved, monkeypatch, can_exchange):
+    path, model, snapshot = saved
+    if not can_exchange:
+        monkeypatch.setattr(file_util, "exchange", lambda first, second: False)
+    for step in (8, 9):
+        snapshot.step = step
+        checkpoint_util.save_snapshot(str(tmp_path), "last", model, snapshot, replace=True)
+        assert checkpoint_util.read_description(str(tmp_path / "snapshot_last")).step == step
+    checkpoint_util.link_snapshot(str(path), "last")
+    assert tree(tmp_path / "snapshot_last") == tree(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["snapshot_epoch_3", "snapshot_last"]
+    shutil.rmtree(path)
+    checkpoint_util.read_weights(str(tmp_path / "snapshot_last"))
+
+
+def test_names_are_exchanged_in_one_step(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert file_util.exchange(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert list(tree(tmp_path)) == ["a/b", "b/a"]
+    with pytest.raises(OSError):
+        file_util.exchange(str(tmp_path / "a"), str(tmp_path / "none"))
+
+
+def test_files_are_copied_where_links_are_not_to_be_had(tmp_path, saved, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    path, _, _ = saved
+    monkeypatch.setattr(os, "link", link)
+    checkpoint_util.link_snapshot(str(path), "best")
+    assert tree(tmp_path / "snapshot_best") == tree(path)
+
+
+def test_only_old_snapshots_of_epochs_are_pruned(tmp_path, saved):
+    path, model, snapshot = saved
+    for number in (0, 2, 10, 9):
+        checkpoint_util.save_snapshot(str(tmp_path), f"epoch_{number}", model, snapshot)
+    others = ["snapshot_best", "snapshot_epoch_x", "snapshot_initial_model", "epoch_1"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    checkpoint_util.prune_snapshots(str(tmp_path), 9)
+    assert len(list(tmp_path.iterdir())) == 5 + len(others)
+    checkpoint_util.prune_snapshots(str(tmp_path), 2)
+    kept = ["snapshot_epoch_10", "snapshot_epoch_9"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others + kept)
 
 
 def test_the_description_is_plain_json(saved):

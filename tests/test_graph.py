@@ -101,7 +101,6 @@ def test_every_example_counts_once_in_every_round(batch_size, num_examples):
     evaluator = Evaluator(
         Fixed(table),
         Counting(available, batch_size),
-        available=available,
         num_examples=num_examples,
         batch_size=batch_size,
         top_k=2,
@@ -126,7 +125,6 @@ def test_evaluation_of_parts_does_not_depend_on_the_batch_size(tmp_path, batch_s
     evaluator = Evaluator(
         model,
         loader,
-        available=14,
         num_examples=14,
         batch_size=batch_size,
         top_k=2,
@@ -145,7 +143,7 @@ def read_all(data):
     loader = ofrecord_util.val_loader(
         data, batch_size=data.available, preprocessing=PREPROCESSING, device="cpu"
     )
-    image, label = loader()
+    image, label = next(loader.batches())
     return image.numpy(), label.numpy()
 
 
@@ -166,9 +164,7 @@ def learn(*, evaluate):
     model = graph_util.place(tiny(10), "cpu")
     graph, batches = training(model)
     loader = SyntheticLoader(batch_size=8, num_classes=10, image_size=32, seed=0, device="cpu")
-    evaluator = Evaluator(
-        model, loader, available=16, num_examples=16, batch_size=8, top_k=5, device="cpu"
-    )
+    evaluator = Evaluator(model, loader, num_examples=16, batch_size=8, top_k=5, device="cpu")
     losses, scores = [], []
     for _ in range(5):
         model.train()
@@ -216,7 +212,6 @@ def test_evaluation_refuses_labels_outside_the_classes():
     evaluator = Evaluator(
         Fixed(np.zeros((13, 4), np.float32)),
         Foreign(13, 4),
-        available=13,
         num_examples=13,
         batch_size=4,
         top_k=2,

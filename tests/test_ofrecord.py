@@ -1,8 +1,14 @@
 """Checks of part files, and what the loaders give."""
 
 import io
+import itertools
 import json
+import os
+import resource
 import struct
+import subprocess
+import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -210,7 +216,7 @@ def labels_of(directory, batch_size):
     loader = ofrecord_util.val_loader(
         data, batch_size=batch_size, preprocessing=PREPROCESSING, device="cpu"
     )
-    return loader()[1].numpy().tolist()
+    return next(loader.batches())[1].numpy().tolist()
 
 
 def test_validation_reads_in_order(parts):
@@ -233,9 +239,8 @@ def test_validation_equals_inference(tmp_path):
     (directory / "part-00000").write_bytes(b"".join(record(e, 0) for e in encoded))
     preprocessing = Preprocessing(224, 256, PREPROCESSING.rgb_mean, PREPROCESSING.rgb_std)
     data = open_val_dataset(str(directory))
-    native = ofrecord_util.val_loader(
-        data, batch_size=2, preprocessing=preprocessing, device="cpu"
-    )()[0].numpy()
+    loader = ofrecord_util.val_loader(data, batch_size=2, preprocessing=preprocessing, device="cpu")
+    native = next(loader.batches())[0].numpy()
     pictures = [np.asarray(Image.open(ROOT / "data" / name)) for name in names]
     for picture, theirs in zip(pictures, native, strict=True):
         loader = ofrecord_util.ArrayValLoader(
@@ -257,7 +262,7 @@ def test_training_crops_are_normalised_and_repeatable(parts):
             seed=seed,
             device="cpu",
         )
-        batches = [loader() for _ in range(2)]
+        batches = [loader(*batch) for batch in itertools.islice(loader.batches(0), 2)]
         return [image.numpy() for image, _ in batches], [label.numpy() for _, label in batches]
 
     images, labels = first_batches(1)
@@ -270,6 +275,103 @@ def test_training_crops_are_normalised_and_repeatable(parts):
     np.testing.assert_array_equal(images, again)
     _, other = first_batches(2)
     assert np.concatenate(other).tolist() != np.concatenate(labels).tolist()
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """3000 records in parts of unequal size; the label of each is its number."""
+    directory = tmp_path_factory.mktemp("numbered")
+    encoded, number = jpeg(np.full((8, 8, 3), 99, np.uint8)), 0
+    for i, count in enumerate((700, 1, 299, 1000, 600, 400)):
+        records = [record(encoded, number + k) for k in range(count)]
+        (directory / f"part-{i:05d}").write_bytes(b"".join(records))
+        number += count
+    return directory
+
+
+def numbered_loader(directory, *, shuffle_buffer_size=None, seed=3, batch_size=100):
+    return ofrecord_util.train_loader(
+        open_train_dataset(str(directory)),
+        batch_size=batch_size,
+        preprocessing=Preprocessing(8, 8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        augmentation=Augmentation(shuffle_buffer_size=shuffle_buffer_size),
+        seed=seed,
+        device="cpu",
+    )
+
+
+def epoch_of(loader, epoch, iteration=0, count=30):
+    batches = itertools.islice(loader.batches(epoch, iteration), count - iteration)
+    return np.concatenate([label.numpy() for _, label in batches]).tolist()
+
+
+def test_with_a_buffer_of_one_each_record_comes_once(numbered):
+    loader = numbered_loader(numbered, shuffle_buffer_size=1)
+    orders = [epoch_of(loader, epoch) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order) == list(range(3000))
+    starts = [0, 700, 701, 1000, 2000, 2600]
+    parts = [[n for n in order if n in starts] for order in orders]  # as the parts come
+    assert len(set(map(tuple, parts))) == 3
+    assert epoch_of(numbered_loader(numbered, shuffle_buffer_size=1), 1) == orders[1]
+    assert epoch_of(numbered_loader(numbered, shuffle_buffer_size=1, seed=4), 1) != orders[1]
+
+
+def test_the_buffer_repeats_under_one_percent_of_an_epoch(numbered):
+    loader = numbered_loader(numbered)
+    assert loader.shuffle_buffer_size == 60
+    orders = [epoch_of(loader, epoch) for epoch in range(5)]
+    assert len(set(map(tuple, orders))) == 5
+    for order in orders:
+        missing = 3000 - len(set(order))
+        assert 10 <= missing < 30  # 0.37 * 60 is 22
+        assert np.mean(np.abs(np.argsort(order[:700]) - np.arange(700))) > 20  # it does shuffle
+    assert epoch_of(numbered_loader(numbered), 3) == orders[3]
+    assert epoch_of(loader, 3, iteration=17) == orders[3][1700:]
+
+
+@pytest.mark.parametrize("num_examples, size", [(1, 1), (99, 1), (5000, 100), (1_281_167, 1024)])
+def test_the_default_buffer_is_small_for_small_data(num_examples, size):
+    assert ofrecord_util.default_buffer_size(num_examples) == size
+
+
+def test_augmentation_depends_on_epoch_and_iteration_alone(tmp_path):
+    directory = write_parts(tmp_path / "data", LABELS)
+    loader = numbered_loader(directory, shuffle_buffer_size=4, batch_size=3)
+    whole = list(itertools.islice(loader.batches(1), 6))
+    behind = list(itertools.islice(loader.batches(1, 4), 2))
+    for one, other in zip(whole[4:], behind, strict=True):
+        for x, y in zip(one, other, strict=True):
+            np.testing.assert_array_equal(x.numpy(), y.numpy())
+    other_epoch = next(loader.batches(2))
+    assert not np.array_equal(other_epoch[0].numpy(), whole[0][0].numpy())
+
+
+def test_no_links_are_left_behind(parts, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    batches = numbered_loader(parts, batch_size=4).batches(0)
+    next(batches)
+    assert os.listdir(tmp_path / "tmp") == []
+
+
+def test_more_parts_than_files_may_be_open(tmp_path):
+    """As with ImageNet's 1024 parts and the usual limit; the reader would end the process."""
+    write_parts(tmp_path / "data", [[0]] * 150)
+    code = """
+import resource, sys
+sys.path[:0] = sys.argv[1:3]
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[4])))
+import oneflow_setup, config, test_ofrecord
+loader = lambda: test_ofrecord.numbered_loader(sys.argv[3], batch_size=150)
+sys.exit(config.run_main(lambda: print(len(test_ofrecord.epoch_of(loader(), 0, count=1)))))
+"""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for limit, status in ((hard, 0), (300, 1)):
+        argv = (str(ROOT), str(ROOT / "tests"), str(tmp_path / "data"), str(limit))
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert ("150 parts open and this process may open 300" in done.stderr) == bool(status)
 
 
 # Arrays.
@@ -288,22 +390,32 @@ def array_loader(count=10, batch_size=4, seed=5, augmentation=None):
     )
 
 
-def test_every_pass_over_arrays_is_a_permutation():
-    loader = array_loader()
-    labels = np.concatenate([loader.make_batch(step)[1] for step in range(5)])
-    assert sorted(labels[:10]) == sorted(labels[10:]) == list(range(10))
-    assert labels[:10].tolist() != labels[10:].tolist()
-    batches = loader.batches(step=3)
-    for step in (3, 4):
-        image, label = next(batches)
-        np.testing.assert_array_equal(label.numpy(), loader.make_batch(step)[1])
-        np.testing.assert_array_equal(image.numpy(), loader.make_batch(step)[0])
+def test_every_epoch_over_arrays_is_a_permutation():
+    def labels_of_epoch(epoch, **settings):
+        batches = array_loader(**settings).batches(epoch)
+        return np.concatenate([label.numpy() for _, label in itertools.islice(batches, 3)]).tolist()
+
+    first, second = labels_of_epoch(0), labels_of_epoch(1)
+    for labels in (first, second):
+        assert sorted(labels[:10]) == list(range(10))
+        assert labels[10:] == labels[:2]  # the first of the epoch fill its last batch up
+    assert first != second
+    assert labels_of_epoch(0) == first and labels_of_epoch(0, seed=6) != first
+
+
+def test_batches_of_arrays_depend_on_epoch_and_iteration_alone():
+    whole = list(itertools.islice(array_loader().batches(2), 5))
+    behind = list(itertools.islice(array_loader().batches(2, 3), 2))
+    for one, other in zip(whole[3:], behind, strict=True):
+        for x, y in zip(one, other, strict=True):
+            np.testing.assert_array_equal(x.numpy(), y.numpy())
+    image, label = whole[0]
     np.testing.assert_array_equal(image.numpy()[:, 0, 0, 0], label.numpy() * 20)
 
 
 def test_arrays_are_normalised_in_the_graph():
     loader = array_loader()
-    image, label = next(loader.batches())
+    image, label = next(loader.batches(0))
     normalised = loader(image, label)[0].numpy()
     assert normalised.shape == (4, 3, 32, 32)
     mean, std = np.array(PREPROCESSING.rgb_mean), np.array(PREPROCESSING.rgb_std)

@@ -1,5 +1,6 @@
 """The scripts from end to end, with a tiny network."""
 
+import os
 import re
 
 import numpy as np
@@ -94,7 +95,8 @@ def test_synthetic_training_prints_the_original_lines(tmp_path):
     found = losses(result.stdout)
     assert found[-1] < found[0]
     names = sorted(path.name for path in run.iterdir())
-    assert names == ["snapshot_epoch_0", "snapshot_epoch_1", "snapshot_initial_model"]
+    expected = ("best", "epoch_0", "epoch_1", "initial_model", "last")
+    assert names == [f"snapshot_{name}" for name in expected]
     assert read_description(str(run / "snapshot_epoch_1")).step == 12
     assert "Learning rate: 0.008" in result.stderr
 
@@ -258,7 +260,7 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
         "weight_decay": 0.003,
         "gradient_clipping": 7,
         "momentum": 0.8,
-        "decay_rate": 0.9,
+        "decay_rate": None,
         "epsilon": None,
     }
     (_, schedule), settings = seen["build_schedule"]
@@ -277,7 +279,7 @@ def test_a_second_run_deletes_nothing(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     result = train(*argv, "--model_save_dir=run")
     assert result.status == 2
-    assert "already holds snapshot_epoch_0" in result.stderr
+    assert "already holds snapshot_best" in result.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
@@ -317,10 +319,20 @@ def test_labels_outside_the_classes_end_the_run_before_a_snapshot(tmp_path, monk
 
 def test_a_loss_that_is_no_number_ends_the_run():
     result = train(
-        "--num_examples=80", "--learning_rate=1e30", "--warmup_epochs=0", "--lr_decay=none"
+        "--num_examples=80",
+        "--num_epochs=4",
+        "--learning_rate=1e30",
+        "--warmup_epochs=2",
+        "--lr_decay=none",
+        "--save_init",
+        "--model_save_dir=run",
     )
     assert result.status == 1
-    assert "error: the loss is" in result.stderr and "--learning_rate" in result.stderr
+    # The first update is made with a rate of 0, the second with 1/20 of the peak.
+    where = r"epoch 0, iter 3 \(step 3, learning rate 1e\+29\)"
+    way = "the last good snapshot is run/snapshot_initial_model; try a lower --learning_rate"
+    assert re.search(f"error: the loss is (nan|inf) at {where}; {way}", result.stderr)
+    assert os.listdir("run") == ["snapshot_initial_model"]
 
 
 def test_a_log_directory_keeps_the_lines(tmp_path):

@@ -6,6 +6,7 @@ python3 tools/benchmark.py --conversion --num_workers=2
 """
 
 import io
+import itertools
 import json
 import os
 import platform
@@ -26,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import oneflow_setup  # noqa: F401  (first, see there)
 
-from oneflow import nn
 from PIL import Image
 
 import checkpoint_util
@@ -36,7 +36,7 @@ import model_util
 import of_cnn_train_val as script
 import ofrecord_util
 from config import Parser, RunError, UsageError, add_switch, number
-from metric_util import Meter
+from metric_util import limit_run_ahead
 from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
 from tools.ofrecord_writer import BLOCK_BYTES, read_classes
 
@@ -120,7 +120,7 @@ def timed(function: Callable[[], None]) -> float:
 
 
 def benchmark_training_loop(args: Namespace, device: str) -> dict:
-    """samples/s of `of_cnn_train_val.train_epoch` and of a loop that calls the same graph."""
+    """samples/s of `of_cnn_train_val.Run.train_epoch` and of a loop that calls the same graph."""
     train_args = script.parse_args(
         [
             f"--device={device}",
@@ -134,22 +134,32 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
     )
     config.finish_train_args(train_args, device=device)
     plan = script.make_plan(train_args, None)
-    snapshot = script.describe_run(train_args, None, None)
-    model = graph_util.place(script.build_model(train_args, snapshot), device)
+    snapshot = script.describe_run(train_args, None, None, None)
+    script.go_on(train_args, snapshot, plan, None)
+    model = graph_util.place(script.build_model(train_args, snapshot, None), device)
     model.train()
-    graph, batches = script.build_training(
+    graph, loader = script.build_training(
         train_args, None, model, snapshot, plan, device, lambda line: None
     )
-    meter = Meter(args.batch_size_per_device)
+    run = script.Run(
+        train_args,
+        model=model,
+        graph=graph,
+        loader=loader,
+        evaluator=None,
+        plan=plan,
+        snapshot=snapshot,
+        save_dir="",  # nothing is saved
+        log=lambda line: print(line, file=sink),
+    )
 
     def own_loop():
-        script.train_epoch(
-            train_args, 1, graph, batches, plan, meter, lambda line: print(line, file=sink)
-        )
+        run.train_epoch()
+        snapshot.iteration = 0
 
     def bare_loop():
-        for _ in range(args.steps):
-            outputs = graph(*next(batches))
+        for batch in itertools.islice(loader.batches(0), args.steps):
+            outputs = graph(*batch)
         outputs[0].numpy()  # waits for all steps
 
     with open(os.devnull, "w") as sink:
@@ -174,18 +184,6 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
     }
 
 
-class LoaderGraph(nn.Graph):
-    """What a training graph does before the network."""
-
-    def __init__(self, loader: nn.Module):
-        super().__init__()
-        self.loader = loader
-
-    def build(self):
-        image, label = self.loader()
-        return image.mean(), label
-
-
 def benchmark_loader(args: Namespace, device: str) -> dict:
     """images/s of reading, decoding and augmenting OFRecord parts, without a network."""
     if args.train_data_dir.endswith(".npz"):
@@ -199,12 +197,13 @@ def benchmark_loader(args: Namespace, device: str) -> dict:
         seed=0,
         device=device,
     )
-    graph = LoaderGraph(loader)
 
     def load():
-        for _ in range(args.steps):
-            outputs = graph()
-        outputs[0].numpy()
+        held = []
+        for image, label in itertools.islice(loader.batches(0), args.steps):
+            held.append((image.mean(), label))
+            limit_run_ahead(held)
+        held[-1][0].numpy()
 
     load()
     seconds = [timed(load) for _ in range(args.rounds)]
