@@ -31,7 +31,7 @@ import model_util
 from config import SNAPSHOT_ROOT, RunError, UsageError
 from file_util import link_files, replace_directory, sync_directory, write_durably
 from image_util import Preprocessing
-from metric_util import notice
+from metric_util import is_first_rank, notice
 
 FORMAT_VERSION = 1
 PREFIX = "snapshot_"
@@ -83,9 +83,11 @@ def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def local(tensor) -> flow.Tensor:
-    """The whole of a tensor as an ordinary one of this process."""
+    """The whole of a tensor, one that every process holds, as an ordinary one of this process."""
     if tensor.is_global:
-        tensor = tensor.to_global(sbp=flow.sbp.broadcast).to_local()
+        if tensor.sbp != (flow.sbp.broadcast,):
+            tensor = tensor.to_global(sbp=flow.sbp.broadcast)
+        tensor = tensor.to_local()
     return tensor
 
 
@@ -118,12 +120,16 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
 
     Unless one is given it is that of the snapshot `resumed`, else a new one under SNAPSHOT_ROOT,
     named after the time; of two runs that start within one second the later has `-2` behind it.
+    Only the first process of a job does anything.
 
     Raises UsageError where it cannot be written, another process is using it, or it holds snapshots
     that this run does not go on from.
     """
     if save_dir is None and resumed is not None:
         save_dir = os.path.dirname(os.path.abspath(resumed))
+    if not is_first_rank():
+        yield save_dir or "the directory of the first process"
+        return
     try:
         if save_dir is None:
             save_dir = make_timed_dir()

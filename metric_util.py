@@ -51,9 +51,15 @@ def validation_line(epoch: int, iterations: int, counts: Counts, seconds: float)
     )
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that prints and saves."""
+    return int(os.environ.get("RANK", "0")) <= 0  # OneFlow puts -1 there for a process alone
+
+
 def notice(text: str) -> None:
     """Something worth knowing that is no result: on stderr, as it is not one of the log's lines."""
-    print(text, file=sys.stderr, flush=True)
+    if is_first_rank():
+        print(text, file=sys.stderr, flush=True)
 
 
 Log = Callable[[str], None]
@@ -64,6 +70,8 @@ def open_log(directory: str | None, script: str) -> Log:
 
     Raises UsageError where that file cannot be written.
     """
+    if not is_first_rank():
+        return lambda line: None
     if directory is None:
         return lambda line: print(line, flush=True)
     path = os.path.join(directory, f"{script}.log")
@@ -80,14 +88,17 @@ def open_log(directory: str | None, script: str) -> Log:
     return log
 
 
-def limit_run_ahead(outputs: list) -> None:
-    """Wait for the step that lies RUN_AHEAD before the newest of `outputs`, lists of scalars.
+def limit_run_ahead(outputs: list) -> tuple | None:
+    """Wait for the step RUN_AHEAD before the newest of `outputs`, and return what it gave.
 
     Calling a graph only asks for a step. Without a limit the host would ask for all of them, with
     their inputs in memory, and could not be interrupted before the last is done.
     """
-    if len(outputs) > RUN_AHEAD:
-        outputs[-1 - RUN_AHEAD][0].numpy()
+    if len(outputs) <= RUN_AHEAD:
+        return None
+    done = outputs[-1 - RUN_AHEAD]
+    done[0].numpy()
+    return done
 
 
 class Meter:
@@ -108,16 +119,17 @@ class Meter:
     def restart_clock(self) -> None:
         self.start = time.perf_counter()
 
-    def add(self, step_output) -> None:
+    def add(self, step_output: tuple) -> tuple | None:
+        """Returns the output of a step that is done, if one is known to be."""
         self.pending.append(step_output)
-        limit_run_ahead(self.pending)
+        return limit_run_ahead(self.pending)
 
     def read(self) -> tuple[list[float], Counts, int, float]:
         """Losses of the steps, hits, labels out of range, and seconds since the last `restart`.
 
         Waits for the steps; then starts anew.
         """
-        values = np.array([[float(value.numpy()) for value in step] for step in self.pending])
+        values = np.array([[float(value.numpy()) for value in step[:4]] for step in self.pending])
         seconds = time.perf_counter() - self.start
         counts = Counts()
         counts.add(values[:, 1].sum(), values[:, 2].sum(), self.batch_size * len(values))

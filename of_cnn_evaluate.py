@@ -44,14 +44,12 @@ def main(argv: list[str] | None = None) -> None:
         graph_util.place(model, device),
         loader,
         num_examples=data.num_examples,
-        batch_size=batch_size,
         top_k=args.top_k,
-        device=device,
     )
     for _ in range(args.num_epochs):
         counts, seconds = evaluator.round()
         # The original numbers every round 0: the epoch is that of training.
-        log(metric_util.validation_line(0, evaluator.num_batches, counts, seconds))
+        log(metric_util.validation_line(0, loader.num_batches, counts, seconds))
 
 
 def parse_args(argv: list[str] | None) -> Namespace:

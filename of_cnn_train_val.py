@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             snapshot=snapshot,
             save_dir=save_dir,
             log=log,
+            device=device,
             resumed=resumed,
         )
         run.start()
@@ -224,15 +225,14 @@ def build_training(
     log: Log,
 ) -> tuple[graph_util.TrainGraph, nn.Module]:
     """The training graph, and the loader whose batches its calls take."""
-    batch_size = global_batch_size(args)
     if train_data is None:
         log("Loading synthetic data.")
-        loader = synthetic_loader(args, batch_size, snapshot, device)
+        loader = ofrecord_util.SyntheticLoader(**synthetic_settings(args, snapshot, device))
     else:
         log(f"Loading data from {args.train_data_dir}")
         loader = ofrecord_util.train_loader(
             train_data,
-            batch_size=batch_size,
+            batch_size=global_batch_size(args),
             preprocessing=snapshot.preprocessing,
             augmentation=ofrecord_util.Augmentation(
                 area=args.random_area,
@@ -277,16 +277,14 @@ def schedule_settings(args: Namespace, plan: Plan) -> dict:
     }
 
 
-def synthetic_loader(
-    args: Namespace, batch_size: int, snapshot: Snapshot, device: str
-) -> ofrecord_util.SyntheticLoader:
-    return ofrecord_util.SyntheticLoader(
-        batch_size=batch_size,
-        num_classes=snapshot.num_classes,
-        image_size=snapshot.preprocessing.image_size,
-        seed=args.seed,
-        device=device,
-    )
+def synthetic_settings(args: Namespace, snapshot: Snapshot, device: str) -> dict:
+    return {
+        "batch_size": global_batch_size(args),
+        "num_classes": snapshot.num_classes,
+        "image_size": snapshot.preprocessing.image_size,
+        "seed": args.seed,
+        "device": device,
+    }
 
 
 def build_evaluator(
@@ -300,26 +298,22 @@ def build_evaluator(
     """What validates after each epoch. Synthetic validation is over the training pool."""
     if args.train_data_dir is None:
         log("Loading synthetic data.")
-        batch_size = global_batch_size(args)
-        loader = synthetic_loader(args, batch_size, snapshot, device)
-        num_examples = min(args.num_val_examples or loader.num_examples, loader.num_examples)
+        settings = synthetic_settings(args, snapshot, device)
+        available = ofrecord_util.SyntheticLoader.POOL_BATCHES * settings["batch_size"]
+        num_examples = min(args.num_val_examples or available, available)
+        loader = ofrecord_util.SyntheticValLoader(num_examples=num_examples, **settings)
     elif val_data is not None:
         log(f"Loading data from {args.val_data_dir}")
-        batch_size = global_batch_size(args, args.val_batch_size_per_device)
-        loader = ofrecord_util.val_loader(
-            val_data, batch_size=batch_size, preprocessing=snapshot.preprocessing, device=device
-        )
         num_examples = val_data.num_examples
+        loader = ofrecord_util.val_loader(
+            val_data,
+            batch_size=global_batch_size(args, args.val_batch_size_per_device),
+            preprocessing=snapshot.preprocessing,
+            device=device,
+        )
     else:
         return None
-    return graph_util.Evaluator(
-        model,
-        loader,
-        num_examples=num_examples,
-        batch_size=batch_size,
-        top_k=args.top_k,
-        device=device,
-    )
+    return graph_util.Evaluator(model, loader, num_examples=num_examples, top_k=args.top_k)
 
 
 class Run:
@@ -337,6 +331,7 @@ class Run:
         snapshot: Snapshot,
         save_dir: str,
         log: Log,
+        device: str,
         resumed: str | None = None,
     ):
         self.args, self.plan, self.log = args, plan, log
@@ -346,6 +341,8 @@ class Run:
         self.saved_step = snapshot.step
         self.meter = Meter(snapshot.global_batch_size)
         self.interrupts = Interrupts()
+        self.agreement = graph_util.Agreement(self.interrupts, device)
+        self.saves = flow.env.get_rank() == 0
 
     @property
     def epoch(self) -> int:
@@ -380,7 +377,7 @@ class Run:
                     self.validate()
                     self.snapshot.epoch, self.snapshot.iteration = self.epoch, 0
                     self.save_epoch()
-                    self.interrupts.check()
+                    self.agreement.check(None)
             except Interrupted as interrupted:
                 self.print_line()
                 if self.snapshot.step > self.saved_step:
@@ -396,7 +393,7 @@ class Run:
         self.meter.restart()
         for iteration in range(snapshot.iteration + 1, self.plan.steps_per_epoch + 1):
             compiled = self.graph.is_compiled
-            self.meter.add(self.graph(*next(batches)))
+            done = self.meter.add(self.graph(*next(batches), **self.agreement.vote()))
             if not compiled:
                 self.meter.restart_clock()
             snapshot.iteration, snapshot.step = iteration, snapshot.step + 1
@@ -406,13 +403,14 @@ class Run:
                 self.print_line()
             if save:
                 self.save("last", replace=True)
-            self.interrupts.check()
+            self.agreement.check(done)
 
     def validate(self) -> None:
         if self.evaluator is None:
             return
-        counts, seconds = self.evaluator.round(self.interrupts.check)
-        num_batches = self.evaluator.num_batches
+        graph_util.average_statistics(self.model)
+        counts, seconds = self.evaluator.round(self.agreement)
+        num_batches = self.evaluator.loader.num_batches
         self.log(metric_util.validation_line(self.epoch, num_batches, counts, seconds))
         snapshot = self.snapshot
         snapshot.metrics = counts.as_metrics()
@@ -461,27 +459,32 @@ class Run:
         epoch, keep = self.snapshot.epoch, self.args.keep_snapshots
         if epoch + 1 == self.args.num_epochs or (epoch + 1) % self.args.save_epoch_interval == 0:
             self.link(self.save(f"epoch_{epoch}"))
-            if keep is not None:
+            if keep is not None and self.saves:
                 checkpoint_util.prune_snapshots(self.save_dir, keep)
         elif self.snapshot.best.get("epoch") == epoch:
             self.save("best", replace=True)
 
     def save(self, name: str, *, replace: bool = False) -> str:
+        """On the first process; the others have the same weights."""
+        graph_util.average_statistics(self.model)
         self.log(f"Saving model to {self.save_dir}/{checkpoint_util.PREFIX}{name}.")
-        self.last_good = checkpoint_util.save_snapshot(
-            self.save_dir,
-            name,
-            self.model,
-            self.snapshot,
-            graph=self.graph if self.snapshot.step > 0 else None,
-            replace=replace,
-        )
+        self.last_good = os.path.join(self.save_dir, checkpoint_util.PREFIX + name)
+        if self.saves:
+            checkpoint_util.save_snapshot(
+                self.save_dir,
+                name,
+                self.model,
+                self.snapshot,
+                graph=self.graph if self.snapshot.step > 0 else None,
+                replace=replace,
+            )
         self.saved_step = self.snapshot.step
         return self.last_good
 
     def link(self, path: str) -> None:
         """Let `best` and `last` be the snapshot of an epoch, where they are."""
-        if os.path.basename(path) != f"{checkpoint_util.PREFIX}epoch_{self.snapshot.epoch}":
+        name = f"{checkpoint_util.PREFIX}epoch_{self.snapshot.epoch}"
+        if not self.saves or os.path.basename(path) != name:
             return
         if self.snapshot.best.get("epoch") == self.snapshot.epoch:
             checkpoint_util.link_snapshot(path, "best")

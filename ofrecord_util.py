@@ -9,8 +9,12 @@ it and gives
 
 with N the global batch size. A training loader's `batches(epoch, iteration)` begins after the first
 `iteration` batches of an epoch, and what it yields depends on the seed, the epoch and the iteration
-alone, so that a run can stop and go on anywhere. A validation loader's `batches()` begins at the
-first record.
+alone, so that a run can stop and go on anywhere. A validation loader's `batches()` are one round,
+of `num_batches`, and have one tensor more in front,
+
+    counted  (N,) int32, 1 in rows that hold an example for the first time, 0 in others
+
+With several processes each makes the rows that its device gets.
 """
 
 import io
@@ -465,31 +469,40 @@ class OFRecordLoader(nn.Module):
     """What training and validation share: OneFlow's native reader, and the label.
 
     Reader and decoders run on the CPU and outside the graph, where they can be made anew: a reader
-    begins at its first record, and a decoder's random numbers at its seed.
+    begins at its first record, and a decoder's random numbers at its seed. Each process reads parts
+    of its own.
     """
 
     def __init__(self, shards: Shards, *, batch_size: int, device: str):
         super().__init__()
         self.shards = shards
-        self.batch_size = batch_size
+        self.rank, self.num_ranks = flow.env.get_rank(), flow.env.get_world_size()
+        self.batch_size = batch_size // self.num_ranks  # of this process
         self.placement = flow.env.all_device_placement(device)
         self.label = nn.OFRecordRawDecoder("class/label", shape=(), dtype=flow.int32)
         allow_open_files(len(shards.part_counts))
 
-    def read(self, order: Sequence[int], *, skip: int = 0, **reader) -> Iterator[flow.Tensor]:
+    def share(self, order: Sequence[int]) -> list[int]:
+        """The parts that this process reads when all are taken in the given order."""
+        counts = [self.shards.part_counts[number] for number in order]
+        cuts = split_evenly(counts, self.num_ranks)
+        return list(order[cuts[self.rank] : cuts[self.rank + 1]])
+
+    def read(self, parts: Sequence[int], *, skip: int = 0, **reader) -> Iterator[flow.Tensor]:
         """Batches of records, round and round the parts in the given order, behind `skip` batches.
 
-        The native reader takes parts by their numbers, so it is shown links that are numbered as
-        the order wants it. It opens all of them before the first batch.
+        The native reader takes parts by their numbers, and of these those that are a process's by
+        its rank, so it is shown links under the right numbers. It opens all of its own before the
+        first batch.
         """
         with tempfile.TemporaryDirectory(prefix="ofrecord-order-") as links:
-            for i, number in enumerate(order):
+            for i, number in enumerate(parts, self.rank * len(parts)):
                 path = os.path.abspath(self.shards.part_path(number))
                 os.symlink(path, os.path.join(links, f"{PART_PREFIX}{i:05d}"))
             read = nn.OFRecordReader(
                 links,
                 batch_size=self.batch_size,
-                data_part_num=len(order),
+                data_part_num=len(parts) * self.num_ranks,
                 part_name_prefix=PART_PREFIX,
                 part_name_suffix_length=5,
                 **reader,
@@ -504,10 +517,6 @@ class OFRecordLoader(nn.Module):
             yield record
             record = read()
 
-    def everywhere(self, tensor: flow.Tensor) -> flow.Tensor:
-        """This process's share of a batch as a part of the global one, on the device."""
-        return tensor.to_global(self.placement, flow.sbp.split(0))
-
     def forward(self, image, label):
         return image, label
 
@@ -515,9 +524,10 @@ class OFRecordLoader(nn.Module):
 class OFRecordTrainLoader(OFRecordLoader):
     """Shuffled records, random crop, resize, flip, normalise.
 
-    Each epoch has its own order of parts. Within it records are drawn from a buffer that OneFlow
-    fills up from the parts, and at their end from their beginning: of the records of an epoch,
-    about 0.37 times as many as the buffer holds come late for it, and as many others twice.
+    Each epoch has its own order of parts, and gives each process others of them. Within it records
+    are drawn from a buffer that OneFlow fills up from the parts, and at their end from their
+    beginning: of the records of an epoch, about 0.37 times as many as the buffer holds come late
+    for it, and as many others twice.
     """
 
     def __init__(
@@ -534,7 +544,7 @@ class OFRecordTrainLoader(OFRecordLoader):
         self.seed = seed
         self.augmentation = augmentation
         self.shuffle_buffer_size = augmentation.shuffle_buffer_size or default_buffer_size(
-            shards.num_examples
+            shards.num_examples // self.num_ranks
         )
         size = preprocessing.image_size
         self.resize = nn.image.Resize(target_size=[size, size])
@@ -546,18 +556,22 @@ class OFRecordTrainLoader(OFRecordLoader):
             output_dtype=flow.float,
         )
 
+    def order(self, epoch: int) -> list[int]:
+        """The parts of all processes, as they follow one another in an epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        return rng.permutation(len(self.shards.part_counts)).tolist()
+
     def batches(self, epoch: int, iteration: int = 0) -> Iterator[tuple]:
         """Batches of an epoch, behind the first `iteration` of them, which are read and dropped."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards.part_counts))
         records = self.read(
-            order.tolist(),
+            self.share(self.order(epoch)),
             skip=iteration,
             random_shuffle=True,
             shuffle_buffer_size=self.shuffle_buffer_size,
-            random_seed=derive_seeds(1, self.seed, epoch)[0],
+            random_seed=derive_seeds(1, self.seed, self.rank, epoch)[0],
         )
         for step, record in enumerate(records, iteration):
-            crop_seed, flip_seed = derive_seeds(2, self.seed, epoch, step)
+            crop_seed, flip_seed = derive_seeds(2, self.seed, self.rank, epoch, step)
             decode = nn.OFRecordImageDecoderRandomCrop(
                 "encoded",
                 color_space="RGB",
@@ -571,16 +585,31 @@ class OFRecordTrainLoader(OFRecordLoader):
                 probability=self.augmentation.flip,
             )
             image = self.normalise(self.resize(decode(record))[0], flip())
-            yield self.everywhere(image), self.everywhere(self.label(record))
+            yield to_global(image, self.placement), to_global(self.label(record), self.placement)
 
 
 class OFRecordValLoader(OFRecordLoader):
-    """Records in order, shorter side resized, centre crop, normalise."""
+    """Records in order, shorter side resized, centre crop, normalise.
+
+    Where there are fewer parts than processes, some read a part and count none of it.
+    """
 
     def __init__(
-        self, shards: Shards, *, batch_size: int, preprocessing: Preprocessing, device: str
+        self,
+        shards: Shards,
+        *,
+        num_examples: int,
+        batch_size: int,
+        preprocessing: Preprocessing,
+        device: str,
     ):
         super().__init__(shards, batch_size=batch_size, device=device)
+        self.num_examples = num_examples
+        cuts = split_evenly(shards.part_counts, self.num_ranks)
+        ends = [0, *itertools.accumulate(shards.part_counts)]
+        self.bounds = [ends[cut] for cut in cuts]  # of each process, in records
+        largest = max(b - a for a, b in itertools.pairwise(self.bounds))
+        self.num_batches = -(-largest // self.batch_size)
         self.decode = nn.OFRecordImageDecoder("encoded", color_space="RGB")
         self.resize = nn.image.Resize(
             resize_side="shorter",
@@ -600,9 +629,37 @@ class OFRecordValLoader(OFRecordLoader):
         )
 
     def batches(self) -> Iterator[tuple]:
-        for record in self.read(range(len(self.shards.part_counts))):
+        first, end = self.bounds[self.rank], self.bounds[self.rank + 1]
+        end = min(end, self.num_examples)
+        records = self.read(self.share(range(len(self.shards.part_counts))) or [0])
+        for i, record in enumerate(itertools.islice(records, self.num_batches)):
+            row = first + np.arange(i * self.batch_size, (i + 1) * self.batch_size)
             image = self.normalise(self.resize(self.decode(record))[0])
-            yield self.everywhere(image), self.everywhere(self.label(record))
+            yield (
+                to_global(flow.tensor((row < end).astype(np.int32)), self.placement),
+                to_global(image, self.placement),
+                to_global(self.label(record), self.placement),
+            )
+
+
+def split_evenly(counts: Sequence[int], num_shares: int) -> list[int]:
+    """Cut a row of parts into shares with about as many records each.
+
+    Share i is parts `cuts[i]` to `cuts[i + 1]`. None is empty unless there are fewer parts than
+    shares.
+
+    >>> split_evenly([5, 3, 4, 2], 2)
+    [0, 2, 4]
+    """
+    ends = np.cumsum(counts)
+    middles = ends - np.asarray(counts) / 2
+    cuts = [0]
+    for i in range(1, num_shares):
+        cut = int((middles < ends[-1] * i / num_shares).sum())
+        if len(counts) >= num_shares:
+            cut = min(max(cut, cuts[-1] + 1), len(counts) - (num_shares - i))
+        cuts.append(cut)
+    return [*cuts, len(counts)]
 
 
 def derive_seeds(count: int, *key: int) -> list[int]:
@@ -654,14 +711,21 @@ class ArrayLoader(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def ahead(self, make_batch: Callable[[int], tuple], iteration: int = 0) -> Iterator[tuple]:
-        """Tensors (N, H, W, 3) uint8 and (N,) int32. The next batch is made while one is used."""
+        """Tensors of what `make_batch` gives for this process from `iteration` on.
+
+        The next batch is made while one is used.
+        """
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(make_batch, iteration)
             while True:
-                image, label = ahead.result()
+                batch = ahead.result()
                 iteration += 1
                 ahead = pool.submit(make_batch, iteration)
-                yield to_device(image, self.placement), to_device(label, self.placement)
+                yield tuple(to_global(flow.tensor(array), self.placement) for array in batch)
+
+    def positions(self, iteration: int) -> np.ndarray:
+        """Where the rows of a batch that are this process's lie in an epoch."""
+        return iteration * self.batch_size + np.arange(self.batch_size)[own_rows(self.batch_size)]
 
     def forward(self, image, label):
         image = image.permute(0, 3, 1, 2).to(dtype=flow.float32)  # (N, 3, H, W), 0 to 255
@@ -694,29 +758,37 @@ class ArrayTrainLoader(ArrayLoader):
     def make_batch(
         self, order: np.ndarray, epoch: int, iteration: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.arange(iteration * self.batch_size, (iteration + 1) * self.batch_size)
+        positions = self.positions(iteration)
         indices = order[positions % len(order)]
-        rng = np.random.default_rng((self.seed, 1, epoch, iteration))
         crops = [
-            random_crop(self.images[i], size=self.size, augmentation=self.augmentation, rng=rng)
-            for i in indices
+            random_crop(
+                self.images[i],
+                size=self.size,
+                augmentation=self.augmentation,
+                rng=np.random.default_rng((self.seed, 1, epoch, position)),
+            )
+            for i, position in zip(indices, positions, strict=True)
         ]
         return np.stack(crops), self.labels[indices].astype(np.int32)
 
 
 class ArrayValLoader(ArrayLoader):
-    """Images in order, and again from the first; shorter side resized, centre crop."""
+    """Images in order; shorter side resized, centre crop."""
 
-    def __init__(self, images, labels, *, preprocessing: Preprocessing, **array_loader):
+    def __init__(
+        self, images, labels, *, num_examples: int, preprocessing: Preprocessing, **array_loader
+    ):
         super().__init__(images, labels, preprocessing=preprocessing, **array_loader)
         self.preprocessing = preprocessing
+        self.num_examples = num_examples
+        self.num_batches = -(-num_examples // self.batch_size)
 
     def batches(self) -> Iterator[tuple]:
-        return self.ahead(self.make_batch)
+        return itertools.islice(self.ahead(self.make_batch), self.num_batches)
 
-    def make_batch(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
-        start = iteration * self.batch_size
-        indices = np.arange(start, start + self.batch_size) % len(self.images)
+    def make_batch(self, iteration: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        positions = self.positions(iteration)
+        indices = positions % len(self.images)
         crops = [
             center_crop(
                 Image.fromarray(self.images[i]),
@@ -725,7 +797,8 @@ class ArrayValLoader(ArrayLoader):
             )
             for i in indices
         ]
-        return np.stack(crops), self.labels[indices].astype(np.int32)
+        counted = (positions < self.num_examples).astype(np.int32)
+        return counted, np.stack(crops), self.labels[indices].astype(np.int32)
 
 
 class SyntheticLoader(nn.Module):
@@ -743,6 +816,7 @@ class SyntheticLoader(nn.Module):
         super().__init__()
         placement = flow.env.all_device_placement(device)
         rng = np.random.default_rng(seed)
+        self.batch_size = batch_size
         self.pool = []
         for _ in range(self.POOL_BATCHES):
             image = rng.standard_normal((batch_size, 3, image_size, image_size), np.float32)
@@ -751,7 +825,7 @@ class SyntheticLoader(nn.Module):
 
     @property
     def num_examples(self) -> int:
-        return sum(label.shape[0] for _, label in self.pool)
+        return self.batch_size * len(self.pool)
 
     def batches(self, epoch: int = 0, iteration: int = 0) -> Iterator[tuple]:
         """The pool, from its first batch, in every epoch."""
@@ -761,9 +835,40 @@ class SyntheticLoader(nn.Module):
         return image, label
 
 
-def to_device(array: np.ndarray, placement) -> flow.Tensor:
-    """A global tensor split along the batch over the devices of `placement`."""
-    return flow.tensor(array).to_global(placement, flow.sbp.split(0))
+class SyntheticValLoader(SyntheticLoader):
+    """The pool once, of which the first `num_examples` count."""
+
+    def __init__(self, *, num_examples: int, device: str, **synthetic_loader):
+        super().__init__(device=device, **synthetic_loader)
+        self.num_batches = -(-num_examples // self.batch_size)
+        placement = flow.env.all_device_placement(device)
+        self.counted = [
+            to_device((rows < num_examples).astype(np.int32), placement)
+            for rows in np.arange(self.num_examples).reshape(len(self.pool), -1)
+        ]
+
+    def batches(self) -> Iterator[tuple]:
+        for i in range(self.num_batches):
+            yield self.counted[i], *self.pool[i]
+
+
+def own_rows(batch_size: int) -> slice:
+    """The rows of a global batch that are this process's."""
+    rows = batch_size // flow.env.get_world_size()
+    return slice(rows * flow.env.get_rank(), rows * (flow.env.get_rank() + 1))
+
+
+def to_device(batch: np.ndarray, placement) -> flow.Tensor:
+    """An array that every process holds, as a global tensor split over the devices."""
+    return to_global(flow.tensor(batch[own_rows(len(batch))]), placement)
+
+
+def to_global(rows: flow.Tensor, placement) -> flow.Tensor:
+    """The tensors of all processes, one below the other, as a global one on their devices.
+
+    All are of one shape, which is not checked: that would take a round of messages each time.
+    """
+    return rows.to_global(placement, flow.sbp.split(0), check_meta=False)
 
 
 def random_crop(
@@ -817,7 +922,12 @@ def val_loader(
     dataset: Dataset, *, batch_size: int, preprocessing: Preprocessing, device: str
 ) -> nn.Module:
     """The validation loader of a checked data set. `batch_size` is the global one."""
-    settings = {"batch_size": batch_size, "preprocessing": preprocessing, "device": device}
+    settings = {
+        "num_examples": dataset.num_examples,
+        "batch_size": batch_size,
+        "preprocessing": preprocessing,
+        "device": device,
+    }
     if isinstance(dataset.source, Shards):
         return OFRecordValLoader(dataset.source, **settings)
     return ArrayValLoader(*dataset.source, **settings)

@@ -14,7 +14,7 @@ import optimizer_util
 from config import RunError
 from graph_util import Evaluator, TrainGraph
 from image_util import Preprocessing
-from ofrecord_util import SyntheticLoader
+from ofrecord_util import SyntheticLoader, SyntheticValLoader
 from small import ballast, tiny, write_parts
 
 PREPROCESSING = Preprocessing(32, 32, (123.0, 117.0, 104.0), (58.0, 57.0, 57.0))
@@ -60,16 +60,17 @@ class Counting(nn.Module):
     """Gives record numbers in place of images, with labels k % 4, as the native reader runs: round
     and round, batches across the end."""
 
-    def __init__(self, available, batch_size):
+    def __init__(self, available, batch_size, num_examples=None):
         super().__init__()
         self.available, self.batch_size = available, batch_size
+        self.num_examples = num_examples or available
 
-    def batches(self, step=0):
-        while True:
-            record = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-            record = (record % self.available).astype(np.int32)
-            yield global_tensor(record), global_tensor(record % 4)
-            step += 1
+    def batches(self):
+        for start in range(0, self.num_examples, self.batch_size):
+            row = np.arange(start, start + self.batch_size)
+            record = (row % self.available).astype(np.int32)
+            counted = (row < self.num_examples).astype(np.int32)
+            yield global_tensor(counted), global_tensor(record), global_tensor(record % 4)
 
     def forward(self, record, label):
         return record, label
@@ -100,11 +101,9 @@ def test_every_example_counts_once_in_every_round(batch_size, num_examples):
     rank = rank_of_label(table, label)[:num_examples]
     evaluator = Evaluator(
         Fixed(table),
-        Counting(available, batch_size),
+        Counting(available, batch_size, num_examples),
         num_examples=num_examples,
-        batch_size=batch_size,
         top_k=2,
-        device="cpu",
     )
     for _ in range(3):
         counts, seconds = evaluator.round()
@@ -126,9 +125,7 @@ def test_evaluation_of_parts_does_not_depend_on_the_batch_size(tmp_path, batch_s
         model,
         loader,
         num_examples=14,
-        batch_size=batch_size,
         top_k=2,
-        device="cpu",
     )
     rounds = [evaluator.round()[0] for _ in range(3)]
     assert rounds[0] == rounds[1] == rounds[2]
@@ -143,7 +140,7 @@ def read_all(data):
     loader = ofrecord_util.val_loader(
         data, batch_size=data.available, preprocessing=PREPROCESSING, device="cpu"
     )
-    image, label = next(loader.batches())
+    _, image, label = next(loader.batches())
     return image.numpy(), label.numpy()
 
 
@@ -163,8 +160,10 @@ def learn(*, evaluate):
     flow.manual_seed(0)
     model = graph_util.place(tiny(10), "cpu")
     graph, batches = training(model)
-    loader = SyntheticLoader(batch_size=8, num_classes=10, image_size=32, seed=0, device="cpu")
-    evaluator = Evaluator(model, loader, num_examples=16, batch_size=8, top_k=5, device="cpu")
+    loader = SyntheticValLoader(
+        num_examples=16, batch_size=8, num_classes=10, image_size=32, seed=0, device="cpu"
+    )
+    evaluator = Evaluator(model, loader, num_examples=16, top_k=5)
     losses, scores = [], []
     for _ in range(5):
         model.train()
@@ -210,12 +209,7 @@ def test_evaluation_refuses_labels_outside_the_classes():
             return record, label + 1  # 1 to 4, where 0 to 3 are known
 
     evaluator = Evaluator(
-        Fixed(np.zeros((13, 4), np.float32)),
-        Foreign(13, 4),
-        num_examples=13,
-        batch_size=4,
-        top_k=2,
-        device="cpu",
+        Fixed(np.zeros((13, 4), np.float32)), Foreign(13, 4), num_examples=13, top_k=2
     )
     with pytest.raises(RunError, match="3 labels outside"):
         evaluator.round()

@@ -216,7 +216,7 @@ def labels_of(directory, batch_size):
     loader = ofrecord_util.val_loader(
         data, batch_size=batch_size, preprocessing=PREPROCESSING, device="cpu"
     )
-    return next(loader.batches())[1].numpy().tolist()
+    return next(loader.batches())[2].numpy().tolist()
 
 
 def test_validation_reads_in_order(parts):
@@ -240,13 +240,18 @@ def test_validation_equals_inference(tmp_path):
     preprocessing = Preprocessing(224, 256, PREPROCESSING.rgb_mean, PREPROCESSING.rgb_std)
     data = open_val_dataset(str(directory))
     loader = ofrecord_util.val_loader(data, batch_size=2, preprocessing=preprocessing, device="cpu")
-    native = next(loader.batches())[0].numpy()
+    native = next(loader.batches())[1].numpy()
     pictures = [np.asarray(Image.open(ROOT / "data" / name)) for name in names]
     for picture, theirs in zip(pictures, native, strict=True):
         loader = ofrecord_util.ArrayValLoader(
-            picture[None], np.zeros(1), batch_size=1, preprocessing=preprocessing, device="cpu"
+            picture[None],
+            np.zeros(1),
+            num_examples=1,
+            batch_size=1,
+            preprocessing=preprocessing,
+            device="cpu",
         )
-        mine = loader(*next(loader.batches()))[0].numpy()[0]
+        mine = loader(*next(loader.batches())[1:])[0].numpy()[0]
         assert mine.shape == theirs.shape == (3, 224, 224)
         assert np.abs(mine - theirs).mean() < 0.02  # of a standard deviation
 

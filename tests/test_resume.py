@@ -319,7 +319,7 @@ def test_best_is_kept_between_the_intervals(data, monkeypatch):
     """Validation top-1 of 2, 3, 3, 1 of 14: the first of two equal ones is the best."""
     hits = iter((2, 3, 3, 1))
     monkeypatch.setattr(
-        graph_util.Evaluator, "round", lambda self, check: (Counts(next(hits), 14, 14), 1.0)
+        graph_util.Evaluator, "round", lambda self, agreement: (Counts(next(hits), 14, 14), 1.0)
     )
     flags = (*recipe(data, "arrays"), "--num_epochs=4", "--save_epoch_interval=3")
     result = train(*flags, "--model_save_dir=run", "--save_last=False")
@@ -336,17 +336,18 @@ def test_a_signal_ends_the_run_with_a_snapshot_and_a_second_one_at_once(name, st
     number = getattr(signal, name)
     flags = [flag for flag in TOY_RUN if "save_every" not in flag] + ["--num_examples=4000"]
     with process(*flags, "--model_save_dir=run", "--resume=auto") as run:
-        while not run.stdout.readline().startswith("train: epoch 0, iter 3"):
-            pass
+        lines = [run.stdout.readline()]
+        while not lines[-1].startswith("train: epoch 0, iter 3"):
+            lines.append(run.stdout.readline())
         run.send_signal(number)
-        out, errors = run.stdout.read(), run.stderr.read()
+        lines, errors = lines + run.stdout.readlines(), run.stderr.read()
     assert run.returncode == status
     assert f"{name}: ending after this iteration" in errors
     last = errors.splitlines()[-1]
     assert f"error: interrupted by {name}; go on with --resume=run/snapshot_last" in last
-    assert out.splitlines()[-1] == "Saving model to run/snapshot_last."
+    assert lines[-1] == "Saving model to run/snapshot_last.\n"
     iteration = description("run/snapshot_last")["iteration"]
-    assert out.splitlines()[-2].startswith(f"train: epoch 0, iter {iteration}, ")
+    assert lines[-2].startswith(f"train: epoch 0, iter {iteration}, ")
     with process(*flags, "--model_save_dir=run", "--resume=auto") as run:
         first = next(line for line in run.stdout if line.startswith("train:"))
         assert first.startswith(f"train: epoch 0, iter {iteration + 1}, ")

@@ -151,6 +151,7 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
         snapshot=snapshot,
         save_dir="",  # nothing is saved
         log=lambda line: print(line, file=sink),
+        device=device,
     )
 
     def own_loop():
