@@ -31,6 +31,7 @@ import model_util
 from config import SNAPSHOT_ROOT, RunError, UsageError
 from file_util import link_files, replace_directory, sync_directory, write_durably
 from image_util import Preprocessing
+from layer_util import Switches, from_standard, to_standard
 from metric_util import is_first_rank, notice
 
 FORMAT_VERSION = 1
@@ -38,6 +39,7 @@ PREFIX = "snapshot_"
 EPOCH_NAME = re.compile(f"{PREFIX}epoch_([0-9]+)")
 WEIGHTS = "model.safetensors"
 TRAINING_STATE = "training.safetensors"
+GRAPH_NAME = "TrainGraph"  # in names of what belongs to a graph; OneFlow numbers its graphs
 DESCRIPTION = "snapshot.json"
 
 
@@ -71,15 +73,15 @@ def versions() -> dict[str, str]:
 
 
 def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """Parameters and buffers of a model as float32 arrays, by name.
+    """Parameters and buffers of a model as float32 arrays, by name, in the standard layout.
 
     `num_batches_tracked` is left out: nothing counts it inside a graph, and PyTorch fills it in.
     """
-    arrays = {}
-    for name, tensor in model.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            arrays[name] = np.ascontiguousarray(local(tensor).numpy(), np.float32)
-    return arrays
+    return {
+        name: to_standard(model, name, local(tensor).numpy().astype(np.float32))
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
 
 
 def local(tensor) -> flow.Tensor:
@@ -91,26 +93,37 @@ def local(tensor) -> flow.Tensor:
     return tensor
 
 
-def training_arrays(graph: nn.Graph) -> dict[str, np.ndarray]:
+def training_arrays(graph: nn.Graph, model: nn.Module) -> dict[str, np.ndarray]:
     """What a training graph remembers beside its model, named as OneFlow does.
 
-    The optimizer's buffers (`model.fc.weight-momentum`), float32, and the step counter of the
-    schedule (`System-Train-TrainStep`), int64. Empty before the graph's first call.
+    The optimizer's buffers (`model.fc.weight-momentum`), float32, in the layout of snapshots, and
+    the step counter of the schedule (`System-Train-TrainStep`), int64; in half precision the loss
+    scale and its counter as well. Empty before the graph's first call.
     """
     return {
-        name: np.ascontiguousarray(local(value).numpy())
+        name.replace(graph.name, GRAPH_NAME): to_standard(
+            model, parameter_of(name), local(value).numpy()
+        )
         for name, value in graph.state_dict().items()
         if isinstance(value, flow.Tensor)
     }
 
 
-def load_training_state(graph: nn.Graph, arrays: dict[str, np.ndarray], *, device: str) -> None:
+def parameter_of(buffer: str) -> str:
+    """`fc.weight` of `model.fc.weight-momentum`."""
+    return buffer.removeprefix("model.").rpartition("-")[0]
+
+
+def load_training_state(
+    graph: nn.Graph, model: nn.Module, arrays: dict[str, np.ndarray], *, device: str
+) -> None:
     """Hand `training_arrays` of another process to a graph that has not been called yet."""
     placement = flow.env.all_device_placement(device)
-    state = {
-        name: flow.tensor(array).to_global(placement, flow.sbp.broadcast)
-        for name, array in arrays.items()
-    }
+    state = {}
+    for name, array in arrays.items():
+        array = from_standard(model, parameter_of(name), array)
+        name = name.replace(GRAPH_NAME, graph.name)
+        state[name] = flow.tensor(array).to_global(placement, flow.sbp.broadcast)
     graph.load_state_dict(state, strict=False)
 
 
@@ -234,7 +247,7 @@ def save_snapshot(
         os.makedirs(temporary)
         write_durably(os.path.join(temporary, WEIGHTS), save(arrays))
         if graph is not None:
-            state = save(training_arrays(graph))
+            state = save(training_arrays(graph, model))
             write_durably(os.path.join(temporary, TRAINING_STATE), state)
         text = json.dumps(asdict(snapshot), indent=2) + "\n"
         write_durably(os.path.join(temporary, DESCRIPTION), text.encode())
@@ -463,13 +476,14 @@ def load_weights(model: nn.Module, weights: dict[str, np.ndarray], *, path: str)
         if names:
             faults.append(f"{len(names)} {kind}, first {min(names)}")
     for name in sorted(wanted & weights.keys()):
-        if tuple(state[name].shape) != weights[name].shape:
-            faults.append(f"{name} is {weights[name].shape}, not {tuple(state[name].shape)}")
+        shape = to_standard(model, name, np.empty(tuple(state[name].shape))).shape
+        if shape != weights[name].shape:
+            faults.append(f"{name} is {weights[name].shape}, not {shape}")
             break
     if faults:
         raise UsageError(f"the weights of {path} do not fit the network: {'; '.join(faults)}")
     for name in wanted:
-        state[name] = flow.tensor(weights[name])
+        state[name] = flow.tensor(from_standard(model, name, weights[name]))
     model.load_state_dict(state)
 
 
@@ -486,19 +500,25 @@ def check_fits(snapshot: Snapshot, *, model: str | None, num_classes: int | None
 
 
 def restore(
-    model_load_dir: str | None, *, model: str | None, num_classes: int | None, **preprocessing
+    model_load_dir: str | None,
+    *,
+    model: str | None,
+    num_classes: int | None,
+    switches: Switches = Switches(),
+    **preprocessing,
 ) -> tuple[nn.Module, Snapshot, str]:
     """The network of a snapshot, on the host, with what the snapshot says and its path.
 
     Args:
         model_load_dir: as in `find_snapshot`.
         model, num_classes: refused where they contradict the snapshot.
+        switches: how the network is to compute; a snapshot fits any.
         preprocessing: fields of Preprocessing; what is not None replaces the snapshot's.
     """
     path = find_snapshot(model_load_dir)
     snapshot = read_description(path)
     check_fits(snapshot, model=model, num_classes=num_classes, path=path)
     snapshot.preprocessing = model_util.override(snapshot.preprocessing, **preprocessing)
-    network = model_util.MODELS[snapshot.model].build(snapshot.num_classes)
+    network = model_util.MODELS[snapshot.model].build(snapshot.num_classes, switches)
     load_weights(network, read_weights(path), path=path)
     return network, snapshot, path

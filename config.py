@@ -30,6 +30,7 @@ DATA_DEFAULTS = {
     "random_flip": 0.5,
     "shuffle_buffer_size": None,
     "val_batch_size_per_device": 50,
+    "gpu_image_decoder": False,
 }
 SHUFFLE_BUFFER_SIZE = 1024  # records; less for small data, see ofrecord_util
 EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
@@ -244,6 +245,40 @@ def add_device_flags(parser: Parser) -> None:
         type=number(int, 1, 65535),
         default=50051,
         help="TCP port on which the machines of a job meet",
+    )
+
+
+def add_precision_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("precision and kernels")
+    add_switch(
+        group,
+        "--use_fp16",
+        "compute in half precision where that is safe (automatic mixed precision), with dynamic "
+        "loss scaling; weights and snapshots stay float32; a CPU computes in float32",
+    )
+    add_switch(group, "--channel_last", "CUDA only: compute with activations (N, H, W, C)")
+    add_switch(group, "--pad_output", "give images a fourth channel, of zeros")
+    add_switch(group, "--fuse_bn_relu", "CUDA only: batch norm and ReLU in one kernel")
+    add_switch(group, "--fuse_bn_add_relu", "CUDA only: batch norm, sum and ReLU in one kernel")
+
+
+def add_cuda_training_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("CUDA only")
+    add_switch(
+        group,
+        "--gpu_image_decoder",
+        "decode and crop training images on the GPU; a resumed run then has other crops than one "
+        "that never stopped",
+    )
+    group.add_argument(
+        "--nccl_fusion_threshold_mb",
+        type=number(int, 1),
+        help="send gradients in pieces of at least so many MB; unless given, OneFlow's own",
+    )
+    group.add_argument(
+        "--nccl_fusion_max_ops",
+        type=number(int, 1),
+        help="join at most so many gradients in a piece; unless given, OneFlow's own",
     )
 
 
@@ -485,6 +520,8 @@ def train_parser(
     parser = Parser("Train a CNN with OneFlow and validate it after each epoch.")
     add_model_flags(parser, models, from_snapshot=False)
     add_device_flags(parser)
+    add_precision_flags(parser)
+    add_cuda_training_flags(parser)
     add_batch_flags(parser)
     add_train_data_flags(parser)
     add_val_data_flags(parser)
@@ -498,6 +535,7 @@ def evaluate_parser(*, models: Iterable[str]) -> Parser:
     parser = Parser("Score a snapshot on a validation set: every image exactly once.")
     add_model_flags(parser, models, from_snapshot=True)
     add_device_flags(parser)
+    add_precision_flags(parser)
     add_val_data_flags(parser)
     add_snapshot_flags(parser)
     group = parser.add_argument_group("run")
@@ -516,6 +554,7 @@ def inference_parser(*, models: Iterable[str]) -> Parser:
     parser = Parser("Classify images.")
     add_model_flags(parser, models, from_snapshot=True)
     add_device_flags(parser)
+    add_precision_flags(parser)
     add_snapshot_flags(parser)
     group = parser.add_argument_group("images")
     group.add_argument(
@@ -530,12 +569,25 @@ def inference_parser(*, models: Iterable[str]) -> Parser:
     return parser
 
 
+def switch_flags(args: argparse.Namespace) -> dict[str, bool]:
+    """The fields of layer_util.Switches."""
+    names = ("channel_last", "pad_output", "fuse_bn_relu", "fuse_bn_add_relu")
+    return {name: getattr(args, name) for name in names}
+
+
+def preprocessing_flags(args: argparse.Namespace) -> dict:
+    """The fields of image_util.Preprocessing; None where a flag was not given."""
+    names = ("image_size", "resize_shorter", "rgb_mean", "rgb_std")
+    return {name: getattr(args, name) for name in names}
+
+
 # Checks and defaults that look at more than one flag.
 
 
 def check_devices(args: argparse.Namespace) -> None:
     """Refuse what several devices would need; they are not supported yet."""
-    if os.environ.get("OF_CNN_WORKER"): return
+    if os.environ.get("OF_CNN_WORKER"):
+        return
     if args.num_nodes > 1:
         raise UsageError(
             f"--num_nodes={args.num_nodes}: training on several machines is not supported yet; "
@@ -546,6 +598,26 @@ def check_devices(args: argparse.Namespace) -> None:
             f"--gpu_num_per_node={args.gpu_num_per_node}: several devices are not supported yet; "
             "give --gpu_num_per_node=1"
         )
+
+
+CUDA_FLAGS = (
+    "channel_last",  # OneFlow's convolutions and batch norms for a CPU are wrong in that layout
+    "fuse_bn_relu",
+    "fuse_bn_add_relu",
+    "gpu_image_decoder",
+    "nccl_fusion_threshold_mb",
+    "nccl_fusion_max_ops",
+)
+
+
+def check_precision_flags(args: argparse.Namespace, *, device: str) -> list[str]:
+    """Refuse on a CPU what only CUDA can do. Returns notices for the user."""
+    if device == "cuda":
+        return []
+    for flag in CUDA_FLAGS:
+        if getattr(args, flag, None):
+            raise UsageError(f"--{flag} needs CUDA, and the device is a CPU; leave it out")
+    return ["--use_fp16: a CPU computes in float32."] if args.use_fp16 else []
 
 
 def check_optimizer_flags(args: argparse.Namespace) -> None:
@@ -590,6 +662,7 @@ def check_data_flags(args: argparse.Namespace) -> None:
         return
     if args.train_data_dir.endswith(".npz"):
         refuse(("shuffle_buffer_size",), "has no effect on an .npz file, shuffled as a whole")
+        refuse(("gpu_image_decoder",), "has no effect on an .npz file")
     if args.val_data_dir is None:
         of_validation = ("val_data_part_num", "num_val_examples", "val_batch_size_per_device")
         refuse(of_validation, "needs --val_data_dir")
@@ -600,7 +673,7 @@ def finish_train_args(args: argparse.Namespace, *, device: str) -> list[str]:
 
     Returns notices for the user. Raises UsageError where flags contradict one another.
     """
-    notices = []
+    notices = check_precision_flags(args, device=device)
     check_optimizer_flags(args)
     check_data_flags(args)
     synthetic = args.train_data_dir is None

@@ -15,7 +15,7 @@ RGB_STD = (58.393, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Model:
-    build: Callable  # num_classes -> nn.Module
+    build: Callable  # num_classes, Switches -> nn.Module
     image_size: int = 224  # pixels, height and width of the input
     rgb_mean: tuple[float, float, float] = RGB_MEAN
     rgb_std: tuple[float, float, float] = RGB_STD

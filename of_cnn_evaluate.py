@@ -17,20 +17,22 @@ import metric_util
 import model_util
 import ofrecord_util
 from config import UsageError
+from layer_util import Switches
+from metric_util import notice
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = graph_util.choose_device(args.device)
+    for text in config.check_precision_flags(args, device=device):
+        notice(text)
     data = open_data(args)
     model, snapshot, path = checkpoint_util.restore(
         args.model_load_dir,
         model=args.model,
         num_classes=args.num_classes,
-        image_size=args.image_size,
-        resize_shorter=args.resize_shorter,
-        rgb_mean=args.rgb_mean,
-        rgb_std=args.rgb_std,
+        switches=Switches(**config.switch_flags(args)),
+        **config.preprocessing_flags(args),
     )
     ofrecord_util.check_labels(data, num_classes=snapshot.num_classes, path=args.val_data_dir)
     log = metric_util.open_log(args.log_dir, "of_cnn_evaluate")
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         loader,
         num_examples=data.num_examples,
         top_k=args.top_k,
+        use_fp16=args.use_fp16,
     )
     for _ in range(args.num_epochs):
         counts, seconds = evaluator.round()

@@ -18,25 +18,28 @@ import graph_util
 import image_util
 import model_util
 from config import RunError
+from layer_util import Switches
 from metric_util import notice
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = graph_util.choose_device(args.device)
+    for text in config.check_precision_flags(args, device=device):
+        notice(text)
     paths = image_util.find_images(args.image_path)
     model, snapshot, snapshot_path = checkpoint_util.restore(
         args.model_load_dir,
         model=args.model,
         num_classes=args.num_classes,
-        image_size=args.image_size,
-        resize_shorter=args.resize_shorter,
-        rgb_mean=args.rgb_mean,
-        rgb_std=args.rgb_std,
+        switches=Switches(**config.switch_flags(args)),
+        **config.preprocessing_flags(args),
     )
     notice(f"Restoring model from {snapshot_path}.")
     names = image_util.class_names(snapshot.num_classes, snapshot.classes)
-    predictor = graph_util.Predictor(graph_util.place(model, device), device=device)
+    predictor = graph_util.Predictor(
+        graph_util.place(model, device), device=device, use_fp16=args.use_fp16
+    )
     failures = 0
     for path in paths:
         try:

@@ -25,6 +25,7 @@ import optimizer_util
 from checkpoint_util import Snapshot
 from config import Plan, RunError, UsageError
 from interrupt_util import Interrupted, Interrupts
+from layer_util import Switches
 from metric_util import Log, Meter, notice
 from ofrecord_util import Dataset
 
@@ -44,13 +45,18 @@ def main(argv: list[str] | None = None) -> None:
     snapshot = describe_run(args, train_data, val_data, resumed)
     plan = make_plan(args, train_data)
     go_on(args, snapshot, plan, resumed)
+    graph_util.set_communication(
+        use_fp16=args.use_fp16,
+        nccl_fusion_threshold_mb=args.nccl_fusion_threshold_mb,
+        nccl_fusion_max_ops=args.nccl_fusion_max_ops,
+    )
     model = graph_util.place(build_model(args, snapshot, resumed), device)
     log = metric_util.open_log(args.log_dir, "of_cnn_train_val")
     with checkpoint_util.open_save_dir(args.model_save_dir, resumed=resumed) as save_dir:
         graph, loader = build_training(args, train_data, model, snapshot, plan, device, log)
         if snapshot.step > 0:
             state = checkpoint_util.read_training_state(resumed)
-            checkpoint_util.load_training_state(graph, state, device=device)
+            checkpoint_util.load_training_state(graph, model, state, device=device)
         run = Run(
             args,
             model=model,
@@ -164,10 +170,7 @@ def describe_run(
         num_classes=num_classes,
         preprocessing=model_util.override(
             start.preprocessing if start else model_util.preprocessing(model),
-            image_size=args.image_size,
-            resize_shorter=args.resize_shorter,
-            rgb_mean=args.rgb_mean,
-            rgb_std=args.rgb_std,
+            **config.preprocessing_flags(args),
         ),
         classes=classes or (start.classes if start else None),
         flags=vars(args),
@@ -208,7 +211,9 @@ def go_on(args: Namespace, snapshot: Snapshot, plan: Plan, resumed: str | None) 
 def build_model(args: Namespace, snapshot: Snapshot, resumed: str | None) -> nn.Module:
     """The network with initial weights drawn by --seed, or with those of a snapshot."""
     flow.manual_seed(args.seed)
-    model = model_util.MODELS[snapshot.model].build(snapshot.num_classes)
+    model = model_util.MODELS[snapshot.model].build(
+        snapshot.num_classes, Switches(**config.switch_flags(args))
+    )
     if resumed is not None or args.model_load_dir is not None:
         path = checkpoint_util.find_snapshot(resumed or args.model_load_dir)
         checkpoint_util.load_weights(model, checkpoint_util.read_weights(path), path=path)
@@ -242,6 +247,7 @@ def build_training(
             ),
             seed=args.seed,
             device=device,
+            gpu_image_decoder=args.gpu_image_decoder,
         )
     optimizer = optimizer_util.build_optimizer(
         model,
@@ -263,6 +269,8 @@ def build_training(
         schedule,
         label_smoothing=args.label_smoothing,
         top_k=args.top_k,
+        use_fp16=args.use_fp16,
+        num_nodes=args.num_nodes,
     )
     return graph, loader
 
@@ -313,7 +321,9 @@ def build_evaluator(
         )
     else:
         return None
-    return graph_util.Evaluator(model, loader, num_examples=num_examples, top_k=args.top_k)
+    return graph_util.Evaluator(
+        model, loader, num_examples=num_examples, top_k=args.top_k, use_fp16=args.use_fp16
+    )
 
 
 class Run:

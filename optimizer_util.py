@@ -12,6 +12,8 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.optim import lr_scheduler
 
+from layer_util import BATCH_NORMS
+
 POLYNOMIAL_END_LEARNING_RATE = 1e-5  # as in OneFlow-Benchmark
 STEP_FACTOR = 0.1
 
@@ -21,7 +23,7 @@ def no_decay_names(model: nn.Module) -> set[str]:
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
+        if isinstance(module, BATCH_NORMS)
         for name, _ in module.named_parameters(recurse=False)
     }
 

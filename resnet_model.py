@@ -9,9 +9,18 @@ from functools import partial
 
 from oneflow import nn
 
+from layer_util import (
+    BATCH_NORMS,
+    Switches,
+    batch_norm_relu,
+    draw_convolution,
+    making_layers,
+    pad_input,
+)
+
 # Stated once, for every convolution and every batch norm of the network.
 conv = partial(nn.Conv2d, bias=False)
-batch_norm = partial(nn.BatchNorm2d, eps=1e-5, momentum=0.1)  # running = 0.9 old + 0.1 new
+BATCH_NORM = {"eps": 1e-5, "momentum": 0.1}  # running = 0.9 old + 0.1 new
 
 
 class BasicBlock(nn.Module):
@@ -19,20 +28,18 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int):
+    def __init__(self, in_channels: int, width: int, stride: int, switches: Switches):
         super().__init__()
         self.conv1 = conv(in_channels, width, 3, stride=stride, padding=1)
-        self.bn1 = batch_norm(width)
+        self.bn1 = batch_norm_relu(width, fused=switches.fuse_bn_relu, **BATCH_NORM)
         self.conv2 = conv(width, width, 3, padding=1)
-        self.bn2 = batch_norm(width)
-        self.relu = nn.ReLU()
+        self.bn2 = batch_norm_relu(width, fused=switches.fuse_bn_add_relu, **BATCH_NORM)
         self.downsample = shortcut(in_channels, width, stride)
         self.last_bn = "bn2"
 
     def forward(self, x):  # (N, in_channels, H, W) -> (N, width, H / stride, W / stride)
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(y), x if self.downsample is None else self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -40,24 +47,22 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int):
+    def __init__(self, in_channels: int, width: int, stride: int, switches: Switches):
         super().__init__()
         out_channels = width * self.expansion
         self.conv1 = conv(in_channels, width, 1)
-        self.bn1 = batch_norm(width)
+        self.bn1 = batch_norm_relu(width, fused=switches.fuse_bn_relu, **BATCH_NORM)
         self.conv2 = conv(width, width, 3, stride=stride, padding=1)  # v1.5: the stride is here
-        self.bn2 = batch_norm(width)
+        self.bn2 = batch_norm_relu(width, fused=switches.fuse_bn_relu, **BATCH_NORM)
         self.conv3 = conv(width, out_channels, 1)
-        self.bn3 = batch_norm(out_channels)
-        self.relu = nn.ReLU()
+        self.bn3 = batch_norm_relu(out_channels, fused=switches.fuse_bn_add_relu, **BATCH_NORM)
         self.downsample = shortcut(in_channels, out_channels, stride)
         self.last_bn = "bn3"
 
     def forward(self, x):  # (N, in_channels, H, W) -> (N, 4 * width, H / stride, W / stride)
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = self.bn1(self.conv1(x))
+        y = self.bn2(self.conv2(y))
+        return self.bn3(self.conv3(y), x if self.downsample is None else self.downsample(x))
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
@@ -65,7 +70,8 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | No
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(
-        conv(in_channels, out_channels, 1, stride=stride), batch_norm(out_channels)
+        conv(in_channels, out_channels, 1, stride=stride),
+        nn.BatchNorm2d(out_channels, **BATCH_NORM),
     )
 
 
@@ -77,24 +83,36 @@ class ResNet(nn.Module):
         depths: number of blocks in each of the four stages.
         num_classes: length of the logits.
         width: channels of the stem and of the first stage; doubled at each later stage.
+        switches: see there.
     """
 
-    def __init__(self, block, depths: tuple[int, int, int, int], num_classes: int, width: int = 64):
+    first_conv = "conv1.weight"
+
+    def __init__(
+        self,
+        block,
+        depths: tuple[int, int, int, int],
+        num_classes: int,
+        width: int = 64,
+        switches: Switches = Switches(),
+    ):
         super().__init__()
-        self.conv1 = conv(3, width, 7, stride=2, padding=3)
-        self.bn1 = batch_norm(width)
-        self.relu = nn.ReLU()
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        channels = width
-        for stage, depth in enumerate(depths):
-            blocks = []
-            for i in range(depth):
-                stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(channels, width << stage, stride))
-                channels = (width << stage) * block.expansion
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(channels, num_classes)
+        self.switches = switches
+        with making_layers(switches):
+            self.conv1 = conv(3, width, 7, stride=2, padding=3)
+            self.bn1 = batch_norm_relu(width, fused=switches.fuse_bn_relu, **BATCH_NORM)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+            channels = width
+            for stage, depth in enumerate(depths):
+                blocks = []
+                for i in range(depth):
+                    stride = 2 if stage > 0 and i == 0 else 1
+                    blocks.append(block(channels, width << stage, stride, switches))
+                    channels = (width << stage) * block.expansion
+                setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.fc = nn.Linear(channels, num_classes)
         self.reset_parameters()
+        pad_input(self.conv1, switches)
 
     def reset_parameters(self) -> None:
         """Draw initial weights from OneFlow's global generator (`flow.manual_seed`).
@@ -105,9 +123,11 @@ class ResNet(nn.Module):
         (Goyal et al., https://arxiv.org/abs/1706.02677).
         """
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d):
+                draw_convolution(module, self.switches)
+            elif isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-            elif isinstance(module, nn.BatchNorm2d):
+            elif isinstance(module, BATCH_NORMS):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.fc.bias)
@@ -116,17 +136,18 @@ class ResNet(nn.Module):
                 nn.init.zeros_(getattr(module, module.last_bn).weight)
 
     def forward(self, image):  # (N, 3, H, W) float32 -> (N, num_classes) float32 logits
-        x = self.maxpool(self.relu(self.bn1(self.conv1(image))))  # (N, width, H / 4, W / 4)
+        x = self.switches.enter(image)
+        x = self.maxpool(self.bn1(self.conv1(x)))  # (N, width, H / 4, W / 4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, channels, H / 32, W / 32)
         # A mean, not adaptive pooling and flatten: those freeze the batch size in an ONNX export.
-        return self.fc(x.mean(dim=(2, 3)))
+        return self.fc(x.mean(dim=self.switches.spatial_dims))
 
 
-def resnet18(num_classes: int = 1000) -> ResNet:
+def resnet18(num_classes: int = 1000, switches: Switches = Switches()) -> ResNet:
     """ResNet-18: 11,689,512 parameters at 1000 classes."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes)
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, switches=switches)
 
 
-def resnet50(num_classes: int = 1000) -> ResNet:
+def resnet50(num_classes: int = 1000, switches: Switches = Switches()) -> ResNet:
     """ResNet-50 v1.5: 25,557,032 parameters at 1000 classes."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes)
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, switches=switches)

@@ -19,6 +19,7 @@ from PIL import Image
 import config
 import model_util
 import resnet_model
+from layer_util import Switches
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE = re.compile(
@@ -27,9 +28,10 @@ LINE = re.compile(
 )
 
 
-def tiny(num_classes: int = 1000) -> resnet_model.ResNet:
+def tiny(num_classes: int = 1000, switches: Switches = Switches()) -> resnet_model.ResNet:
     """A network of the real blocks that compiles in a second."""
-    return resnet_model.ResNet(resnet_model.Bottleneck, (1, 1, 1, 1), num_classes, width=8)
+    block, depths = resnet_model.Bottleneck, (1, 1, 1, 1)
+    return resnet_model.ResNet(block, depths, num_classes, width=8, switches=switches)
 
 
 TINY = model_util.Model(tiny, image_size=32)
@@ -50,7 +52,7 @@ def ballast(placement) -> flow.Tensor:
 class Toy(nn.Module):
     """A convolution, a batch norm and a linear layer: compiles in a fraction of a second."""
 
-    def __init__(self, num_classes: int = 1000):
+    def __init__(self, num_classes: int = 1000, switches: Switches = Switches()):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 8, stride=8, bias=False)
         self.bn = nn.BatchNorm2d(4)

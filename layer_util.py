@@ -1,0 +1,112 @@
+"""Layers that the networks share, and the switches of how a GPU computes them.
+
+Whatever the switches, a network takes images (N, 3, H, W), has the same parameter names, the same
+initial weights for one seed, and the same snapshots (`to_standard`, `from_standard`).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+
+NHWC_VARIABLE = "ONEFLOW_ENABLE_NHWC"  # OneFlow's layers read it when they are made
+
+
+@dataclass(frozen=True)
+class Switches:
+    """How the same function is computed."""
+
+    channel_last: bool = False  # activations are (N, H, W, C), convolution weights (O, H, W, I)
+    pad_output: bool = False  # images get a fourth channel, of zeros
+    fuse_bn_relu: bool = False  # batch norm and ReLU in one kernel; CUDA only
+    fuse_bn_add_relu: bool = False  # batch norm, addition and ReLU in one kernel; CUDA only
+
+    @property
+    def spatial_dims(self) -> tuple[int, int]:
+        return (1, 2) if self.channel_last else (2, 3)
+
+    def enter(self, image):
+        """(N, 3, H, W) to what the first convolution takes."""
+        if self.pad_output:
+            image = nn.functional.pad(image, (0, 0, 0, 0, 0, 1))  # (N, 4, H, W)
+        if self.channel_last:
+            image = image.permute(0, 2, 3, 1)  # (N, H, W, C)
+        return image
+
+
+@contextmanager
+def making_layers(switches: Switches) -> Iterator[None]:
+    """While it lasts, OneFlow's layers are made for the layout of `switches`."""
+    before = os.environ.pop(NHWC_VARIABLE, None)
+    if switches.channel_last:
+        os.environ[NHWC_VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(NHWC_VARIABLE, None)
+        if before is not None:
+            os.environ[NHWC_VARIABLE] = before
+
+
+class BatchNormReLU(nn.BatchNorm2d):
+    """Batch norm, an addition if there is something to add, and ReLU."""
+
+    def forward(self, x, addend=None):
+        y = nn.BatchNorm2d.forward(self, x)  # a graph's view of a module knows no `super()`
+        return flow.relu(y if addend is None else y + addend)
+
+
+def draw_convolution(module: nn.Conv2d, switches: Switches) -> None:
+    """Draw the weight of a convolution: normal with variance 2 / fan_in, the same in any layout."""
+    weight = module.weight
+    if switches.channel_last:
+        weight = flow.empty(*weight.permute(0, 3, 1, 2).shape)
+    nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu")
+    if switches.channel_last:
+        module.weight.data.copy_(weight.permute(0, 2, 3, 1))
+
+
+def pad_input(module: nn.Conv2d, switches: Switches) -> None:
+    """Give the first convolution a fourth input channel with weights of 0, if images have one."""
+    if switches.pad_output:
+        last = (0, 1) if switches.channel_last else (0, 0, 0, 0, 0, 1)
+        module.weight = nn.Parameter(nn.functional.pad(module.weight.data, last))
+        module.in_channels = 4
+
+
+BATCH_NORMS = (nn.BatchNorm2d, nn.FusedBatchNorm2d)
+
+
+def batch_norm_relu(channels: int, *, fused: bool, **settings) -> nn.Module:
+    """As BatchNormReLU; `fused` takes OneFlow's kernel for it, which only CUDA has."""
+    return (nn.FusedBatchNorm2d if fused else BatchNormReLU)(channels, **settings)
+
+
+def to_standard(model: nn.Module, name: str, array: np.ndarray) -> np.ndarray:
+    """A parameter of `model` as snapshots hold it: convolutions (O, I, H, W), the first with I = 3.
+
+    Args:
+        model: one without `switches` is standard as it is.
+        name: of the parameter.
+        array: the parameter, or something of its shape that belongs to it.
+    """
+    switches = getattr(model, "switches", Switches())
+    if array.ndim == 4 and switches.channel_last:
+        array = array.transpose(0, 3, 1, 2)
+    if switches.pad_output and name == model.first_conv:
+        array = array[:, :3]
+    return np.ascontiguousarray(array)
+
+
+def from_standard(model: nn.Module, name: str, array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_standard`. The fourth input's weights are 0."""
+    switches = getattr(model, "switches", Switches())
+    if switches.pad_output and name == model.first_conv:
+        array = np.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    if array.ndim == 4 and switches.channel_last:
+        array = array.transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(array)
