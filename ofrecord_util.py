@@ -898,6 +898,23 @@ def to_global(rows: flow.Tensor, placement) -> flow.Tensor:
     return rows.to_global(placement, flow.sbp.split(0), check_meta=False)
 
 
+def random_extent(
+    width: int, height: int, *, augmentation: Augmentation, rng: np.random.Generator
+) -> tuple[int, int]:
+    """Width and height of a random crop of a picture of `width` x `height` pixels."""
+    least, most = augmentation.aspect_ratio
+    for _ in range(10):
+        area = height * width * rng.uniform(*augmentation.area)
+        ratio = np.exp(rng.uniform(np.log(least), np.log(most)))
+        w = max(1, round(float(np.sqrt(area * ratio))))
+        h = max(1, round(float(np.sqrt(area / ratio))))
+        if w <= width and h <= height and least <= w / h <= most:
+            return w, h
+    w, h = max(1, min(width, int(height * most))), max(1, min(height, int(width / least)))
+    scale = np.sqrt(min(1.0, augmentation.area[1] * width * height / (w * h)))
+    return max(1, int(w * scale)), max(1, int(h * scale))
+
+
 def random_crop(
     image: np.ndarray, *, size: int, augmentation: Augmentation, rng: np.random.Generator
 ) -> np.ndarray:
@@ -905,18 +922,12 @@ def random_crop(
 
     Share of the area, uniform, and aspect ratio, uniform in its logarithm, are drawn up to ten
     times until the crop fits (Szegedy et al., https://arxiv.org/abs/1409.4842); else it is the
-    whole image. Bilinear.
+    largest within their bounds. Bilinear. OneFlow's decoder draws by the same formula.
     """
     height, width = image.shape[:2]
-    box = (0, 0, width, height)
-    for _ in range(10):
-        area = height * width * rng.uniform(*augmentation.area)
-        ratio = np.exp(rng.uniform(*np.log(augmentation.aspect_ratio)))
-        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
-        if 0 < w <= width and 0 < h <= height:
-            x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
-            box = (x, y, x + w, y + h)
-            break
+    w, h = random_extent(width, height, augmentation=augmentation, rng=rng)
+    x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+    box = (x, y, x + w, y + h)
     crop = np.asarray(
         Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
     )
