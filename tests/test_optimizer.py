@@ -7,9 +7,12 @@ import oneflow as flow
 import pytest
 from oneflow import nn
 
+import config
 import graph_util
 import optimizer_util
-from small import ballast, tiny
+import resnet_model
+from ofrecord_util import SyntheticLoader
+from small import ballast
 
 LR, WD, EPS = 0.1, 0.05, 1e-3
 
@@ -120,14 +123,31 @@ def test_updates_follow_the_formula(name, clip):
         np.testing.assert_allclose(g1, g2, rtol=2e-5, atol=2e-6)
 
 
-def test_only_batch_norms_do_not_decay():
-    model = tiny(10)
-    no_decay = optimizer_util.no_decay_names(model)
-    decay = {name for name, _ in model.named_parameters()} - no_decay
-    assert {"fc.weight", "fc.bias", "conv1.weight", "layer1.0.downsample.0.weight"} <= decay
-    assert {"bn1.weight", "bn1.bias", "layer1.0.downsample.1.bias"} <= no_decay
-    assert all("bn" in name or "downsample.1" in name for name in no_decay)
-    assert not any("bn" in name or "downsample.1" in name for name in decay)
+@pytest.mark.parametrize("name, num_decaying, total", [("resnet18", 22, 62), ("resnet50", 55, 161)])
+def test_only_batch_norms_do_not_decay(name, num_decaying, total):
+    """Every parameter, in the model and in the graph that OneFlow would compile from it."""
+    model = graph_util.place(getattr(resnet_model, name)(), "cpu").train()
+    parameters = dict(model.named_parameters())
+    # Convolution and fc weights are the ones of more than one dimension.
+    decaying = {key for key, value in parameters.items() if value.ndim > 1} | {"fc.bias"}
+    assert (len(decaying), len(parameters)) == (num_decaying, total)
+    assert all("conv" in key or "downsample.0" in key or "fc." in key for key in decaying)
+    assert optimizer_util.no_decay_names(model) == parameters.keys() - decaying
+
+    decay = 1 / 32768
+    optimizer = optimizer_util.build_optimizer(
+        model, "sgd", learning_rate=LR, weight_decay=decay, momentum=0.875
+    )
+    loader = SyntheticLoader(batch_size=2, num_classes=9, image_size=32, seed=0, device="cpu")
+    graph = graph_util.TrainGraph(model, loader, optimizer, label_smoothing=0.1, top_k=5)
+    graph.build_graph(*next(loader.batches()))
+    updates = [op for op in graph._full_graph_proto.net.op if op.name.endswith("_optimizer")]
+    found = {
+        op.name.removeprefix("model.").removesuffix("_optimizer"): op.user_conf.attr["l2"].at_float
+        for op in updates
+    }
+    assert found == {key: decay if key in decaying else 0.0 for key in parameters}
+    assert {op.user_conf.op_type_name for op in updates} == {"momentum_update"}
 
 
 def rates(name, *, steps, base=1.0, **settings):
@@ -168,3 +188,97 @@ def test_schedules_equal_their_closed_form(name, warmup):
         exponential_steps=7.5,
     )
     np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=3e-6)
+
+
+# The plan of 90 epochs of ImageNet. A graph computes its rate in native code, from a step counter
+# that a restored graph starts with; the schedule's Python side is its twin and is fast enough to be
+# asked for every step.
+
+IMAGENET = config.epochs_to_steps(
+    num_examples=1_281_167,
+    global_batch_size=256,
+    num_epochs=90,
+    warmup_epochs=5,
+    lr_step_epochs=(30, 60, 80),
+    lr_decay_epochs=2,
+)
+PEAK = 0.256
+
+
+def imagenet_rates(name: str) -> np.ndarray:
+    """The rate of each of the 450,450 steps, by the closed form, in float64."""
+    step = np.arange(450_450, dtype=np.float64)
+    epoch = step / 5005
+    after = {
+        "cosine": PEAK * (1 + np.cos(np.pi * (epoch - 5) / 85)) / 2,
+        "step": PEAK * 0.1 ** ((epoch >= 30).astype(int) + (epoch >= 60) + (epoch >= 80)),
+        "polynomial": PEAK + (1e-5 - PEAK) * (epoch - 5) / 85,
+        "exponential": PEAK * 0.94 ** ((epoch - 5) / 2),
+        "none": np.full_like(step, PEAK),
+    }[name]
+    return np.where(epoch < 5, PEAK * epoch / 5, after)
+
+
+def imagenet_schedule(model, name: str):
+    optimizer = optimizer_util.build_optimizer(
+        model, "sgd", learning_rate=PEAK, weight_decay=0.0, momentum=0.0
+    )
+    schedule = optimizer_util.build_schedule(
+        optimizer,
+        name,
+        total_steps=IMAGENET.total_steps,
+        warmup_steps=IMAGENET.warmup_steps,
+        step_milestones=IMAGENET.step_milestones,
+        decay_rate=0.94,
+        exponential_steps=IMAGENET.exponential_steps,
+    )
+    return optimizer, schedule
+
+
+def toy(size: int):
+    return graph_util.place(Toy(np.zeros(size, np.float32), np.zeros(1, np.float32)), "cpu")
+
+
+@pytest.mark.parametrize("name", optimizer_util.SCHEDULES)
+def test_the_rate_of_every_step_of_90_epochs(name):
+    optimizer, schedule = imagenet_schedule(toy(1), name)
+    (group,) = optimizer.param_groups
+    seen = np.empty(IMAGENET.total_steps)
+    for step in range(IMAGENET.total_steps):
+        seen[step] = group["lr"]
+        schedule.step()
+    np.testing.assert_allclose(seen, imagenet_rates(name), rtol=1e-9, atol=1e-15)
+
+
+def native_rates(name: str, first: int, count: int) -> np.ndarray:
+    """The rates that a graph restored at step `first` updates with, float32.
+
+    The gradient of step i is 1 for weight i and 0 for the others, which all start at 0.
+    """
+    model = toy(count)
+    graph = ToyGraph(model, *imagenet_schedule(model, name))
+    counter = flow.tensor([first], dtype=flow.int64)
+    placement = flow.env.all_device_placement("cpu")
+    state = graph.state_dict()
+    state["System-Train-TrainStep"] = counter.to_global(placement, flow.sbp.broadcast)
+    graph.load_state_dict(state)
+    for gradient in np.eye(count):
+        graph(everywhere([gradient]), everywhere([0.0])).numpy()
+    return -model.fc.weight.numpy()[0]
+
+
+@pytest.mark.parametrize("name", optimizer_util.SCHEDULES)
+def test_native_rates_at_the_turning_points_of_90_epochs(name):
+    """float32 around the start, the end of the warm-up, epochs 30, 60 and 80, and the last step."""
+    expected = imagenet_rates(name)
+    for epoch in (0, 2.5, 5, 30, 60, 80, 90):
+        first = min(max(round(epoch * 5005) - 2, 0), IMAGENET.total_steps - 4)
+        seen = native_rates(name, first, 4)
+        np.testing.assert_allclose(seen, expected[first : first + 4], rtol=3e-7, atol=1e-15)
+
+
+def test_the_step_schedule_drops_after_epochs_30_60_and_80():
+    rates = imagenet_rates("step")
+    drops = np.flatnonzero(np.diff(rates[25_025:]) < 0) + 25_026
+    assert drops.tolist() == [30 * 5005, 60 * 5005, 80 * 5005] == list(IMAGENET.step_milestones)
+    np.testing.assert_allclose(rates[drops], [0.0256, 0.00256, 0.000256])
