@@ -37,16 +37,40 @@ def graph_hits(logits, label, top_k):
     return top_1.numpy(), top_k.numpy()
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 15))
-def test_hits_equal_a_stable_sort_even_with_ties(seed, num_classes, top_k):
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 15), st.sampled_from([1, 3, 1000])
+)
+def test_hits_equal_a_stable_sort_even_with_ties(seed, num_classes, top_k, num_levels):
+    """All logits equal, many ties, hardly any; k above the number of classes."""
     rng = np.random.default_rng(seed)
-    logits = rng.integers(0, 3, (6, num_classes)).astype(np.float32)  # many ties
+    logits = rng.integers(-num_levels, num_levels, (6, num_classes)) // 2
+    logits = logits.astype(np.float32)
     label = rng.integers(0, num_classes, 6).astype(np.int32)
     order = np.argsort(-logits, axis=1, kind="stable")
     expected = [(order[:, :k] == label[:, None]).any(axis=1) for k in (1, top_k)]
     for mine, theirs in zip(graph_hits(logits, label, top_k), expected, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_hits_of_a_thousand_classes_and_of_infinite_logits():
+    """As on ImageNet; the loop counts, for each label, what comes before it."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((512, 1000)).astype(np.float32).round(1)
+    logits[::7, :500] = np.inf
+    logits[::5, 500:] = -np.inf
+    label = rng.integers(0, 1000, 512)
+    label[:400] = np.argsort(-logits, axis=1)[:400, rng.integers(0, 8, 400)].diagonal()
+    classes = np.arange(1000)
+    ranks = []
+    for row, own in zip(logits, label, strict=True):
+        before = (row > row[own]) | ((row == row[own]) & (classes < own))
+        ranks.append(before.sum())
+    for k in (1, 5, 1000, 2000):
+        top_1, top_k = graph_hits(logits, label, k)
+        np.testing.assert_array_equal(top_1, np.array(ranks) < 1)
+        np.testing.assert_array_equal(top_k, np.array(ranks) < k)
+    assert 0 < (np.array(ranks) < 1).sum() < (np.array(ranks) < 5).sum() < 512
 
 
 def test_a_network_that_knows_nothing_scores_nothing():
