@@ -59,27 +59,39 @@ class RunError(Exception):
     exit_status = 1
 
 
-def run_main(main: Callable[[], None]) -> int:
-    """Call `main` and return the exit status; what the user or the system did becomes one line."""
+def run_main(
+    main: Callable[[], int | None], leave: Callable[[int], int] = lambda status: status
+) -> int:
+    """Call `main` and return the exit status; what the user or the system did becomes one line.
+
+    Args:
+        main: returns an exit status, or None for 0.
+        leave: called with the status of a failure while all that `main` had made still exists. A
+            worker of a job must not wait for the end of that: see launch_util.leave.
+    """
     try:
-        main()
+        status = main() or 0
         sys.stdout.flush()
-    except (UsageError, RunError) as error:
+    except (UsageError, RunError, KeyboardInterrupt, MemoryError, OSError) as error:
+        return leave(explain(error))
+    return status
+
+
+def explain(error: BaseException) -> int:
+    """Report what ended a run, and return the exit status."""
+    if isinstance(error, UsageError | RunError):
         report(error)
         return error.exit_status
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         report("interrupted")
         return 130
-    except MemoryError as error:
+    if isinstance(error, MemoryError):
         report(f"out of memory: {error}")
-        return 1
-    except BrokenPipeError:  # `| head`: whoever read our lines has seen enough
+    elif isinstance(error, BrokenPipeError):  # `| head`: whoever read our lines has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
-        return 1
-    except OSError as error:
+    else:
         report(f"{error.strerror}: {error.filename}" if error.filename else error)
-        return 1
-    return 0
+    return 1
 
 
 def report(error: object) -> None:
@@ -235,16 +247,33 @@ def add_device_flags(parser: Parser) -> None:
     )
     group.add_argument("--num_nodes", type=number(int, 1), default=1, help="number of machines")
     group.add_argument(
-        "--node_ips", type=addresses, help="addresses of the machines, joined by commas"
+        "--node_ips",
+        type=addresses,
+        help="addresses of the machines, joined by commas, the same on each; the first prints",
     )
     group.add_argument(
-        "--gpu_num_per_node", type=number(int, 1), default=1, help="devices per machine"
+        "--node_rank",
+        type=number(int, 0),
+        help="which of --node_ips this machine is, from 0; unless given, by its own addresses, "
+        "else as the scheduler says (Slurm, Open MPI, PMI, PBS)",
+    )
+    group.add_argument(
+        "--gpu_num_per_node",
+        type=number(int, 1),
+        default=1,
+        help="devices per machine, each with a process of its own; processes on a CPU",
     )
     group.add_argument(
         "--ctrl_port",
         type=number(int, 1, 65535),
         default=50051,
-        help="TCP port on which the machines of a job meet",
+        help="TCP port of the first machine on which the others come; OneFlow takes the next one",
+    )
+    group.add_argument(
+        "--start_timeout",
+        type=number(float, 0, above=True),
+        default=120.0,
+        help="seconds within which all machines have to come",
     )
 
 
@@ -584,20 +613,26 @@ def preprocessing_flags(args: argparse.Namespace) -> dict:
 # Checks and defaults that look at more than one flag.
 
 
-def check_devices(args: argparse.Namespace) -> None:
-    """Refuse what several devices would need; they are not supported yet."""
-    if os.environ.get("OF_CNN_WORKER"):
-        return
-    if args.num_nodes > 1:
-        raise UsageError(
-            f"--num_nodes={args.num_nodes}: training on several machines is not supported yet; "
-            "give --num_nodes=1"
-        )
-    if args.gpu_num_per_node > 1:
-        raise UsageError(
-            f"--gpu_num_per_node={args.gpu_num_per_node}: several devices are not supported yet; "
-            "give --gpu_num_per_node=1"
-        )
+def num_processes(args: argparse.Namespace) -> int:
+    """One for each device of the job."""
+    return args.num_nodes * args.gpu_num_per_node
+
+
+def job_flags(args: argparse.Namespace) -> dict:
+    """The arguments of launch_util.make_job."""
+    return {
+        "num_nodes": args.num_nodes,
+        "node_ips": args.node_ips,
+        "processes_per_node": args.gpu_num_per_node,
+        "ctrl_port": args.ctrl_port,
+        "node_rank": args.node_rank,
+        "start_timeout": args.start_timeout,
+    }
+
+
+def flags_of_a_job(args: argparse.Namespace) -> dict:
+    """The flags that have to be the same on every node, by name, as JSON knows them."""
+    return {f"--{name}": value for name, value in vars(args).items() if name not in OF_ONE_NODE}
 
 
 CUDA_FLAGS = (
@@ -722,6 +757,20 @@ OF_ONE_START = (
     "num_nodes",
     "node_ips",
     "gpu_num_per_node",
+    "ctrl_port",
+    "node_rank",
+    "start_timeout",
+)
+# Flags that may differ between the nodes of a job: what they stand for is compared by itself.
+OF_ONE_NODE = (
+    "node_rank",
+    "log_dir",
+    "resume",
+    "model_load_dir",
+    "model_save_dir",
+    "train_data_dir",
+    "val_data_dir",
+    "start_timeout",
     "ctrl_port",
 )
 # What a run cannot change on its way: the optimizer's buffers, and the order of the data.

@@ -8,5 +8,7 @@ cd "$(dirname "$0")"
 . ./env.sh
 
 exec "$python" of_cnn_evaluate.py --num_epochs=3 \
+    ${NUM_NODES:+"--num_nodes=$NUM_NODES"} ${NODE_IPS:+"--node_ips=$NODE_IPS"} \
+    ${GPU_NUM_PER_NODE:+"--gpu_num_per_node=$GPU_NUM_PER_NODE"} ${USE_FP16:+"--use_fp16=$USE_FP16"} \
     ${MODEL_LOAD_DIR:+"--model_load_dir=$MODEL_LOAD_DIR"} \
     "--val_data_dir=${DATA_ROOT:-data/imagenet/ofrecord}/validation" "$@"

@@ -22,10 +22,10 @@ LOSS_SCALE = {
 }
 
 
-def choose_device(name: str) -> str:
+def choose_device(name: str, *, count: int = 1) -> str:
     """`cuda` or `cpu` for the flag --device; `auto` takes CUDA where there is one and says so.
 
-    Raises UsageError where CUDA is asked for and there is none.
+    Raises UsageError where CUDA is asked for and there is none, or fewer devices than `count`.
     """
     available = flow.cuda.is_available()
     if name == "cuda" and not available:
@@ -36,7 +36,26 @@ def choose_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if available else "cpu"
         notice(f"Device: {name} (--device=auto).")
+    if name == "cuda" and flow.cuda.device_count() < count:
+        raise UsageError(
+            f"--gpu_num_per_node={count}, and this machine has {flow.cuda.device_count()} CUDA "
+            "devices; give at most that"
+        )
     return name
+
+
+def check_world(num_processes: int) -> bool:
+    """Whether this process has to start those of a job of `num_processes`; else it is one of them.
+
+    Raises UsageError where somebody else started another number of processes.
+    """
+    found = flow.env.get_world_size()
+    if found not in (1, num_processes):
+        raise UsageError(
+            f"WORLD_SIZE={found}, but --num_nodes and --gpu_num_per_node make {num_processes} "
+            "processes; call the script itself, which starts them"
+        )
+    return found < num_processes
 
 
 def place(model: nn.Module, device: str) -> nn.Module:
@@ -197,6 +216,11 @@ class Predictor:
             len(images), PredictGraph(self.model, use_fp16=self.use_fp16)
         )
         return local(graph(to_device(images, self.placement))).numpy()
+
+
+def wait_for_all() -> None:
+    """Return when every process of the job has got here."""
+    flow.comm.barrier()
 
 
 class Agreement:

@@ -24,7 +24,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import config
 from config import RunError, UsageError
@@ -287,20 +286,20 @@ def die(*exception) -> None:
         leave(1)
 
 
-def leave(status: int) -> NoReturn:
-    """Exit with `status`. A worker that has failed leaves without OneFlow's own end.
+def leave(status: int) -> int:
+    """In a worker that has failed, exit with `status` at once; else return it.
 
-    For that waits for all other processes, which wait in turn for what this one no longer sends.
-    After a signal they all leave, and waiting for one another is right: one of them may be saving.
+    The end of OneFlow's graphs, and its own, wait for all other processes, which wait in turn for
+    what this one no longer sends. Workers that were interrupted have waited for one another before.
     """
-    if is_worker() and status not in (0, 130, 143):
+    if is_worker() and status != 0:
         for file in (sys.stdout, sys.stderr):
             try:
                 file.flush()
             except OSError:  # nobody reads it any more
                 pass
         os._exit(status)
-    sys.exit(status)
+    return status
 
 
 def worker_environ(

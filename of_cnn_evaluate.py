@@ -7,12 +7,15 @@ python3 of_cnn_evaluate.py --help
 
 import oneflow_setup  # noqa: F401  (first, see there)
 
+import io
 import sys
 from argparse import Namespace
+from contextlib import redirect_stderr
 
 import checkpoint_util
 import config
 import graph_util
+import launch_util
 import metric_util
 import model_util
 import ofrecord_util
@@ -21,26 +24,19 @@ from layer_util import Switches
 from metric_util import notice
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
-    device = graph_util.choose_device(args.device)
-    for text in config.check_precision_flags(args, device=device):
-        notice(text)
-    data = open_data(args)
-    model, snapshot, path = checkpoint_util.restore(
-        args.model_load_dir,
-        model=args.model,
-        num_classes=args.num_classes,
-        switches=Switches(**config.switch_flags(args)),
-        **config.preprocessing_flags(args),
-    )
-    ofrecord_util.check_labels(data, num_classes=snapshot.num_classes, path=args.val_data_dir)
+    if graph_util.check_world(config.num_processes(args)):
+        return run_job(args, argv)
+    device, data, (model, snapshot, path) = prepare(args)
     log = metric_util.open_log(args.log_dir, "of_cnn_evaluate")
     log(f"Restoring model from {path}.")
     log(f"Loading data from {args.val_data_dir}")
-    batch_size = args.val_batch_size_per_device * args.num_nodes * args.gpu_num_per_node
     loader = ofrecord_util.val_loader(
-        data, batch_size=batch_size, preprocessing=snapshot.preprocessing, device=device
+        data,
+        batch_size=args.val_batch_size_per_device * config.num_processes(args),
+        preprocessing=snapshot.preprocessing,
+        device=device,
     )
     evaluator = graph_util.Evaluator(
         graph_util.place(model, device),
@@ -53,14 +49,52 @@ def main(argv: list[str] | None = None) -> None:
         counts, seconds = evaluator.round()
         # The original numbers every round 0: the epoch is that of training.
         log(metric_util.validation_line(0, loader.num_batches, counts, seconds))
+    return None
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     args = config.evaluate_parser(models=model_util.MODELS).parse_args(argv)
-    config.check_devices(args)
     if args.val_data_dir is None:
         raise UsageError("--val_data_dir is needed: the directory of the validation parts")
     return args
+
+
+def run_job(args: Namespace, argv: list[str] | None) -> int:
+    """Start one process per device on this node, join the other nodes; returns the exit status."""
+    job = launch_util.make_job(**config.job_flags(args))
+    command = sys.argv if argv is None else [__file__, *argv]
+    return launch_util.launch([sys.executable, *command], job=job, facts=lambda: facts(args))
+
+
+def facts(args: Namespace) -> dict:
+    """What has to be the same on every node. Raises as `prepare`."""
+    with redirect_stderr(io.StringIO()):  # the processes will say it
+        device, data, (model, snapshot, _) = prepare(args)
+    return config.flags_of_a_job(args) | {
+        "device": device,
+        "validation data": data.fingerprint(),
+        "model": [snapshot.model, snapshot.num_classes, *vars(snapshot.preprocessing).values()],
+        "weights": checkpoint_util.checksum(model),
+        "versions": checkpoint_util.versions(),
+    }
+
+
+def prepare(args: Namespace) -> tuple[str, ofrecord_util.Dataset, tuple]:
+    """Device, data and network, all checked. Raises UsageError or RunError."""
+    device = graph_util.choose_device(args.device, count=args.gpu_num_per_node)
+    for text in config.check_precision_flags(args, device=device):
+        notice(text)
+    data = open_data(args)
+    restored = checkpoint_util.restore(
+        args.model_load_dir,
+        model=args.model,
+        num_classes=args.num_classes,
+        switches=Switches(**config.switch_flags(args)),
+        **config.preprocessing_flags(args),
+    )
+    num_classes = restored[1].num_classes
+    ofrecord_util.check_labels(data, num_classes=num_classes, path=args.val_data_dir)
+    return device, data, restored
 
 
 def open_data(args: Namespace) -> ofrecord_util.Dataset:
@@ -72,4 +106,4 @@ def open_data(args: Namespace) -> ofrecord_util.Dataset:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_main(main))
+    sys.exit(config.run_main(main, leave=launch_util.leave))

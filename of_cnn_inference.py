@@ -17,7 +17,7 @@ import config
 import graph_util
 import image_util
 import model_util
-from config import RunError
+from config import RunError, UsageError
 from layer_util import Switches
 from metric_util import notice
 
@@ -57,7 +57,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     args = config.inference_parser(models=model_util.MODELS).parse_args(argv)
-    config.check_devices(args)
+    if config.num_processes(args) > 1:
+        raise UsageError(
+            "--num_nodes and --gpu_num_per_node: classifying runs on one device; leave them out"
+        )
     return args
 
 

@@ -2,15 +2,19 @@
 
 python3 of_cnn_train_val.py                                # synthetic data
 python3 of_cnn_train_val.py --train_data_dir=DIR/train --val_data_dir=DIR/validation
+python3 of_cnn_train_val.py --num_nodes=2 --node_ips=ADDRESS,ADDRESS --gpu_num_per_node=8 ...
 python3 of_cnn_train_val.py --help
 """
 
 import oneflow_setup  # noqa: F401  (first, see there)
 
+import io
 import math
 import os
 import sys
 from argparse import Namespace
+from contextlib import redirect_stderr
+from dataclasses import dataclass
 
 import oneflow as flow
 from oneflow import nn
@@ -18,6 +22,7 @@ from oneflow import nn
 import checkpoint_util
 import config
 import graph_util
+import launch_util
 import metric_util
 import model_util
 import ofrecord_util
@@ -30,7 +35,81 @@ from metric_util import Log, Meter, notice
 from ofrecord_util import Dataset
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
+    args = parse_args(argv)
+    if graph_util.check_world(config.num_processes(args)):
+        return run_job(args, argv)
+    setup = prepare(argv)
+    args, device, snapshot = setup.args, setup.device, setup.snapshot
+    graph_util.set_communication(
+        use_fp16=args.use_fp16,
+        nccl_fusion_threshold_mb=args.nccl_fusion_threshold_mb,
+        nccl_fusion_max_ops=args.nccl_fusion_max_ops,
+    )
+    model = graph_util.place(build_model(args, snapshot, setup.resumed), device)
+    log = metric_util.open_log(args.log_dir, "of_cnn_train_val")
+    with checkpoint_util.open_save_dir(args.model_save_dir, resumed=setup.resumed) as save_dir:
+        graph, loader = build_training(
+            args, setup.train_data, model, snapshot, setup.plan, device, log
+        )
+        if snapshot.step > 0:
+            state = checkpoint_util.read_training_state(setup.resumed)
+            checkpoint_util.load_training_state(graph, model, state, device=device)
+        run = Run(
+            args,
+            model=model,
+            graph=graph,
+            loader=loader,
+            evaluator=build_evaluator(args, setup.val_data, model, snapshot, device, log),
+            plan=setup.plan,
+            snapshot=snapshot,
+            save_dir=save_dir,
+            log=log,
+            device=device,
+            resumed=setup.resumed,
+        )
+        run.start()
+        run.run()
+    return None
+
+
+def run_job(args: Namespace, argv: list[str] | None) -> int:
+    """Start one process per device on this node, join the other nodes; returns the exit status."""
+    job = launch_util.make_job(**config.job_flags(args))
+    command = sys.argv if argv is None else [__file__, *argv]
+    return launch_util.launch([sys.executable, *command], job=job, facts=lambda: facts(argv))
+
+
+def facts(argv: list[str] | None) -> dict:
+    """What has to be the same on every node. Raises as `prepare`."""
+    with redirect_stderr(io.StringIO()):  # the processes will say it
+        setup = prepare(argv)
+    snapshot = setup.snapshot
+    return config.flags_of_a_job(setup.args) | {
+        "device": setup.device,
+        "training data": None if setup.train_data is None else setup.train_data.fingerprint(),
+        "validation data": None if setup.val_data is None else setup.val_data.fingerprint(),
+        "snapshot to go on from": checkpoint_util.position(snapshot),
+        "model": [snapshot.model, snapshot.num_classes, *vars(snapshot.preprocessing).values()],
+        "versions": snapshot.versions,
+    }
+
+
+@dataclass
+class Setup:
+    """A run that has been checked: what is known of it before anything is built."""
+
+    args: Namespace
+    device: str
+    train_data: Dataset | None  # None: synthetic
+    val_data: Dataset | None  # None: synthetic, or no validation
+    snapshot: Snapshot
+    plan: Plan
+    resumed: str | None  # path of the snapshot to go on from
+
+
+def prepare(argv: list[str] | None) -> Setup:
+    """Check flags, data and snapshots. Raises UsageError or RunError."""
     args = parse_args(argv)
     resumed = checkpoint_util.find_resume(args.resume, args.model_save_dir)
     if resumed is not None:
@@ -38,40 +117,14 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv, flags)
         for text in config.compare_flags(args, flags, path=resumed):
             notice(text)
-    device = graph_util.choose_device(args.device)
+    device = graph_util.choose_device(args.device, count=args.gpu_num_per_node)
     for text in config.finish_train_args(args, device=device):
         notice(text)
     train_data, val_data = open_data(args)
     snapshot = describe_run(args, train_data, val_data, resumed)
     plan = make_plan(args, train_data)
     go_on(args, snapshot, plan, resumed)
-    graph_util.set_communication(
-        use_fp16=args.use_fp16,
-        nccl_fusion_threshold_mb=args.nccl_fusion_threshold_mb,
-        nccl_fusion_max_ops=args.nccl_fusion_max_ops,
-    )
-    model = graph_util.place(build_model(args, snapshot, resumed), device)
-    log = metric_util.open_log(args.log_dir, "of_cnn_train_val")
-    with checkpoint_util.open_save_dir(args.model_save_dir, resumed=resumed) as save_dir:
-        graph, loader = build_training(args, train_data, model, snapshot, plan, device, log)
-        if snapshot.step > 0:
-            state = checkpoint_util.read_training_state(resumed)
-            checkpoint_util.load_training_state(graph, model, state, device=device)
-        run = Run(
-            args,
-            model=model,
-            graph=graph,
-            loader=loader,
-            evaluator=build_evaluator(args, val_data, model, snapshot, device, log),
-            plan=plan,
-            snapshot=snapshot,
-            save_dir=save_dir,
-            log=log,
-            device=device,
-            resumed=resumed,
-        )
-        run.start()
-        run.run()
+    return Setup(args, device, train_data, val_data, snapshot, plan, resumed)
 
 
 def parse_args(argv: list[str] | None, resumed_flags: dict | None = None) -> Namespace:
@@ -82,7 +135,6 @@ def parse_args(argv: list[str] | None, resumed_flags: dict | None = None) -> Nam
         schedules=optimizer_util.SCHEDULES,
     )
     args = config.parse_resumed(parser, argv, resumed_flags or {})
-    config.check_devices(args)
     if args.resume not in (None, "auto") and args.model_load_dir is not None:
         raise UsageError(
             "--resume and --model_load_dir both name weights to start from; give one of them"
@@ -93,7 +145,7 @@ def parse_args(argv: list[str] | None, resumed_flags: dict | None = None) -> Nam
 
 
 def global_batch_size(args: Namespace, per_device: int | None = None) -> int:
-    return (per_device or args.batch_size_per_device) * args.num_nodes * args.gpu_num_per_node
+    return (per_device or args.batch_size_per_device) * config.num_processes(args)
 
 
 def open_data(args: Namespace) -> tuple[Dataset | None, Dataset | None]:
@@ -112,6 +164,9 @@ def open_data(args: Namespace) -> tuple[Dataset | None, Dataset | None]:
                 f"{batch_size}, and there are {train_data.num_examples} training images; give a "
                 "smaller one"
             )
+        ofrecord_util.check_shares(
+            train_data, num_processes=config.num_processes(args), path=args.train_data_dir
+        )
     if args.val_data_dir is not None:
         val_data = ofrecord_util.open_val_dataset(
             args.val_data_dir,
@@ -202,6 +257,11 @@ def go_on(args: Namespace, snapshot: Snapshot, plan: Plan, resumed: str | None) 
                 f"--{field}={now}, but {resumed} is of a run with "
                 f"{getattr(was.preprocessing, field)}; leave it out"
             )
+    processes = was.flags.get("num_nodes", 1) * was.flags.get("gpu_num_per_node", 1)
+    if processes != config.num_processes(args):
+        notice(
+            f"The run had {processes} processes; what is left of it has its data in other order."
+        )
     if was.epoch is not None and was.epoch + 1 >= args.num_epochs:
         notice(f"{resumed} has finished all {args.num_epochs} epochs; more: --num_epochs.")
     for field in ("epoch", "iteration", "step", "metrics", "best"):
@@ -392,6 +452,7 @@ class Run:
                 self.print_line()
                 if self.snapshot.step > self.saved_step:
                     self.save("last", replace=True)
+                graph_util.wait_for_all()  # one of them may be saving
                 where = f"go on with --resume={self.last_good}" if self.last_good else "no snapshot"
                 raise interrupted.saying(where) from None
 
@@ -403,7 +464,8 @@ class Run:
         self.meter.restart()
         for iteration in range(snapshot.iteration + 1, self.plan.steps_per_epoch + 1):
             compiled = self.graph.is_compiled
-            done = self.meter.add(self.graph(*next(batches), **self.agreement.vote()))
+            output = self.graph(*next(batches), **self.agreement.vote())
+            done = self.meter.add(output)
             if not compiled:
                 self.meter.restart_clock()
             snapshot.iteration, snapshot.step = iteration, snapshot.step + 1
@@ -411,6 +473,7 @@ class Run:
             save = every is not None and iteration % every == 0 and not end
             if iteration % self.args.loss_print_every_n_iter == 0 or save or end:
                 self.print_line()
+                done = output
             if save:
                 self.save("last", replace=True)
             self.agreement.check(done)
@@ -503,4 +566,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_main(main))
+    sys.exit(config.run_main(main, leave=launch_util.leave))

@@ -373,6 +373,18 @@ class Dataset:
     classes: tuple[str, ...] | None  # names, if known
     max_label: int | None  # the largest there is, if known
 
+    def fingerprint(self) -> dict:
+        """What two nodes compare to see whether they have the same data."""
+        if isinstance(self.source, Shards):
+            content = repr(self.source.part_counts).encode()
+        else:
+            content = b"".join(array.tobytes() for array in self.source)
+        return {
+            "examples": self.num_examples,
+            "classes": self.num_classes,
+            "checksum": zlib.crc32(content),
+        }
+
 
 def open_train_dataset(
     path: str, *, part_num: int | None = None, num_examples: int | None = None
@@ -438,6 +450,18 @@ def _open_dataset(
         classes=classes,
         max_label=max_label,
     )
+
+
+def check_shares(dataset: Dataset, *, num_processes: int, path: str) -> None:
+    """Raise UsageError where training data cannot be shared out among so many processes."""
+    if not isinstance(dataset.source, Shards):
+        return
+    num_parts = len(dataset.source.part_counts)
+    if num_parts < num_processes:
+        raise UsageError(
+            f"--train_data_dir: {path} has {num_parts} parts to read, and each of {num_processes} "
+            "processes needs one of its own; make the data set anew with more (--num_parts)"
+        )
 
 
 def check_labels(dataset: Dataset, *, num_classes: int, path: str) -> None:

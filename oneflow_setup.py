@@ -6,6 +6,7 @@
   warnings stay, for there they mean something.
 - The OpenBLAS in OneFlow's wheel does not know AMD's processors since Zen 3 and takes kernels from
   2007 for them. Those that it has for Zen are asked for instead: forward passes take half the time.
+- A worker of a job of several processes prepares itself, see launch_util.
 - OneFlow installs a handler for SIGINT that ends the process in the middle of native code. Python's
   own is put back, so that Ctrl-C is an exception that clean-up can follow.
 """
@@ -15,6 +16,8 @@ import signal
 import sys
 import tempfile
 import threading
+
+import launch_util
 
 NVIDIA_DRIVER = "/dev/nvidiactl"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -63,5 +66,6 @@ def import_quietly() -> None:
         sys.exit(130)
 
 
+launch_util.prepare_worker()
 choose_blas_kernels()
 import_quietly()

@@ -11,4 +11,6 @@ if [ -n "${DATA_ROOT:-}" ]; then
     set -- "--train_data_dir=$DATA_ROOT/train" "--val_data_dir=$DATA_ROOT/validation" "$@"
 fi
 exec "$python" of_cnn_train_val.py --save_init --loss_print_every_n_iter=10 \
+    ${NUM_NODES:+"--num_nodes=$NUM_NODES"} ${NODE_IPS:+"--node_ips=$NODE_IPS"} \
+    ${GPU_NUM_PER_NODE:+"--gpu_num_per_node=$GPU_NUM_PER_NODE"} ${USE_FP16:+"--use_fp16=$USE_FP16"} \
     ${NUM_EPOCH:+"--num_epoch=$NUM_EPOCH"} "$@"

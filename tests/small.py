@@ -66,6 +66,40 @@ class Toy(nn.Module):
 TOY = model_util.Model(Toy, image_size=32)
 
 
+class Plain(Toy):
+    """The same without batch norm, so that it does not matter how a batch is shared out."""
+
+    def forward(self, image):
+        return self.fc(self.conv(image).relu().mean(dim=(2, 3))) + ballast(image.placement)
+
+
+class GhostBatchNorm(nn.BatchNorm2d):
+    """Normalises each half of a batch by itself, as two devices do. No running statistics."""
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        halves = x.reshape(2, n // 2, c, h, w)
+        centred = halves - halves.mean(dim=(1, 3, 4), keepdim=True)
+        variance = (centred * centred).mean(dim=(1, 3, 4), keepdim=True)
+        y = (centred / flow.sqrt(variance + self.eps)).reshape(n, c, h, w)
+        return y * self.weight.reshape(1, c, 1, 1) + self.bias.reshape(1, c, 1, 1)
+
+
+class Ghost(Toy):
+    def __init__(self, num_classes: int = 1000, switches: Switches = Switches()):
+        super().__init__(num_classes, switches)
+        self.bn = GhostBatchNorm(4)
+
+
+# Networks for the scripts, beside those of the project.
+MODELS = {
+    "tiny": TINY,
+    "toy": TOY,
+    "plain": model_util.Model(Plain, image_size=32),
+    "ghost": model_util.Model(Ghost, image_size=32),
+}
+
+
 @dataclass
 class Result:
     status: int

@@ -161,12 +161,6 @@ def test_a_step_schedule_that_never_drops_is_said():
     assert any("never drops" in text for text in config.finish_train_args(args, device="cuda"))
 
 
-@pytest.mark.parametrize("flag", ["--num_nodes=2", "--gpu_num_per_node=2"])
-def test_several_devices_are_refused_for_now(flag):
-    with pytest.raises(UsageError, match=flag):
-        config.check_devices(parse(flag))
-
-
 def test_run_main_turns_errors_into_one_line(capsys):
     def fail():
         raise UsageError("two\nlines")

@@ -1,4 +1,4 @@
-"""of_cnn_train_val.py with the networks of the tests, for tests that need a process of it."""
+"""The training script, or after `evaluate` the evaluation script, with the tests' networks."""
 
 import sys
 from pathlib import Path
@@ -8,9 +8,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oneflow_setup  # noqa: F401  (first, see there)
 
 import config
+import launch_util
 import model_util
+import of_cnn_evaluate
 import of_cnn_train_val
 import small
 
-model_util.MODELS.update(tiny=small.TINY, toy=small.TOY)
-sys.exit(config.run_main(of_cnn_train_val.main))
+model_util.MODELS.update(small.MODELS)
+script = of_cnn_evaluate if sys.argv[1:2] == ["evaluate"] else of_cnn_train_val
+argv = sys.argv[2:] if script is of_cnn_evaluate else sys.argv[1:]
+
+
+def main():
+    args = script.parse_args(argv)
+    if script.graph_util.check_world(config.num_processes(args)):
+        return script.run_job(args, None)  # by the command line of this file
+    return script.main(argv)
+
+
+sys.exit(config.run_main(main, leave=launch_util.leave))
