@@ -2,6 +2,7 @@
 
 python3 tools/benchmark.py
 python3 tools/benchmark.py --train_data_dir=data/imagenet/ofrecord/train
+python3 tools/benchmark.py --num_processes=2
 python3 tools/benchmark.py --conversion --num_workers=2
 """
 
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     report = {"date": date.today().isoformat(), "machine": describe_machine(device)}
     if args.conversion:
         report["conversion"] = benchmark_conversion(args)
+    elif args.num_processes > 1:
+        report["processes"] = benchmark_processes(args, device)
     elif args.train_data_dir is not None:
         report["loader"] = benchmark_loader(args, device)
     else:
@@ -62,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> Parser:
     parser = Parser(
         "Measure the training script's own loop on synthetic data against a bare loop over the "
-        "same graph; or, with --train_data_dir, the loader alone; or, with --conversion, how fast "
+        "same graph; or, with --train_data_dir, the loader alone; or, with --num_processes, the "
+        "script with one and with several processes; or, with --conversion, how fast "
         "an archive of photographs becomes OFRecord parts, against a plain copy of its bytes. "
         "Prints JSON."
     )
@@ -84,6 +88,12 @@ def make_parser() -> Parser:
         help="rounds of each kind, taken by turns; the median counts",
     )
     parser.add_argument("--train_data_dir", help="OFRecord parts: measure their loader alone")
+    parser.add_argument(
+        "--num_processes",
+        type=number(int, 1),
+        default=1,
+        help="devices of this machine to train on together, with the same global batch as on one",
+    )
     add_switch(parser, "--conversion", "measure tools/make_ofrecord.py imagenet")
     parser.add_argument(
         "--num_images",
@@ -182,6 +192,83 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
         "bare_loop_samples_per_second": round(bare, 3),
         # Of neighbours in time, so that a busy machine slows both.
         "own_to_bare": round(statistics.median(b / a for a, b in pairs), 4),
+    }
+
+
+def start_training(args: Namespace, device: str, *, processes: int, batch_size: int, directory):
+    """The training script on synthetic data, a line after every --steps iterations."""
+    return subprocess.Popen(
+        [
+            sys.executable,
+            script.__file__,
+            f"--device={device}",
+            f"--model={args.model}",
+            f"--image_size={args.image_size}",
+            f"--gpu_num_per_node={processes}",
+            f"--batch_size_per_device={batch_size}",
+            f"--num_examples={args.steps * batch_size * processes}",
+            f"--num_epochs={args.rounds + 1}",
+            f"--save_epoch_interval={args.rounds + 1}",
+            "--warmup_epochs=0",
+            f"--loss_print_every_n_iter={args.steps}",
+            f"--model_save_dir={directory}",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def median_rate(run: subprocess.Popen) -> float:
+    """samples/s of a run's training lines but the first, in which buffers are made."""
+    out, errors = run.communicate()
+    if run.returncode != 0:
+        raise RunError(errors.splitlines()[-1])
+    rates = [float(line.rpartition(" ")[2]) for line in out.splitlines() if "train:" in line]
+    return statistics.median(rates[1:])
+
+
+def benchmark_processes(args: Namespace, device: str) -> dict:
+    """samples/s of one process and of several with the same global batch.
+
+    What communication costs is seen by comparing the several with as many runs side by side that
+    have their share of the batch each and nothing to say to one another.
+    """
+    count, batch_size = args.num_processes, args.batch_size_per_device
+    if batch_size % count:
+        raise UsageError(
+            f"--batch_size_per_device={batch_size} cannot be shared out among {count} processes"
+        )
+    with tempfile.TemporaryDirectory() as directory:
+        numbers = itertools.count()
+
+        def rates(runs: int, processes: int) -> list[float]:
+            share = batch_size // (runs * processes)
+            started = [
+                start_training(
+                    args,
+                    device,
+                    processes=processes,
+                    batch_size=share,
+                    directory=os.path.join(directory, str(next(numbers))),
+                )
+                for _ in range(runs)
+            ]
+            return [median_rate(run) for run in started]
+
+        (one,), (several,) = rates(1, 1), rates(1, count)
+        apart = sum(rates(count, 1)) if device == "cpu" else None  # they would share one GPU
+    return {
+        "model": args.model,
+        "image_size": args.image_size,
+        "global_batch_size": batch_size,
+        "processes": count,
+        "one_process_samples_per_second": round(one, 3),
+        "several_processes_samples_per_second": round(several, 3),
+        "speedup": round(several / one, 3),
+        "efficiency": round(several / one / count, 3),
+        "apart_samples_per_second": apart and round(apart, 3),
+        "share_of_time_in_communication": apart and round(1 - several / apart, 3),
     }
 
 
