@@ -1,0 +1,52 @@
+"""tools/benchmark.py runs and reports what it says; the figures themselves are nobody's promise."""
+
+import json
+
+import pytest
+
+import model_util
+import of_cnn_train_val
+from small import MODELS, ROOT, call, write_parts
+from tools import benchmark
+
+SMALL = ("--device=cpu", "--image_size=32", "--batch_size_per_device=4", "--steps=3", "--rounds=2")
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch, tmp_path):
+    monkeypatch.setitem(model_util.MODELS, "toy", MODELS["toy"])
+    monkeypatch.chdir(tmp_path)
+
+
+def report(*argv) -> dict:
+    result = call(benchmark.main, *SMALL, *argv)
+    assert result.status == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_training_loop(tmp_path):
+    found = report("--model=toy")["training_loop"]
+    assert found["own_loop_samples_per_second"] > 0 and found["own_to_bare"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_loader(tmp_path):
+    write_parts(tmp_path / "train", [[0, 1, 2, 3] * 3])
+    found = report("--train_data_dir=train")["loader"]
+    assert found["num_examples"] == 12 and found["images_per_second"] > 0
+
+
+def test_several_processes(monkeypatch):
+    monkeypatch.setattr(of_cnn_train_val, "__file__", str(ROOT / "tests" / "train_small.py"))
+    found = report("--model=toy", "--num_processes=2")["processes"]
+    rates = found["one_process_samples_per_second"], found["several_processes_samples_per_second"]
+    assert found["speedup"] == pytest.approx(rates[1] / rates[0], abs=2e-3)
+    assert found["efficiency"] == pytest.approx(found["speedup"] / 2, abs=2e-3)
+    apart = found["apart_samples_per_second"]
+    share = found["share_of_time_in_communication"]
+    assert share == pytest.approx(1 - rates[1] / apart, abs=2e-3)
+
+
+def test_what_cannot_be_shared_out():
+    result = call(benchmark.main, *SMALL, "--num_processes=3")
+    assert result.status == 2 and "cannot be shared out among 3" in result.stderr
