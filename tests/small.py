@@ -181,6 +181,19 @@ def write_manifest(directory: Path, num_classes: int) -> None:
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
+def write_sets(root: Path, parts: dict[str, tuple[int, ...]], *, num_classes: int) -> Path:
+    """Sets by name, with so many records in each part, and as many arrays in `<name>.npz`."""
+    rng = np.random.default_rng(0)
+    for name, counts in parts.items():
+        labels = [rng.integers(0, num_classes, count).tolist() for count in counts]
+        write_parts(root / name, labels, num_classes=num_classes)
+        write_manifest(root / name, num_classes)
+        labels = rng.integers(0, num_classes, sum(counts))
+        images = np.stack([solid(label, num_classes, rng) for label in labels])
+        np.savez(root / f"{name}.npz", images=images, labels=labels)
+    return root
+
+
 def tree(directory: Path) -> dict[str, bytes]:
     """All files below a directory, by their relative paths."""
     return {

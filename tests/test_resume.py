@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import checkpoint_util
@@ -19,7 +18,7 @@ import interrupt_util
 import model_util
 import of_cnn_train_val
 from metric_util import Counts
-from small import ROOT, TINY, call, solid, tree, write_manifest, write_parts
+from small import ROOT, TINY, call, tree, write_sets
 
 NUM_CLASSES = 4
 EPOCHS = 3
@@ -37,16 +36,8 @@ def train(*argv):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for name, counts in (("train", (13, 9, 11, 8)), ("validation", (9, 5))):
-        labels = [rng.integers(0, NUM_CLASSES, count).tolist() for count in counts]
-        write_parts(root / name, labels, num_classes=NUM_CLASSES)
-        write_manifest(root / name, NUM_CLASSES)
-        labels = rng.integers(0, NUM_CLASSES, sum(counts))
-        images = np.stack([solid(label, NUM_CLASSES, rng) for label in labels])
-        np.savez(root / f"{name}.npz", images=images, labels=labels)
-    return root
+    parts = {"train": (13, 9, 11, 8), "validation": (9, 5)}
+    return write_sets(tmp_path_factory.mktemp("data"), parts, num_classes=NUM_CLASSES)
 
 
 def recipe(data: Path, kind: str) -> list[str]:

@@ -19,12 +19,13 @@ import netns
 from ofrecord_util import split_evenly
 from small import (
     ROOT,
+    jpeg,
     losses,
-    solid,
+    record,
     tree,
     validation_figures,
     write_manifest,
-    write_parts,
+    write_sets,
 )
 
 NUM_CLASSES = 4
@@ -52,16 +53,8 @@ def finish(process, status=0, timeout=120):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Parts of unequal size, and the same number of arrays."""
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for name, counts in (("train", (13, 9, 11, 7)), ("validation", (5, 1, 9, 6))):
-        labels = [rng.integers(0, NUM_CLASSES, count).tolist() for count in counts]
-        write_parts(root / name, labels, num_classes=NUM_CLASSES)
-        write_manifest(root / name, NUM_CLASSES)
-        labels = rng.integers(0, NUM_CLASSES, sum(counts))
-        images = np.stack([solid(label, NUM_CLASSES, rng) for label in labels])
-        np.savez(root / f"{name}.npz", images=images, labels=labels)
-    return root
+    parts = {"train": (13, 9, 11, 7), "validation": (5, 1, 9, 6)}
+    return write_sets(tmp_path_factory.mktemp("data"), parts, num_classes=NUM_CLASSES)
 
 
 def recipe(data, model, *, processes, suffix=".npz", epochs=2):
@@ -160,8 +153,6 @@ def test_evaluation_is_exact_for_any_number_of_processes(runs, data, suffix):
 
 
 def test_no_image_goes_to_two_processes(tmp_path):
-    from small import jpeg, record
-
     encoded, number = jpeg(np.full((8, 8, 3), 99, np.uint8)), 0
     (tmp_path / "data").mkdir()
     for i, count in enumerate((20, 3, 14, 9, 30, 8, 11)):
