@@ -401,8 +401,8 @@ def test_a_paused_terminal_stops_nobody(cluster):
 @pytest.mark.parametrize("status", [0, 1, 2, 130, 143, "raise"])
 @pytest.mark.parametrize("mark", [{}, {launch_util.WORKER_MARK: "1", "RANK": "0"}])
 def test_a_failed_worker_leaves_without_oneflows_end(status, mark):
-    end = "raise KeyError(1)" if status == "raise" else f"launch_util.leave({status})"
-    code = "import atexit, launch_util; atexit.register(print, 'end'); "
+    end = "raise KeyError(1)" if status == "raise" else f"sys.exit(launch_util.leave({status}))"
+    code = "import atexit, sys, launch_util; atexit.register(print, 'end'); "
     code += f"launch_util.prepare_worker(); {end}"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -413,7 +413,7 @@ def test_a_failed_worker_leaves_without_oneflows_end(status, mark):
     )
     assert done.returncode == (1 if status == "raise" else status)
     assert ("KeyError" in done.stderr) == (status == "raise")
-    assert bool(done.stdout) != bool(mark and status in (1, 2, "raise"))
+    assert bool(done.stdout) != bool(mark and status != 0)
 
 
 def test_workers_wait_until_rank_0_listens():

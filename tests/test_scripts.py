@@ -267,7 +267,12 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
     assert schedule == "step"
     assert (settings["total_steps"], settings["warmup_steps"]) == (80, 16)
     assert settings["step_milestones"] == (24, 48)
-    assert seen["TrainGraph"][1] == {"label_smoothing": 0.2, "top_k": 3}
+    assert seen["TrainGraph"][1] == {
+        "label_smoothing": 0.2,
+        "top_k": 3,
+        "use_fp16": False,
+        "num_nodes": 1,
+    }
     settings = seen["train_loader"][1]
     assert settings["augmentation"] == ofrecord_util.Augmentation((0.4, 0.9), (0.8, 1.2), 0.25, 16)
     assert (settings["batch_size"], settings["seed"]) == (8, 9)
