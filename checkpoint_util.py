@@ -57,6 +57,7 @@ class Snapshot:
     step: int = 0  # updates made
     steps_per_epoch: int | None = None
     global_batch_size: int | None = None
+    train_data: dict | None = None  # Dataset.fingerprint(); None: synthetic
     metrics: dict = field(default_factory=dict)  # of the last finished epoch
     best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
     flags: dict = field(default_factory=dict)
@@ -156,7 +157,7 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
         if save_dir is None:
             save_dir = make_timed_dir()
         os.makedirs(save_dir, exist_ok=True)
-        probe = os.path.join(save_dir, f".{PREFIX}probe-{os.getpid()}")
+        probe = os.path.join(save_dir, f".{PREFIX}probe.tmp-{os.getpid()}")
         with open(probe, "w"):
             pass
         os.remove(probe)
@@ -188,7 +189,8 @@ def lock(handle: int, save_dir: str) -> None:
 def check_held(save_dir: str, resumed: str | None) -> None:
     """Refuse a directory with snapshots that this run would overwrite.
 
-    Where it goes on in a directory, what a killed process left there half-written is removed.
+    Where it goes on in a directory, what a killed process left there half-written is removed, and
+    damaged snapshots get another name.
     """
     names = sorted(os.listdir(save_dir))
     held = [name for name in names if name.startswith(PREFIX)]
@@ -202,7 +204,19 @@ def check_held(save_dir: str, resumed: str | None) -> None:
     start = position(read_description(resumed))
     for name in held:
         path = os.path.join(save_dir, name)
-        if EPOCH_NAME.fullmatch(name) and position(read_description(path)) > start:
+        if os.path.samefile(path, resumed):
+            continue
+        try:
+            later = position(read_description(path)) > start
+            read_weights(path)
+            if os.path.exists(os.path.join(path, TRAINING_STATE)):
+                read_training_state(path)
+        except RunError:  # it must not stand in the way of a whole one
+            aside = os.path.join(save_dir, f"damaged_{name}_{os.getpid()}")
+            os.rename(path, aside)
+            notice(f"{path} is damaged; it is now called {aside}.")
+            continue
+        if later:
             raise UsageError(
                 f"--resume={resumed}: {save_dir} holds {name}, which is later and would be "
                 "overwritten; give another --model_save_dir, or go on from the later one"
@@ -306,8 +320,12 @@ def prune_snapshots(save_dir: str, keep: int) -> None:
     )
     for number in numbers[:-keep]:
         path = os.path.join(save_dir, f"{PREFIX}epoch_{number}")
-        with writing(path) as temporary:
+        temporary = os.path.join(save_dir, f".{PREFIX}epoch_{number}.tmp-{os.getpid()}")
+        try:
             os.rename(path, temporary)  # a snapshot is whole or is not there
+            shutil.rmtree(temporary)
+        except OSError as error:
+            raise RunError(f"--keep_snapshots: cannot remove {path}: {error.strerror}") from None
 
 
 def find_snapshot(model_load_dir: str | None) -> str:
@@ -355,9 +373,18 @@ def find_resume(resume: str | None, save_dir: str | None) -> str | None:
     if resume == "auto":
         if save_dir is None:
             raise UsageError("--resume=auto needs --model_save_dir: the directory of the run")
-        return newest_whole(save_dir) if os.path.isdir(save_dir) else None
+        if not os.path.isdir(save_dir):
+            return None
+        found = newest_whole(save_dir)
+        if found is None and any(name.startswith(PREFIX) for name in os.listdir(save_dir)):
+            raise RunError(
+                f"none of the snapshots in {save_dir} is whole, see above; move them away for a "
+                "fresh start"
+            )
+        return found
     if not os.path.isdir(resume):
         raise UsageError(f"--resume: there is no directory {resume}; check the path")
+    resume = os.path.normpath(resume)
     if os.path.isfile(os.path.join(resume, DESCRIPTION)):
         check_whole(resume)
         return resume
@@ -424,6 +451,11 @@ def read_description(path: str) -> Snapshot:
             content["classes"] = tuple(content["classes"])
         snapshot = Snapshot(**content)
         snapshot.num_classes = int(snapshot.num_classes)
+        kinds = {"epoch": int | None, "iteration": int, "step": int}
+        kinds |= {"flags": dict, "metrics": dict, "best": dict}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(snapshot, name), kind):
+                raise TypeError(f"{name} is {getattr(snapshot, name)!r}")
         return snapshot
     except FileNotFoundError:
         raise RunError(

@@ -185,6 +185,12 @@ def interval(low: float, high: float = math.inf) -> Callable:
     return parse
 
 
+def path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a path is needed, and there is none")
+    return text
+
+
 def addresses(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -324,6 +330,7 @@ def add_train_data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training data")
     group.add_argument(
         "--train_data_dir",
+        type=path,
         help="directory of OFRecord parts, or an .npz file with images (N, H, W, 3) uint8 and "
         "labels (N,); without it the data are synthetic",
     )
@@ -360,8 +367,9 @@ def add_train_data_flags(parser: Parser) -> None:
     group.add_argument(
         "--shuffle_buffer_size",
         type=number(int, 1),
-        help="records among which OneFlow's OFRecord reader draws the next one; 1: each image once "
-        f"per epoch, exactly; unless given, {SHUFFLE_BUFFER_SIZE}, at most a 50th of the data",
+        help="records among which OneFlow's OFRecord reader draws the next one; 1: each image of "
+        f"a device's share once per epoch; unless given, {SHUFFLE_BUFFER_SIZE}, at most a 50th of "
+        "that share",
     )
 
 
@@ -369,6 +377,7 @@ def add_val_data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("validation data")
     group.add_argument(
         "--val_data_dir",
+        type=path,
         help="directory of OFRecord parts, or an .npz file with images and labels",
     )
     group.add_argument(
@@ -477,10 +486,13 @@ def add_training_flags(parser: Parser) -> None:
         f"{CPU_TRIAL['num_epochs']} for synthetic data on a CPU",
     )
     group.add_argument(
-        "--model_load_dir", help="snapshot whose weights to start from; unless given, random ones"
+        "--model_load_dir",
+        type=path,
+        help="snapshot whose weights to start from; unless given, random ones",
     )
     group.add_argument(
         "--resume",
+        type=path,
         metavar="DIR|auto",
         help="go on as if the run had never stopped: from a snapshot, from the newest whole one in "
         "a directory, or, with auto, from the newest in --model_save_dir, and from the start where "
@@ -488,6 +500,7 @@ def add_training_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--model_save_dir",
+        type=path,
         help="where snapshots go; unless given, where the resumed run's are, else "
         "./output/snapshots/model_save-<date and time>",
     )
@@ -521,13 +534,16 @@ def add_training_flags(parser: Parser) -> None:
 
 def add_log_flags(parser: Parser) -> None:
     group = parser.add_argument_group("log")
-    group.add_argument("--log_dir", help="also append every line to <script>.log in this directory")
+    group.add_argument(
+        "--log_dir", type=path, help="also append every line to <script>.log in this directory"
+    )
 
 
 def add_snapshot_flags(parser: Parser) -> None:
     group = parser.add_argument_group("snapshot")
     group.add_argument(
         "--model_load_dir",
+        type=path,
         help="snapshot to read; unless given, the published ResNet-50 folder where that exists, "
         f"else the newest snapshot under {SNAPSHOT_ROOT}",
     )
@@ -777,16 +793,18 @@ OF_ONE_NODE = (
 OF_THE_WHOLE_RUN = ("optimizer", "seed")
 
 
-def parse_resumed(parser: Parser, argv: Sequence[str] | None, flags: dict) -> argparse.Namespace:
+def parse_resumed(
+    parser: Parser, argv: Sequence[str] | None, flags: dict, *, device: str
+) -> argparse.Namespace:
     """Parse a command line that goes on with a run: what is not given is as in its `flags`.
 
     `flags` came back from JSON. Those of another schedule than the one that is asked for now are
-    left out.
+    left out, and on a CPU those that need CUDA.
     """
     inherited = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in flags.items()
-        if name not in OF_ONE_START
+        if name not in OF_ONE_START and not (device == "cpu" and name in CUDA_FLAGS)
     }
     parser.set_defaults(**inherited)
     args = parser.parse_args(argv)
@@ -807,6 +825,12 @@ def compare_flags(args: argparse.Namespace, flags: dict, *, path: str) -> list[s
     UsageError.
     """
     notices = []
+    kinds = [data_kind(each) for each in (args.train_data_dir, flags.get("train_data_dir"))]
+    if kinds[0] != kinds[1]:
+        raise UsageError(
+            f"--train_data_dir: {path} is of a run on {kinds[1]}, and this would be {kinds[0]}; "
+            f"start a new run from the weights with --model_load_dir={path}"
+        )
     for name, value in flags.items():
         was = tuple(value) if isinstance(value, list) else value
         now = getattr(args, name, was)
@@ -817,9 +841,16 @@ def compare_flags(args: argparse.Namespace, flags: dict, *, path: str) -> list[s
                 f"--{name}={now}, but {path} is of a run with {was}; leave it out, or start a new "
                 f"run from the weights with --model_load_dir={path}"
             )
-        if was is not None and now is not None:
-            notices.append(f"--{name}={now} from here on; it was {was}.")
+        if now is not None:  # else it belonged to another schedule
+            before = "not set" if was is None else was
+            notices.append(f"--{name}={now} from here on; it was {before}.")
     return notices
+
+
+def data_kind(train_data_dir: str | None) -> str:
+    if train_data_dir is None:
+        return "synthetic data"
+    return "arrays" if train_data_dir.endswith(".npz") else "OFRecord parts"
 
 
 def default_resize_shorter(image_size: int) -> int:

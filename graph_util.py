@@ -44,20 +44,6 @@ def choose_device(name: str, *, count: int = 1) -> str:
     return name
 
 
-def check_world(num_processes: int) -> bool:
-    """Whether this process has to start those of a job of `num_processes`; else it is one of them.
-
-    Raises UsageError where somebody else started another number of processes.
-    """
-    found = flow.env.get_world_size()
-    if found not in (1, num_processes):
-        raise UsageError(
-            f"WORLD_SIZE={found}, but --num_nodes and --gpu_num_per_node make {num_processes} "
-            "processes; call the script itself, which starts them"
-        )
-    return found < num_processes
-
-
 def place(model: nn.Module, device: str) -> nn.Module:
     """Move a model to every device of the job, the same weights on each."""
     return model.to_global(flow.env.all_device_placement(device), flow.sbp.broadcast)

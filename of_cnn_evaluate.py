@@ -26,8 +26,10 @@ from metric_util import notice
 
 def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
-    if graph_util.check_world(config.num_processes(args)):
-        return run_job(args, argv)
+    if not launch_util.is_worker():
+        job = launch_util.make_job(**config.job_flags(args))
+        if job.world_size > 1:
+            return launch_util.launch(command(argv), job=job, facts=lambda: facts(args))
     device, data, (model, snapshot, path) = prepare(args)
     log = metric_util.open_log(args.log_dir, "of_cnn_evaluate")
     log(f"Restoring model from {path}.")
@@ -59,11 +61,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-def run_job(args: Namespace, argv: list[str] | None) -> int:
-    """Start one process per device on this node, join the other nodes; returns the exit status."""
-    job = launch_util.make_job(**config.job_flags(args))
-    command = sys.argv if argv is None else [__file__, *argv]
-    return launch_util.launch([sys.executable, *command], job=job, facts=lambda: facts(args))
+def command(argv: list[str] | None) -> list[str]:
+    """What starts this script once more, as one process of a job."""
+    return [sys.executable, *(sys.argv if argv is None else [__file__, *argv])]
 
 
 def facts(args: Namespace) -> dict:

@@ -37,8 +37,10 @@ from ofrecord_util import Dataset
 
 def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
-    if graph_util.check_world(config.num_processes(args)):
-        return run_job(args, argv)
+    if not launch_util.is_worker():
+        job = launch_util.make_job(**config.job_flags(args))
+        if job.world_size > 1:
+            return launch_util.launch(command(argv), job=job, facts=lambda: facts(argv))
     setup = prepare(argv)
     args, device, snapshot = setup.args, setup.device, setup.snapshot
     graph_util.set_communication(
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> int | None:
     model = graph_util.place(build_model(args, snapshot, setup.resumed), device)
     log = metric_util.open_log(args.log_dir, "of_cnn_train_val")
     with checkpoint_util.open_save_dir(args.model_save_dir, resumed=setup.resumed) as save_dir:
+        see_that_nothing_came(args, setup.resumed)
         graph, loader = build_training(
             args, setup.train_data, model, snapshot, setup.plan, device, log
         )
@@ -73,11 +76,17 @@ def main(argv: list[str] | None = None) -> int | None:
     return None
 
 
-def run_job(args: Namespace, argv: list[str] | None) -> int:
-    """Start one process per device on this node, join the other nodes; returns the exit status."""
-    job = launch_util.make_job(**config.job_flags(args))
-    command = sys.argv if argv is None else [__file__, *argv]
-    return launch_util.launch([sys.executable, *command], job=job, facts=lambda: facts(argv))
+def see_that_nothing_came(args: Namespace, resumed: str | None) -> None:
+    """Raise RunError where a run that was still saving has left a newer snapshot meanwhile."""
+    if args.resume == "auto" and flow.env.get_rank() == 0:
+        found = checkpoint_util.find_resume(args.resume, args.model_save_dir)
+        if found != resumed:
+            raise RunError(f"{found} has been written meanwhile, by another run; start again")
+
+
+def command(argv: list[str] | None) -> list[str]:
+    """What starts this script once more, as one process of a job."""
+    return [sys.executable, *(sys.argv if argv is None else [__file__, *argv])]
 
 
 def facts(argv: list[str] | None) -> dict:
@@ -111,30 +120,37 @@ class Setup:
 def prepare(argv: list[str] | None) -> Setup:
     """Check flags, data and snapshots. Raises UsageError or RunError."""
     args = parse_args(argv)
+    device = graph_util.choose_device(args.device, count=args.gpu_num_per_node)
     resumed = checkpoint_util.find_resume(args.resume, args.model_save_dir)
+    notices = []
     if resumed is not None:
         flags = checkpoint_util.read_description(resumed).flags
-        args = parse_args(argv, flags)
-        for text in config.compare_flags(args, flags, path=resumed):
-            notice(text)
-    device = graph_util.choose_device(args.device, count=args.gpu_num_per_node)
-    for text in config.finish_train_args(args, device=device):
-        notice(text)
+        args = parse_args(argv, flags, device=device)
+        notices += config.compare_flags(args, flags, path=resumed)
+    notices += config.finish_train_args(args, device=device)
     train_data, val_data = open_data(args)
+    if train_data is not None:
+        notices += ofrecord_util.check_shares(
+            train_data, num_processes=config.num_processes(args), path=args.train_data_dir
+        )
     snapshot = describe_run(args, train_data, val_data, resumed)
     plan = make_plan(args, train_data)
-    go_on(args, snapshot, plan, resumed)
+    notices += go_on(args, snapshot, plan, resumed)
+    for text in notices:
+        notice(text)
     return Setup(args, device, train_data, val_data, snapshot, plan, resumed)
 
 
-def parse_args(argv: list[str] | None, resumed_flags: dict | None = None) -> Namespace:
+def parse_args(
+    argv: list[str] | None, resumed_flags: dict | None = None, *, device: str = "cpu"
+) -> Namespace:
     """The flags; what is not given is as in the run to go on with, if there is one."""
     parser = config.train_parser(
         models=model_util.MODELS,
         optimizers=optimizer_util.OPTIMIZERS,
         schedules=optimizer_util.SCHEDULES,
     )
-    args = config.parse_resumed(parser, argv, resumed_flags or {})
+    args = config.parse_resumed(parser, argv, resumed_flags or {}, device=device)
     if args.resume not in (None, "auto") and args.model_load_dir is not None:
         raise UsageError(
             "--resume and --model_load_dir both name weights to start from; give one of them"
@@ -164,8 +180,11 @@ def open_data(args: Namespace) -> tuple[Dataset | None, Dataset | None]:
                 f"{batch_size}, and there are {train_data.num_examples} training images; give a "
                 "smaller one"
             )
-        ofrecord_util.check_shares(
-            train_data, num_processes=config.num_processes(args), path=args.train_data_dir
+    pool = ofrecord_util.SyntheticLoader.POOL_BATCHES * global_batch_size(args)
+    if args.train_data_dir is None and (args.num_val_examples or 0) > pool:
+        raise UsageError(
+            f"--num_val_examples={args.num_val_examples}, but synthetic data have {pool} images; "
+            "give at most that, or leave the flag out"
         )
     if args.val_data_dir is not None:
         val_data = ofrecord_util.open_val_dataset(
@@ -228,28 +247,40 @@ def describe_run(
             **config.preprocessing_flags(args),
         ),
         classes=classes or (start.classes if start else None),
+        train_data=None if train_data is None else train_data.fingerprint(),
         flags=vars(args),
         versions=checkpoint_util.versions(),
     )
 
 
-def go_on(args: Namespace, snapshot: Snapshot, plan: Plan, resumed: str | None) -> None:
-    """Let the description of the run begin where the snapshot `resumed` stood, if it fits."""
+def go_on(args: Namespace, snapshot: Snapshot, plan: Plan, resumed: str | None) -> list[str]:
+    """Let the description of the run begin where the snapshot `resumed` stood, if it fits.
+
+    Returns notices for the user. Raises UsageError.
+    """
+    notices = []
     snapshot.steps_per_epoch = plan.steps_per_epoch
     snapshot.global_batch_size = global_batch_size(args)
     if resumed is None:
-        return
+        return notices
     was = checkpoint_util.read_description(resumed)
     if was.global_batch_size != snapshot.global_batch_size:
         raise UsageError(
             f"--batch_size_per_device={args.batch_size_per_device} makes batches of "
             f"{snapshot.global_batch_size} images, but {resumed} is of a run with batches of "
-            f"{was.global_batch_size}"
+            f"{was.global_batch_size}; {config.num_processes(args)} processes need "
+            f"{was.global_batch_size / config.num_processes(args):g} each"
         )
     if was.steps_per_epoch != snapshot.steps_per_epoch:
         raise UsageError(
             f"--num_examples: an epoch has {snapshot.steps_per_epoch} iterations, but {resumed} is "
             f"of a run with {was.steps_per_epoch}; the training data are not the same"
+        )
+    if was.train_data != snapshot.train_data:
+        raise UsageError(
+            f"--train_data_dir={args.train_data_dir} is not what {resumed} was trained on: it has "
+            f"{snapshot.train_data['examples']} images, and there were "
+            f"{was.train_data['examples']}, or the parts differ"
         )
     for field, now in vars(snapshot.preprocessing).items():
         if now != getattr(was.preprocessing, field):
@@ -263,9 +294,10 @@ def go_on(args: Namespace, snapshot: Snapshot, plan: Plan, resumed: str | None) 
             f"The run had {processes} processes; what is left of it has its data in other order."
         )
     if was.epoch is not None and was.epoch + 1 >= args.num_epochs:
-        notice(f"{resumed} has finished all {args.num_epochs} epochs; more: --num_epochs.")
+        notices.append(f"{resumed} has finished all {args.num_epochs} epochs; more: --num_epochs.")
     for field in ("epoch", "iteration", "step", "metrics", "best"):
         setattr(snapshot, field, getattr(was, field))
+    return notices
 
 
 def build_model(args: Namespace, snapshot: Snapshot, resumed: str | None) -> nn.Module:
@@ -426,7 +458,8 @@ class Run:
             self.log(f"Restoring model from {resumed}.")
             trained = self.snapshot.iteration == self.plan.steps_per_epoch
             what = "validation" if trained else f"iteration {self.snapshot.iteration + 1}"
-            notice(f"Going on with epoch {self.epoch}, {what}.")
+            if self.epoch < self.args.num_epochs:
+                notice(f"Going on with epoch {self.epoch}, {what}.")
             if os.path.dirname(os.path.abspath(resumed)) == os.path.abspath(self.save_dir):
                 self.link(resumed)  # a kill may have come before that
         elif loaded is not None:

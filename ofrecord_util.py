@@ -452,16 +452,32 @@ def _open_dataset(
     )
 
 
-def check_shares(dataset: Dataset, *, num_processes: int, path: str) -> None:
-    """Raise UsageError where training data cannot be shared out among so many processes."""
+def check_shares(dataset: Dataset, *, num_processes: int, path: str) -> list[str]:
+    """Raise UsageError where training data cannot be shared out among so many processes.
+
+    Returns a notice where the shares are so unequal that an epoch, which is as long for each of
+    them, leaves out more than 1 % of the images.
+    """
     if not isinstance(dataset.source, Shards):
-        return
-    num_parts = len(dataset.source.part_counts)
+        return []
+    counts = dataset.source.part_counts
+    num_parts = len(counts)
     if num_parts < num_processes:
         raise UsageError(
             f"--train_data_dir: {path} has {num_parts} parts to read, and each of {num_processes} "
             "processes needs one of its own; make the data set anew with more (--num_parts)"
         )
+    cuts = split_evenly(counts, num_processes)
+    shares = [sum(counts[a:b]) for a, b in itertools.pairwise(cuts)]
+    mean = sum(counts) / num_processes
+    missed = sum(max(0, share - mean) for share in shares) / sum(counts)
+    if missed <= 0.01:
+        return []
+    return [
+        f"{path}: {num_parts} parts cannot be shared out evenly among {num_processes} processes; "
+        f"each epoch leaves out about {missed:.0%} of the images, others each time, and repeats as "
+        "many. A multiple of the processes, or many more parts (--num_parts), would mend that."
+    ]
 
 
 def check_labels(dataset: Dataset, *, num_classes: int, path: str) -> None:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 
+import config
 import launch_util
 
 NVIDIA_DRIVER = "/dev/nvidiactl"
@@ -66,6 +67,18 @@ def import_quietly() -> None:
         sys.exit(130)
 
 
+def refuse_other_launchers() -> None:
+    """End where the environment makes OneFlow wait for processes that nobody starts."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size not in ("", "1") and not launch_util.is_worker():
+        config.report(
+            f"WORLD_SIZE={size} is set, as another launcher does; call the script itself, with "
+            "--num_nodes and --gpu_num_per_node, without that variable"
+        )
+        sys.exit(2)
+
+
+refuse_other_launchers()
 launch_util.prepare_worker()
 choose_blas_kernels()
 import_quietly()

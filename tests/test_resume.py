@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import checkpoint_util
@@ -251,9 +252,13 @@ def run(stopped, tmp_path):
         ("--image_size=48", "--image_size=48, but"),
         ("--rgb_mean=1,2,3", "--rgb_mean=(1.0, 2.0, 3.0), but"),
         ("--model_load_dir=run/snapshot_epoch_0", "give one of them"),
+        ("--train_data_dir=other.npz", "is not what run/snapshot_epoch_1 was trained on"),
+        ("--train_data_dir=parts", "of a run on arrays, and this would be OFRecord parts"),
     ],
 )
-def test_flags_that_contradict_the_run_are_refused(run, flag, words):
+def test_flags_that_contradict_the_run_are_refused(run, data, flag, words):
+    with np.load(next(Path(data).glob("train.npz"))) as arrays_:
+        np.savez("other.npz", images=arrays_["images"] // 2, labels=arrays_["labels"])
     argv = ["--resume=run", flag]
     result = call(of_cnn_train_val.main, "--device=cpu", *argv)
     assert result.status == 2, result.stderr
@@ -283,7 +288,7 @@ def test_flags_that_are_not_given_are_those_of_the_run(run, data):
 def test_going_back_needs_another_directory(run):
     result = call(of_cnn_train_val.main, "--device=cpu", "--resume=run/snapshot_epoch_0")
     assert result.status == 2
-    assert "holds snapshot_epoch_1, which is later and would be overwritten" in result.stderr
+    assert "holds snapshot_best, which is later and would be overwritten" in result.stderr
 
 
 def test_damaged_snapshots_are_passed_over(run):
@@ -291,6 +296,31 @@ def test_damaged_snapshots_are_passed_over(run):
     (run / "snapshot_epoch_1" / "training.safetensors").write_bytes(b"half")
     (run / "snapshot_last" / "snapshot.json").write_text("{")
     assert checkpoint_util.find_resume("auto", "run") == "run/snapshot_epoch_0"
+
+
+def test_damaged_snapshots_do_not_stand_in_the_way(run):
+    shutil.rmtree(run / "snapshot_best")
+    for name in ("epoch_1", "last"):
+        (run / f"snapshot_{name}" / "model.safetensors").write_bytes(b"half")
+    result = call(of_cnn_train_val.main, "--device=cpu", "--model_save_dir=run", "--resume=auto")
+    assert result.status == 0, result.stderr
+    names = sorted(os.listdir("run"))
+    assert [name for name in names if name.startswith("snapshot_")] == [
+        f"snapshot_{name}" for name in ("best", "epoch_0", "epoch_1", "last")
+    ]
+    assert len([name for name in names if name.startswith("damaged_snapshot_")]) == 2
+    for name in ("best", "epoch_0", "epoch_1", "last"):
+        (run / f"snapshot_{name}" / "model.safetensors").write_bytes(b"half")
+    result = call(of_cnn_train_val.main, "--device=cpu", "--model_save_dir=run", "--resume=auto")
+    assert result.status == 1
+    assert "none of the snapshots in run is whole" in result.stderr.splitlines()[-1]
+
+
+def test_a_later_last_is_not_overwritten(run):
+    for name in ("epoch_1", "best"):
+        shutil.rmtree(run / f"snapshot_{name}")
+    result = call(of_cnn_train_val.main, "--device=cpu", "--resume=run/snapshot_epoch_0")
+    assert result.status == 2 and "holds snapshot_last, which is later" in result.stderr
 
 
 def test_where_there_is_nothing_to_go_on_from(run, tmp_path):

@@ -16,14 +16,9 @@ import small
 
 model_util.MODELS.update(small.MODELS)
 script = of_cnn_evaluate if sys.argv[1:2] == ["evaluate"] else of_cnn_train_val
-argv = sys.argv[2:] if script is of_cnn_evaluate else sys.argv[1:]
-
-
-def main():
-    args = script.parse_args(argv)
-    if script.graph_util.check_world(config.num_processes(args)):
-        return script.run_job(args, None)  # by the command line of this file
-    return script.main(argv)
-
-
-sys.exit(config.run_main(main, leave=launch_util.leave))
+if script is of_cnn_evaluate:
+    argv = sys.argv[2:]
+    script.command = lambda argv: [sys.executable, *sys.argv]  # with `evaluate`
+else:
+    argv = None
+sys.exit(config.run_main(lambda: script.main(argv), leave=launch_util.leave))
