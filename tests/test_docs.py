@@ -15,6 +15,7 @@ import of_cnn_evaluate
 import of_cnn_inference
 import of_cnn_train_val
 import optimizer_util
+from golden import learning_curves
 from small import ROOT
 from tools import benchmark, make_mini_imagenet, make_ofrecord, verify_ofrecord
 
@@ -26,6 +27,7 @@ PARSE = {
     "tools/verify_ofrecord.py": verify_ofrecord.parse_args,
     "tools/make_mini_imagenet.py": make_mini_imagenet.make_parser().parse_args,
     "tools/benchmark.py": benchmark.make_parser().parse_args,
+    "tests/golden/learning_curves.py": learning_curves.make_parser().parse_args,
 }
 WRAPPERS = {
     "train.sh": "of_cnn_train_val.py",
