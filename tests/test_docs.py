@@ -100,7 +100,7 @@ def check(words: list[str], root: Path) -> str:
     argv = [re.sub(r"\$DATA_ROOT\b", "data/imagenet/ofrecord", word) for word in argv]
     if program == "sh" and argv[0] in WRAPPERS:
         script, *argv = run_wrapper(root, *argv, env=env)
-    elif program in ("python3", ".venv/bin/python3") and argv[0].endswith(".py"):
+    elif os.path.basename(program) == "python3" and argv[0].endswith(".py"):
         script, *argv = argv
     else:
         return "other"
