@@ -22,7 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-VALIDATION_LINE = re.compile(r"^validation: epoch (\d+), .*top_1: ([\d.]+)", re.MULTILINE)
+VALIDATION_LINE = re.compile(
+    r"^(?:\S+ )?validation: epoch (\d+), .*top_1: ([\d.]+)",  # --log_dir puts the time in front
+    re.MULTILINE,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
