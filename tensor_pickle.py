@@ -1,0 +1,194 @@
+"""Pickles as data: dicts, lists, numbers, texts and tensors, and nothing else.
+
+A pickle is a program, and `pickle.load` runs it: it imports what the file names and calls it. Here
+its instructions are read by a loop of our own that knows a fixed list of them. A name in the file
+is compared with a table and never imported; a call does what the table says, or is refused. So
+there is nothing in a file that could run.
+"""
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_BYTES = 4 << 20  # of the instructions; those of a ResNet-50 take 50 kB
+MARK = object()
+
+
+class Refused(Exception):
+    """A pickle that is damaged, or holds more than data."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a file names: `collections.OrderedDict`."""
+
+    text: str
+
+
+@dataclass
+class Stub:
+    """An instance of a class that the file names, with the state that the file gives it."""
+
+    name: str
+    state: dict = field(default_factory=dict)
+
+
+@dataclass
+class Reader:
+    """What one kind of file may hold.
+
+    Args:
+        calls: what stands for a call of a name, by that name.
+        classes: names of which instances become a `Stub`.
+        persistent: turns a persistent id into a value; None: refused.
+    """
+
+    calls: dict[str, Callable[..., Any]]
+    classes: frozenset[str] = frozenset()
+    persistent: Callable[[Any], Any] | None = None
+
+    def read(self, data: bytes, start: int = 0) -> tuple[Any, int]:
+        """The value of the pickle at `start` of `data`, and where it ends. Raises Refused."""
+        data = data[start : start + MAX_BYTES]
+        try:
+            value, length = self.run(pickletools.genops(data))
+            return value, start + length
+        except Refused:
+            raise
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError):
+            if len(data) == MAX_BYTES:
+                raise Refused(f"its pickle has no end within {MAX_BYTES} bytes") from None
+            raise Refused("its pickle is damaged or cut off") from None
+
+    def run(self, instructions) -> tuple[Any, int]:
+        stack, memo = [], {}
+        for code, argument, position in instructions:
+            kind = code.name
+            if kind in CONSTANTS:
+                stack.append(CONSTANTS[kind]())
+            elif kind in LITERALS:
+                stack.append(argument)
+            elif kind == "MARK":
+                stack.append(MARK)
+            elif kind in ("PUT", "BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif kind == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif kind in ("GET", "BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif kind in TUPLES:
+                stack.append(tuple(pop(stack, TUPLES[kind])))
+            elif kind in ("TUPLE", "LIST"):
+                items = pop_to_mark(stack)
+                stack.append(items if kind == "LIST" else tuple(items))
+            elif kind in ("APPEND", "APPENDS"):
+                items = pop(stack, 1) if kind == "APPEND" else pop_to_mark(stack)
+                expect(stack[-1], list).extend(items)
+            elif kind in ("DICT", "SETITEM", "SETITEMS"):
+                items = pop(stack, 2) if kind == "SETITEM" else pop_to_mark(stack)
+                if kind == "DICT":
+                    stack.append({})
+                set_items(expect(stack[-1], dict), items)
+            elif kind == "GLOBAL":
+                stack.append(Name(argument.replace(" ", ".")))
+            elif kind == "STACK_GLOBAL":
+                module, name = pop(stack, 2)
+                stack.append(Name(f"{expect(module, str)}.{expect(name, str)}"))
+            elif kind == "REDUCE":
+                name, arguments = pop(stack, 2)
+                stack.append(self.call(expect(name, Name), expect(arguments, tuple)))
+            elif kind == "NEWOBJ":
+                name, arguments = pop(stack, 2)
+                stack.append(self.make(expect(name, Name), arguments))
+            elif kind == "BUILD":
+                (state,) = pop(stack, 1)
+                self.build(stack[-1], state)
+            elif kind == "BINPERSID" and self.persistent is not None:
+                stack.append(self.persistent(stack.pop()))
+            elif kind == "STOP":
+                return stack.pop(), position + 1
+            elif kind not in ("PROTO", "FRAME"):
+                raise Refused(
+                    f"its pickle has the instruction {kind}, which no dict of tensors has"
+                )
+        raise ValueError("no end")
+
+    def call(self, name: Name, arguments: tuple) -> Any:
+        if name.text not in self.calls:
+            raise Refused(
+                f"it would call {printable(name.text)}, and only dicts of tensors are read"
+            )
+        return self.calls[name.text](*arguments)
+
+    def make(self, name: Name, arguments: tuple) -> Any:
+        if name.text not in self.classes or arguments != ():
+            raise Refused(f"it holds a {printable(name.text)}, and only dicts of tensors are read")
+        return Stub(name.text)
+
+    @staticmethod
+    def build(value: Any, state: Any) -> None:
+        if isinstance(value, Stub):
+            value.state = expect(state, dict)
+        elif not isinstance(value, dict):  # of an ordered dict it is what PyTorch notes beside it
+            raise Refused("it sets the state of something that is no tensor")
+
+
+CONSTANTS = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+}
+LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING"),  # of Python 2
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def ordered_dict(pairs=()) -> dict:
+    """What stands for `collections.OrderedDict`."""
+    result = {}
+    for pair in expect(pairs, list | tuple):
+        set_items(result, list(expect(pair, list | tuple)))
+    return result
+
+
+def printable(text: str) -> str:
+    """A text from a file, fit for one line on a terminal."""
+    return ascii(text)[1:-1][:80]
+
+
+def expect(value: Any, kind) -> Any:
+    if not isinstance(value, kind):
+        raise Refused("its pickle is no dict of tensors")
+    return value
+
+
+def set_items(target: dict, items: list) -> None:
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        target[expect(key, str | int)] = value
+
+
+def pop(stack: list, count: int) -> list:
+    items = stack[-count:]
+    if len(items) < count or any(item is MARK for item in items):
+        raise ValueError("nothing on the stack")
+    del stack[-count:]
+    return items
+
+
+def pop_to_mark(stack: list) -> list:
+    at = len(stack) - 1
+    while stack[at] is not MARK:  # an IndexError without one
+        at -= 1
+        if at < 0:
+            raise ValueError("no mark")
+    items = stack[at + 1 :]
+    del stack[at:]
+    return items
