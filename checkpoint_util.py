@@ -7,7 +7,7 @@ A snapshot is a directory `snapshot_<name>` that holds
     snapshot.json         what they belong to: model, classes, preprocessing, epoch, figures, flags
 
 It is written under a temporary name beside its place, flushed to disk and renamed, so that it is
-whole or is not there. Nothing of it is a pickle.
+whole or is not there. Nothing of it is a pickle. foreign_checkpoint.py reads weights of others.
 """
 
 import fcntl
@@ -28,9 +28,11 @@ from oneflow import nn
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+import foreign_checkpoint
 import model_util
-from config import SNAPSHOT_ROOT, RunError, UsageError
+from config import PUBLISHED_FOLDER, SNAPSHOT_ROOT, RunError, UsageError
 from file_util import link_files, replace_directory, sync_directory, write_durably
+from foreign_checkpoint import Foreign
 from image_util import Preprocessing
 from layer_util import Switches, from_standard, to_standard
 from metric_util import is_first_rank, notice
@@ -262,6 +264,19 @@ def save_snapshot(
     not finite.
     """
     path = os.path.join(save_dir, PREFIX + name)
+    write_snapshot(path, model, snapshot, graph=graph, replace=replace)
+    return path
+
+
+def write_snapshot(
+    path: str,
+    model: nn.Module,
+    snapshot: Snapshot,
+    *,
+    graph: nn.Graph | None = None,
+    replace: bool = False,
+) -> None:
+    """As `save_snapshot`, under any path."""
     arrays = state_arrays(model)
     for parameter, array in arrays.items():
         if not np.isfinite(array).all():
@@ -275,7 +290,6 @@ def save_snapshot(
         text = json.dumps(asdict(snapshot), indent=2) + "\n"
         write_durably(os.path.join(temporary, DESCRIPTION), text.encode())
         put(temporary, path, replace=replace)
-    return path
 
 
 def link_snapshot(path: str, name: str) -> None:
@@ -329,16 +343,19 @@ def prune_snapshots(save_dir: str, keep: int) -> None:
 
 
 def find_snapshot(model_load_dir: str | None) -> str:
-    """The snapshot to read: the one named, else the newest under SNAPSHOT_ROOT.
+    """The weights to read: those named, else the published folder, else the newest snapshot.
 
-    Raises UsageError where there is none, with the ways to get one.
+    A snapshot is looked for under SNAPSHOT_ROOT, the folder in the working directory. Raises
+    UsageError where there is none, with the ways to get one.
     """
     if model_load_dir is not None:
-        if not os.path.isdir(model_load_dir):
+        if not (os.path.isdir(model_load_dir) or os.path.isfile(model_load_dir)):
             raise UsageError(
-                f"--model_load_dir: there is no directory {model_load_dir}; check the path"
+                f"--model_load_dir: there is no file or directory {model_load_dir}; check the path"
             )
         return model_load_dir
+    if os.path.isdir(PUBLISHED_FOLDER):
+        return PUBLISHED_FOLDER
     found = []
     for directory, names, _ in os.walk(SNAPSHOT_ROOT):
         names[:] = [name for name in names if not name.startswith(".")]
@@ -351,8 +368,8 @@ def find_snapshot(model_load_dir: str | None) -> str:
                 found.append((os.stat(description).st_mtime_ns, is_epoch, path))
     if not found:
         raise UsageError(
-            f"no snapshot under {SNAPSHOT_ROOT}: train one first (sh train.sh), or name one with "
-            "--model_load_dir"
+            f"no snapshot under {SNAPSHOT_ROOT}, and no folder {PUBLISHED_FOLDER}: train one first "
+            "(sh train.sh), or name weights with --model_load_dir"
         )
     return max(found)[-1]
 
@@ -505,38 +522,130 @@ def read_arrays(path: str, name: str) -> dict[str, np.ndarray]:
         raise RunError(f"{file_path} is not of float32: {error}") from None
 
 
-def load_weights(model: nn.Module, weights: dict[str, np.ndarray], *, path: str) -> None:
+MAX_NAMES = 3  # of a kind, in one line
+
+
+def mismatch(kind: str, names: list[str]) -> str:
+    """`2 missing, first fc.bias, fc.weight`."""
+    return f"{len(names)} {kind}, first {', '.join(names[:MAX_NAMES])}"
+
+
+def standard_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters and buffers by name, as snapshots hold them."""
+    return {
+        name: to_standard(model, name, np.empty(tuple(tensor.shape), np.bool_)).shape
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def load_weights(
+    model: nn.Module, weights: dict[str, np.ndarray], *, path: str, finetune: bool = False
+) -> None:
     """Copy arrays into a model that has not been moved to its placement yet.
 
-    Raises UsageError where names or shapes differ, with the first of each kind.
+    Args:
+        finetune: leave the last layer as it is.
+
+    Raises UsageError where names or shapes differ, with the first of each kind; RunError where a
+    weight is no float32.
     """
-    state = model.state_dict()
-    wanted = {name for name in state if not name.endswith("num_batches_tracked")}
-    faults = []
-    for kind, names in (("missing", wanted - weights.keys()), ("unknown", weights.keys() - wanted)):
-        if names:
-            faults.append(f"{len(names)} {kind}, first {min(names)}")
-    for name in sorted(wanted & weights.keys()):
-        shape = to_standard(model, name, np.empty(tuple(state[name].shape))).shape
-        if shape != weights[name].shape:
-            faults.append(f"{name} is {weights[name].shape}, not {shape}")
-            break
+    shapes = standard_shapes(model)
+    if finetune:
+        fresh = {name for name in shapes if foreign_checkpoint.is_last(name, shapes)}
+        shapes = {name: shape for name, shape in shapes.items() if name not in fresh}
+        weights = {name: array for name, array in weights.items() if name not in fresh}
+    missing, unexpected = sorted(shapes.keys() - weights), sorted(weights.keys() - shapes)
+    wrong = [
+        f"{name} is {weights[name].shape}, not {shape}"
+        for name, shape in sorted(shapes.items())
+        if name in weights and weights[name].shape != shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong}
+    faults = [mismatch(kind, names) for kind, names in kinds.items() if names]
     if faults:
         raise UsageError(f"the weights of {path} do not fit the network: {'; '.join(faults)}")
-    for name in wanted:
+    state = model.state_dict()
+    for name in shapes:
+        if weights[name].dtype != np.float32:
+            raise RunError(f"{path}: {name} is {weights[name].dtype}, and floats are needed")
         state[name] = flow.tensor(from_standard(model, name, weights[name]))
     model.load_state_dict(state)
 
 
-def check_fits(snapshot: Snapshot, *, model: str | None, num_classes: int | None, path: str):
-    """Raise UsageError where flags ask for another network or class count than the snapshot's."""
+@dataclass
+class Checkpoint:
+    """Weights to start from, a snapshot of ours or of others, with what is known of them."""
+
+    path: str
+    snapshot: Snapshot
+    foreign: Foreign | None = None  # None: one of ours, not read yet
+
+    def load(self, network: nn.Module, *, finetune: bool = False) -> None:
+        """Copy the weights into a network. Raises as `load_weights` and `read_weights`."""
+        if self.foreign is None:
+            weights = read_weights(self.path)
+        else:
+            weights = foreign_checkpoint.fit(self.foreign, standard_shapes(network))
+        load_weights(network, weights, path=self.path, finetune=finetune)
+
+    def notices(self) -> list[str]:
+        """What the user should know of weights of others."""
+        if self.foreign is None:
+            return []
+        snapshot = self.snapshot
+        text = (
+            f"{self.path} is {self.foreign.kind}: taken as {snapshot.model} with "
+            f"{snapshot.num_classes} classes"
+        )
+        return [text + ".", *self.foreign.notices]
+
+
+def open_checkpoint(
+    path: str, *, model: str | None = None, layout: str | None = None
+) -> Checkpoint:
+    """Weights of any known format. Only a snapshot of ours says what it is of.
+
+    Args:
+        model: the network of weights of others; unless given, it is guessed by their names.
+        layout: see `foreign_checkpoint.read`.
+
+    Raises RunError where it cannot be read, UsageError where the network cannot be told.
+    """
+    if os.path.exists(os.path.join(path, DESCRIPTION)):
+        return Checkpoint(path, read_description(path))
+    foreign = foreign_checkpoint.read(path, layout=layout)
+    model = model or foreign_checkpoint.guess_model(foreign, model_util.MODELS, path=path)
+    snapshot = Snapshot(
+        model=model,
+        num_classes=foreign_checkpoint.count_classes(foreign, path=path),
+        preprocessing=model_util.preprocessing(model),
+        versions=versions(),
+    )
+    return Checkpoint(path, snapshot, foreign)
+
+
+def check_fits(
+    snapshot: Snapshot,
+    *,
+    model: str | None,
+    num_classes: int | None,
+    path: str,
+    finetune: bool | None = None,
+) -> None:
+    """Raise UsageError where flags ask for another network or class count than the snapshot's.
+
+    Args:
+        finetune: whether the class count may differ; None where there is no such flag.
+    """
     if snapshot.model not in model_util.MODELS:
         raise UsageError(f"{path} holds a {snapshot.model}, which this version does not know")
     if model is not None and model != snapshot.model:
         raise UsageError(f"--model={model}, but {path} holds a {snapshot.model}")
-    if num_classes is not None and num_classes != snapshot.num_classes:
+    if num_classes is not None and num_classes != snapshot.num_classes and not finetune:
+        way = "" if finetune is None else "; --finetune takes all of it but the last layer"
         raise UsageError(
-            f"--num_classes={num_classes}, but {path} has {snapshot.num_classes} classes"
+            f"--num_classes={num_classes}, but {path} has {snapshot.num_classes} classes{way}"
         )
 
 
@@ -551,15 +660,18 @@ def restore(
     """The network of a snapshot, on the host, with what the snapshot says and its path.
 
     Args:
-        model_load_dir: as in `find_snapshot`.
+        model_load_dir: as in `find_snapshot`; of any format.
         model, num_classes: refused where they contradict the snapshot.
         switches: how the network is to compute; a snapshot fits any.
         preprocessing: fields of Preprocessing; what is not None replaces the snapshot's.
     """
     path = find_snapshot(model_load_dir)
-    snapshot = read_description(path)
+    checkpoint = open_checkpoint(path, model=model)
+    snapshot = checkpoint.snapshot
     check_fits(snapshot, model=model, num_classes=num_classes, path=path)
     snapshot.preprocessing = model_util.override(snapshot.preprocessing, **preprocessing)
     network = model_util.MODELS[snapshot.model].build(snapshot.num_classes, switches)
-    load_weights(network, read_weights(path), path=path)
+    checkpoint.load(network)
+    for text in checkpoint.notices():
+        notice(text)
     return network, snapshot, path

@@ -19,6 +19,8 @@ SYNTHETIC_STEPS_PER_EPOCH = 30
 CPU_TRIAL = {"image_size": 64, "batch_size_per_device": 8, "num_epochs": 2}
 # A snapshot is looked for here unless --model_load_dir names one.
 SNAPSHOT_ROOT = os.path.join("output", "snapshots")
+# The original page's pretrained model; taken where it lies in the working directory.
+PUBLISHED_FOLDER = "resnet_v15_of_best_model_val_top1_77318"
 # Learning rates per 256 images of global batch. sgd: Goyal et al. (arXiv:1706.02677) scaled as in
 # NVIDIA's and OneFlow's ResNet-50 v1.5; adam: its paper's 0.001; rmsprop: 0.045 at batch 1600, of
 # the Inception-v3 paper (arXiv:1512.00567).
@@ -488,7 +490,14 @@ def add_training_flags(parser: Parser) -> None:
     group.add_argument(
         "--model_load_dir",
         type=path,
-        help="snapshot whose weights to start from; unless given, random ones",
+        help="weights to start from: a snapshot, or those of others (.safetensors, .pth, a folder "
+        "of OneFlow); unless given, random ones",
+    )
+    add_switch(
+        group,
+        "--finetune",
+        "with --model_load_dir: take all of it but the last layer, which starts from random "
+        "weights and may have another number of classes",
     )
     group.add_argument(
         "--resume",
@@ -544,8 +553,9 @@ def add_snapshot_flags(parser: Parser) -> None:
     group.add_argument(
         "--model_load_dir",
         type=path,
-        help="snapshot to read; unless given, the published ResNet-50 folder where that exists, "
-        f"else the newest snapshot under {SNAPSHOT_ROOT}",
+        help="snapshot to read, or weights of others (.safetensors, .pth, a folder of OneFlow); "
+        f"unless given, the published folder {PUBLISHED_FOLDER} where that exists, else the newest "
+        f"snapshot under {SNAPSHOT_ROOT}",
     )
 
 
@@ -768,6 +778,7 @@ def finish_train_args(args: argparse.Namespace, *, device: str) -> list[str]:
 OF_ONE_START = (
     "resume",
     "model_load_dir",
+    "finetune",
     "model_save_dir",
     "device",
     "num_nodes",

@@ -27,7 +27,7 @@ import metric_util
 import model_util
 import ofrecord_util
 import optimizer_util
-from checkpoint_util import Snapshot
+from checkpoint_util import Checkpoint, Snapshot
 from config import Plan, RunError, UsageError
 from interrupt_util import Interrupted, Interrupts
 from layer_util import Switches
@@ -155,8 +155,10 @@ def parse_args(
         raise UsageError(
             "--resume and --model_load_dir both name weights to start from; give one of them"
         )
+    if args.finetune and args.model_load_dir is None and args.resume is None:
+        raise UsageError("--finetune needs --model_load_dir: the weights to start from")
     if resumed_flags is not None:
-        args.model_load_dir = None  # of the first start
+        args.model_load_dir, args.finetune = None, False  # of the first start
     return args
 
 
@@ -224,13 +226,25 @@ def describe_run(
     Model, class count and preprocessing are those of the flags, else of the snapshot to start from,
     else of the training data and the table of models.
     """
-    start, path = None, resumed or args.model_load_dir
-    if path is not None:
-        start = checkpoint_util.read_description(checkpoint_util.find_snapshot(path))
-        checkpoint_util.check_fits(start, model=args.model, num_classes=args.num_classes, path=path)
+    start = None if resumed is None else checkpoint_util.read_description(resumed)
+    if resumed is None and args.model_load_dir is not None:
+        checkpoint = open_start(args)
+        start = checkpoint.snapshot
+        for text in checkpoint.notices():
+            notice(text)
+    if start is not None:
+        checkpoint_util.check_fits(
+            start,
+            model=args.model,
+            num_classes=args.num_classes,
+            path=resumed or args.model_load_dir,
+            finetune=args.finetune,
+        )
     model = args.model or (start.model if start else "resnet50")
     known = None if train_data is None else train_data.num_classes
-    num_classes = args.num_classes or (start.num_classes if start else known)
+    num_classes = args.num_classes or known if args.finetune else args.num_classes
+    if num_classes is None:
+        num_classes = start.num_classes if start else known
     if num_classes is None:
         num_classes = 1000
         if train_data is not None:
@@ -246,11 +260,17 @@ def describe_run(
             start.preprocessing if start else model_util.preprocessing(model),
             **config.preprocessing_flags(args),
         ),
-        classes=classes or (start.classes if start else None),
+        classes=classes or (start.classes if start and not args.finetune else None),
         train_data=None if train_data is None else train_data.fingerprint(),
         flags=vars(args),
         versions=checkpoint_util.versions(),
     )
+
+
+def open_start(args: Namespace) -> Checkpoint:
+    """The weights of --model_load_dir, of any format."""
+    path = checkpoint_util.find_snapshot(args.model_load_dir)
+    return checkpoint_util.open_checkpoint(path, model=args.model)
 
 
 def go_on(args: Namespace, snapshot: Snapshot, plan: Plan, resumed: str | None) -> list[str]:
@@ -306,9 +326,15 @@ def build_model(args: Namespace, snapshot: Snapshot, resumed: str | None) -> nn.
     model = model_util.MODELS[snapshot.model].build(
         snapshot.num_classes, Switches(**config.switch_flags(args))
     )
-    if resumed is not None or args.model_load_dir is not None:
-        path = checkpoint_util.find_snapshot(resumed or args.model_load_dir)
-        checkpoint_util.load_weights(model, checkpoint_util.read_weights(path), path=path)
+    if resumed is not None:
+        checkpoint_util.load_weights(model, checkpoint_util.read_weights(resumed), path=resumed)
+    elif args.model_load_dir is not None:
+        checkpoint = open_start(args)
+        checkpoint.load(model, finetune=args.finetune)
+        for text in checkpoint.foreign.notices if checkpoint.foreign else ():
+            notice(text)
+        if args.finetune:
+            notice("--finetune: the last layer starts from random weights.")
     return model
 
 

@@ -93,7 +93,7 @@ def test_snapshots_that_cannot_be_read(saved, tmp_path):
         with pytest.raises(error, match=words):
             checkpoint_util.restore(str(where), **flags)
 
-    refuse(UsageError, "there is no directory", where=tmp_path / "none")
+    refuse(UsageError, "there is no file or directory", where=tmp_path / "none")
     refuse(RunError, "holds no snapshot.json", where=tmp_path)
     refuse(UsageError, "--num_classes=5", num_classes=5)
     refuse(UsageError, "--model=resnet50", model="resnet50")
@@ -111,7 +111,7 @@ def test_snapshots_that_cannot_be_read(saved, tmp_path):
     save_file(arrays | {"fc.bias": np.zeros(3, np.float32)}, weights)
     refuse(UsageError, "fc.bias is")
     save_file(arrays | {"extra": np.zeros(3, np.float32)}, weights)
-    refuse(UsageError, "1 unknown, first extra")
+    refuse(UsageError, "1 unexpected, first extra")
     weights.write_bytes(whole)
     for broken in (text[: len(text) // 2], "[]", "{}", text.replace("image_size", "size")):
         description.write_text(broken)

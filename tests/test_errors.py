@@ -82,7 +82,7 @@ CASES = [
         "parts to read, and each of 9 processes needs one",
     ),
     (TRAIN, "--model_save_dir=/proc/x", 2, "--model_save_dir: cannot write to /proc/x"),
-    (TRAIN, "--model_load_dir=none", 2, "--model_load_dir: there is no directory none"),
+    (TRAIN, "--model_load_dir=none", 2, "--model_load_dir: there is no file or directory none"),
     (TRAIN, "--model_load_dir=half", 1, "snapshot.json is damaged"),
     (TRAIN, "--no_such_flag", 2, "unrecognized arguments: --no_such_flag"),
     (EVALUATE, "", 2, "--val_data_dir is needed"),
