@@ -1,0 +1,59 @@
+"""Write weights of any known format as a snapshot.
+
+python3 tools/convert_snapshot.py resnet50.pth output/snapshots/snapshot_resnet50
+python3 tools/convert_snapshot.py --help
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import oneflow_setup  # noqa: F401  (before oneflow, see there)
+
+import os
+
+import checkpoint_util
+import foreign_checkpoint
+import model_util
+from config import Parser, UsageError, run_main
+from metric_util import notice
+
+
+def make_parser() -> Parser:
+    parser = Parser("Write weights of any known format as a snapshot: model.safetensors and JSON.")
+    parser.add_argument("source", metavar="SRC", help="snapshot, .safetensors, .pth or a folder")
+    parser.add_argument("target", metavar="DST", help="directory to make")
+    parser.add_argument(
+        "--model",
+        choices=sorted(model_util.MODELS),
+        help="network; unless given, the one that the names of the weights tell of",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=foreign_checkpoint.LAYOUTS,
+        help="of the convolutions in a OneFlow folder of 2020 without meta files; unless given, "
+        "OIHW",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    path = checkpoint_util.find_snapshot(args.source)
+    if os.path.lexists(args.target):
+        raise UsageError(f"DST: {args.target} exists; nothing is overwritten, so name another")
+    checkpoint = checkpoint_util.open_checkpoint(path, model=args.model, layout=args.layout)
+    snapshot = checkpoint.snapshot
+    checkpoint_util.check_fits(snapshot, model=args.model, num_classes=None, path=path)
+    network = model_util.MODELS[snapshot.model].build(snapshot.num_classes)
+    checkpoint.load(network)
+    for text in checkpoint.notices():
+        notice(text)
+    os.makedirs(os.path.dirname(os.path.abspath(args.target)), exist_ok=True)
+    checkpoint_util.write_snapshot(args.target, network, snapshot)
+    print(f"{path} -> {args.target}: {snapshot.model}, {snapshot.num_classes} classes")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
