@@ -155,8 +155,6 @@ def parse_args(
         raise UsageError(
             "--resume and --model_load_dir both name weights to start from; give one of them"
         )
-    if args.finetune and args.model_load_dir is None and args.resume is None:
-        raise UsageError("--finetune needs --model_load_dir: the weights to start from")
     if resumed_flags is not None:
         args.model_load_dir, args.finetune = None, False  # of the first start
     return args
@@ -240,6 +238,8 @@ def describe_run(
             path=resumed or args.model_load_dir,
             finetune=args.finetune,
         )
+    elif args.finetune:
+        raise UsageError("--finetune needs --model_load_dir: the weights to start from")
     model = args.model or (start.model if start else "resnet50")
     known = None if train_data is None else train_data.num_classes
     num_classes = args.num_classes or known if args.finetune else args.num_classes
