@@ -17,7 +17,7 @@ import of_cnn_train_val
 import optimizer_util
 from golden import learning_curves
 from small import ROOT
-from tools import benchmark, make_mini_imagenet, make_ofrecord, verify_ofrecord
+from tools import benchmark, convert_snapshot, make_mini_imagenet, make_ofrecord, verify_ofrecord
 
 PARSE = {
     "of_cnn_train_val.py": of_cnn_train_val.parse_args,
@@ -26,6 +26,7 @@ PARSE = {
     "tools/make_ofrecord.py": make_ofrecord.make_parser().parse_args,
     "tools/verify_ofrecord.py": verify_ofrecord.parse_args,
     "tools/make_mini_imagenet.py": make_mini_imagenet.make_parser().parse_args,
+    "tools/convert_snapshot.py": convert_snapshot.make_parser().parse_args,
     "tools/benchmark.py": benchmark.make_parser().parse_args,
     "tests/golden/learning_curves.py": learning_curves.make_parser().parse_args,
 }
