@@ -33,7 +33,7 @@ import model_util
 from config import PUBLISHED_FOLDER, SNAPSHOT_ROOT, RunError, UsageError
 from file_util import link_files, replace_directory, sync_directory, write_durably
 from foreign_checkpoint import Foreign
-from image_util import Preprocessing
+from image_util import INTERPOLATIONS, Preprocessing
 from layer_util import Switches, from_standard, to_standard
 from metric_util import is_first_rank, notice
 
@@ -458,11 +458,15 @@ def read_description(path: str) -> Snapshot:
                 f"{FORMAT_VERSION}"
             )
         settings = content["preprocessing"]
+        interpolation = settings.get("interpolation", "bilinear")  # older snapshots have none
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"unknown interpolation {interpolation!r}")
         content["preprocessing"] = Preprocessing(
             image_size=int(settings["image_size"]),
             resize_shorter=int(settings["resize_shorter"]),
             rgb_mean=tuple(map(float, settings["rgb_mean"])),
             rgb_std=tuple(map(float, settings["rgb_std"])),
+            interpolation=interpolation,
         )
         if content.get("classes") is not None:
             content["classes"] = tuple(content["classes"])
@@ -669,7 +673,9 @@ def restore(
     checkpoint = open_checkpoint(path, model=model)
     snapshot = checkpoint.snapshot
     check_fits(snapshot, model=model, num_classes=num_classes, path=path)
-    snapshot.preprocessing = model_util.override(snapshot.preprocessing, **preprocessing)
+    snapshot.preprocessing = model_util.override(
+        snapshot.preprocessing, model=snapshot.model, **preprocessing
+    )
     network = model_util.MODELS[snapshot.model].build(snapshot.num_classes, switches)
     checkpoint.load(network)
     for text in checkpoint.notices():

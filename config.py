@@ -420,7 +420,7 @@ def add_optimizer_flags(
         type=number(float, 0),
         help="peak learning rate; unless given, "
         + ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATE_PER_256.items())
-        + ", per 256 images of global batch",
+        + ", per 256 images of global batch; sgd for alexnet and vgg: 0.01",
     )
     group.add_argument(
         "--wd",
@@ -729,8 +729,13 @@ def check_data_flags(args: argparse.Namespace) -> None:
         refuse(of_validation, "needs --val_data_dir")
 
 
-def finish_train_args(args: argparse.Namespace, *, device: str) -> list[str]:
+def finish_train_args(
+    args: argparse.Namespace, *, device: str, trial: dict | None = None
+) -> list[str]:
     """Fill in the defaults of the training script that depend on the device and the data.
+
+    Args:
+        trial: what replaces parts of CPU_TRIAL.
 
     Returns notices for the user. Raises UsageError where flags contradict one another.
     """
@@ -741,7 +746,11 @@ def finish_train_args(args: argparse.Namespace, *, device: str) -> list[str]:
     if not synthetic and args.val_data_dir is None:
         notices.append("No --val_data_dir: training without validation.")
     if synthetic and device == "cpu":
-        taken = {flag: value for flag, value in CPU_TRIAL.items() if getattr(args, flag) is None}
+        taken = {
+            flag: value
+            for flag, value in (CPU_TRIAL | (trial or {})).items()
+            if getattr(args, flag) is None
+        }
         for flag, value in taken.items():
             setattr(args, flag, value)
         if taken:
@@ -867,10 +876,6 @@ def data_kind(train_data_dir: str | None) -> str:
 def default_resize_shorter(image_size: int) -> int:
     """256 for 224 pixels, the ratio of the recipe, and in proportion for other sizes."""
     return round(image_size * 256 / 224)
-
-
-def default_learning_rate(optimizer: str, global_batch_size: int) -> float:
-    return LEARNING_RATE_PER_256[optimizer] * global_batch_size / 256
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from oneflow import nn
 from checkpoint_util import local
 from config import RunError, UsageError
 from interrupt_util import Interrupted, Interrupts
+from layer_util import Dropout
 from metric_util import Counts, limit_run_ahead, notice
-from ofrecord_util import to_device, to_global
+from ofrecord_util import own_rows, to_device, to_global
 
 # Of dynamic loss scaling, as in OneFlow's own ResNet-50.
 LOSS_SCALE = {
@@ -103,7 +104,10 @@ def everywhere(*scalars) -> tuple:
 class TrainGraph(nn.Graph):
     """One call is one step: load, forward, backward, update, all on the device.
 
-    Returns four scalars that stay there, over the batches of all devices: mean loss, top-1 hits,
+    A network with dropout needs the `masks` of the step; see `DropoutMasks`.
+
+    Returns four scalars that stay there, over the batches of all devices: mean loss (that of an
+    auxiliary classifier is in it, times the network's `auxiliary_weight`), top-1 hits,
     top-k hits, and the number of labels outside the network's classes (which are trained as class 0
     for one step: the caller must look at the count and stop). A fifth is the sum of `stop`, where
     that is given; see `Agreement`.
@@ -132,22 +136,65 @@ class TrainGraph(nn.Graph):
         self.model = model
         self.loader = loader
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.auxiliary_weight = getattr(model, "auxiliary_weight", 0.0)
+        self.dropouts = dropouts(model)
         self.top_k = top_k
         if schedule is None:
             self.add_optimizer(optimizer)
         else:
             self.add_optimizer(optimizer, lr_sch=schedule)
 
-    def build(self, *batch, stop=None):
+    def build(self, *batch, masks=(), stop=None):
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
-        logits = self.model(image)  # (N, C)
+        for layer, mask in zip(self.dropouts, masks, strict=True):
+            layer.mask = mask
+        logits, auxiliary = self.model(image), None  # (N, C)
+        if isinstance(logits, tuple | list):  # a network with a second classifier in training
+            logits, auxiliary = logits
         # The loss kernel aborts the process on a label it has no logit for.
         valid = flow.logical_and(label >= 0, label < logits.shape[1]).to(dtype=flow.int32)
         label = label * valid
         loss = self.cross_entropy(logits, label)  # ()
+        if auxiliary is not None:
+            loss = loss + self.auxiliary_weight * self.cross_entropy(auxiliary, label)
         loss.backward()
         top_1, top_k = hits(logits, label, self.top_k)
         return everywhere(loss, top_1.sum(), top_k.sum(), (1 - valid).sum(), stop)
+
+
+def dropouts(model: nn.Module) -> list[Dropout]:
+    return [module for module in model.modules() if isinstance(module, Dropout)]
+
+
+class DropoutMasks:
+    """The masks of a network's dropout layers, a function of seed, step, layer and row.
+
+    So they are the same for any number of devices, and in a run that goes on. They are cut from the
+    stream of a counter-based generator, 16 bits each, which also is the resolution of the rate.
+    """
+
+    def __init__(self, model: nn.Module, *, seed: int, batch_size: int, device: str):
+        """`batch_size` is the global one."""
+        self.layers = dropouts(model)
+        self.seed, self.rows = seed, own_rows(batch_size)
+        self.placement = flow.env.all_device_placement(device)
+
+    def at(self, step: int) -> dict:
+        """Arguments for the call of a graph. Steps count from 0."""
+        if not self.layers:
+            return {}
+        masks = [self.draw(step, number, layer) for number, layer in enumerate(self.layers)]
+        return {"masks": tuple(to_global(flow.tensor(m), self.placement) for m in masks)}
+
+    def draw(self, step: int, number: int, layer: Dropout) -> np.ndarray:
+        """This process's rows (n, features) of the mask of one layer."""
+        blocks = -(-layer.features // 16)  # of 4 x 64 bits, for each row
+        counter = [self.rows.start * blocks, 0, number, step]
+        generator = np.random.Philox(key=self.seed, counter=counter)
+        count = self.rows.stop - self.rows.start
+        drawn = generator.random_raw(count * blocks * 4).view(np.uint16).reshape(count, -1)
+        kept = drawn[:, : layer.features] >= round(layer.rate * 2**16)
+        return kept * np.float32(1 / (1 - layer.rate))
 
 
 class EvalGraph(nn.Graph):

@@ -10,6 +10,10 @@ from config import RunError, UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 MAX_RESIZED_PIXELS = 1 << 26  # 200 MB
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 CLASSES_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data/imagenet_classes.txt")
 
 
@@ -21,6 +25,7 @@ class Preprocessing:
     resize_shorter: int  # pixels of the shorter side before the centre crop of validation
     rgb_mean: tuple[float, float, float]  # of 0 to 255
     rgb_std: tuple[float, float, float]
+    interpolation: str = "bilinear"  # a key of INTERPOLATIONS; of inference and validation arrays
 
 
 def find_images(paths: list[str]) -> list[str]:
@@ -81,11 +86,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def center_crop(image: Image.Image, *, resize_shorter: int, size: int) -> np.ndarray:
+def center_crop(
+    image: Image.Image, *, resize_shorter: int, size: int, interpolation: str = "bilinear"
+) -> np.ndarray:
     """The centre of an RGB image as (size, size, 3) uint8: the transform of validation.
 
-    The shorter side is resized to `resize_shorter` pixels, bilinear, then the centre is cut out;
-    what the picture lacks where that is less than `size` is black.
+    The shorter side is resized to `resize_shorter` pixels, then the centre is cut out; what the
+    picture lacks where that is less than `size` is black.
 
     Raises RunError for a picture so elongated that resizing it would fill the memory.
     """
@@ -94,7 +101,7 @@ def center_crop(image: Image.Image, *, resize_shorter: int, size: int) -> np.nda
     target = (round(width * scale), round(height * scale))
     if target[0] * target[1] > MAX_RESIZED_PIXELS:
         raise RunError(f"a picture of {width} x {height} pixels is too long for its width")
-    resized = image.resize(target, Image.Resampling.BILINEAR)
+    resized = image.resize(target, INTERPOLATIONS[interpolation])
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
@@ -110,6 +117,7 @@ def load_image(path: str, preprocessing: Preprocessing) -> np.ndarray:
             image,
             resize_shorter=preprocessing.resize_shorter,
             size=preprocessing.image_size,
+            interpolation=preprocessing.interpolation,
         )
     except RunError as error:
         raise RunError(f"{path}: {error}") from None

@@ -78,6 +78,63 @@ def pad_input(module: nn.Conv2d, switches: Switches) -> None:
         module.in_channels = 4
 
 
+class Dropout(nn.Module):
+    """Dropout by a mask that the training graph hands in at each step (`graph_util.DropoutMasks`).
+
+    OneFlow's own, inside a graph, heeds no seed and draws the same mask in all layers of one shape.
+    """
+
+    def __init__(self, rate: float, features: int):
+        super().__init__()
+        self.rate = rate  # share of the features that are 0
+        self.features = features
+        self.mask = None  # (N, features) float32, 0 or 1 / (1 - rate)
+
+    def forward(self, x):  # (N, features) to the same
+        return x * self.mask if self.training else x
+
+
+def adaptive_mean(x, size: int):
+    """(N, C, H, W) to (N, C, size, size): means over `size` parts of each side, as even as can be.
+
+    Part i goes from floor(i H / size) to ceil((i + 1) H / size), as in PyTorch, so that neighbours
+    overlap where H is no multiple. OneFlow's own has no form that exports to ONNX for any size.
+    """
+    for dim in (2, 3):
+        length = x.shape[dim]
+        if length != size:
+            parts = [
+                x.narrow(dim, i * length // size, -(-(i + 1) * length // size) - i * length // size)
+                for i in range(size)
+            ]
+            x = flow.cat([part.mean(dim=dim, keepdim=True) for part in parts], dim=dim)
+    return x
+
+
+def draw_uniform(module: nn.Module) -> None:
+    """Weight and bias of a convolution or linear layer uniform within 1 / sqrt(fan_in)."""
+    bound = module.weight[0].numel() ** -0.5
+    nn.init.uniform_(module.weight, -bound, bound)
+    if module.bias is not None:
+        nn.init.uniform_(module.bias, -bound, bound)
+
+
+def draw_fan_out(module: nn.Module) -> None:
+    """A convolution's weight normal with variance 2 / fan_out, a linear layer's with a standard
+    deviation of 0.01, their biases 0; a batch norm's gamma 1 and beta 0."""
+    if isinstance(module, nn.Conv2d):
+        # out_channels times the kernel's pixels, whatever the groups
+        nn.init.normal_(module.weight, 0.0, (2 / module.weight[:, 0].numel()) ** 0.5)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, 0.0, 0.01)
+    elif isinstance(module, BATCH_NORMS):
+        nn.init.ones_(module.weight)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
 BATCH_NORMS = (nn.BatchNorm2d, nn.FusedBatchNorm2d)
 
 

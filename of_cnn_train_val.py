@@ -127,14 +127,15 @@ def prepare(argv: list[str] | None) -> Setup:
         flags = checkpoint_util.read_description(resumed).flags
         args = parse_args(argv, flags, device=device)
         notices += config.compare_flags(args, flags, path=resumed)
-    notices += config.finish_train_args(args, device=device)
+    trial = model_util.MODELS[args.model].trial if args.model else {}
+    notices += config.finish_train_args(args, device=device, trial=trial)
     train_data, val_data = open_data(args)
     if train_data is not None:
         notices += ofrecord_util.check_shares(
             train_data, num_processes=config.num_processes(args), path=args.train_data_dir
         )
     snapshot = describe_run(args, train_data, val_data, resumed)
-    plan = make_plan(args, train_data)
+    plan = make_plan(args, train_data, model=snapshot.model)
     notices += go_on(args, snapshot, plan, resumed)
     for text in notices:
         notice(text)
@@ -195,12 +196,12 @@ def open_data(args: Namespace) -> tuple[Dataset | None, Dataset | None]:
     return train_data, val_data
 
 
-def make_plan(args: Namespace, train_data: Dataset | None) -> Plan:
+def make_plan(args: Namespace, train_data: Dataset | None, *, model: str) -> Plan:
     """Epochs as steps; prints the learning rate where it was not given."""
     batch_size = global_batch_size(args)
     if args.learning_rate is None:
-        args.learning_rate = config.default_learning_rate(args.optimizer, batch_size)
-        rate = config.LEARNING_RATE_PER_256[args.optimizer]
+        rate = model_util.learning_rate_per_256(model, args.optimizer)
+        args.learning_rate = rate * batch_size / 256
         notice(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
     if train_data is None:
         num_examples = args.num_examples or config.SYNTHETIC_STEPS_PER_EPOCH * batch_size
@@ -258,6 +259,7 @@ def describe_run(
         num_classes=num_classes,
         preprocessing=model_util.override(
             start.preprocessing if start else model_util.preprocessing(model),
+            model=model,
             **config.preprocessing_flags(args),
         ),
         classes=classes or (start.classes if start and not args.finetune else None),
@@ -470,6 +472,9 @@ class Run:
         self.meter = Meter(snapshot.global_batch_size)
         self.interrupts = Interrupts()
         self.agreement = graph_util.Agreement(self.interrupts, device)
+        self.masks = graph_util.DropoutMasks(
+            model, seed=args.seed, batch_size=snapshot.global_batch_size, device=device
+        )
         self.saves = flow.env.get_rank() == 0
 
     @property
@@ -523,7 +528,8 @@ class Run:
         self.meter.restart()
         for iteration in range(snapshot.iteration + 1, self.plan.steps_per_epoch + 1):
             compiled = self.graph.is_compiled
-            output = self.graph(*next(batches), **self.agreement.vote())
+            masks = self.masks.at(snapshot.step)
+            output = self.graph(*next(batches), **masks, **self.agreement.vote())
             done = self.meter.add(output)
             if not compiled:
                 self.meter.restart_clock()

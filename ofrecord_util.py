@@ -678,6 +678,8 @@ class OFRecordValLoader(OFRecordLoader):
         largest = max(b - a for a, b in itertools.pairwise(self.bounds))
         self.num_batches = -(-largest // self.batch_size)
         self.decode = nn.OFRecordImageDecoder("encoded", color_space="RGB")
+        # Its default, the mean over the area of a pixel, is the nearest to Pillow's bilinear, which
+        # smooths as it shrinks; OneFlow's bilinear does not. To Pillow's bicubic all are as near.
         self.resize = nn.image.Resize(
             resize_side="shorter",
             keep_aspect_ratio=True,
@@ -861,6 +863,7 @@ class ArrayValLoader(ArrayLoader):
                 Image.fromarray(self.images[i]),
                 resize_shorter=self.preprocessing.resize_shorter,
                 size=self.size,
+                interpolation=self.preprocessing.interpolation,
             )
             for i in indices
         ]

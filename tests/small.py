@@ -34,7 +34,7 @@ def tiny(num_classes: int = 1000, switches: Switches = Switches()) -> resnet_mod
     return resnet_model.ResNet(block, depths, num_classes, width=8, switches=switches)
 
 
-TINY = model_util.Model(tiny, image_size=32)
+TINY = model_util.Model(tiny, image_size=32, switches=model_util.ALL_SWITCHES)
 
 
 def ballast(placement) -> flow.Tensor:

@@ -51,7 +51,6 @@ def test_recipe_is_the_default():
     assert (args.num_epochs, args.batch_size_per_device) == (90, 64)
     assert args.random_area == (0.08, 1.0)
     assert args.random_aspect_ratio == pytest.approx((0.75, 4 / 3))
-    assert config.default_learning_rate("sgd", 256) == 0.256
     assert config.default_resize_shorter(224) == 256
     entry = model_util.MODELS["resnet50"]
     assert entry.image_size == 224

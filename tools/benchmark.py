@@ -143,8 +143,8 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
         ]
     )
     config.finish_train_args(train_args, device=device)
-    plan = script.make_plan(train_args, None)
     snapshot = script.describe_run(train_args, None, None, None)
+    plan = script.make_plan(train_args, None, model=snapshot.model)
     script.go_on(train_args, snapshot, plan, None)
     model = graph_util.place(script.build_model(train_args, snapshot, None), device)
     model.train()
@@ -168,9 +168,11 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
         run.train_epoch()
         snapshot.iteration = 0
 
+    masks = run.masks.at(0)
+
     def bare_loop():
         for batch in itertools.islice(loader.batches(0), args.steps):
-            outputs = graph(*batch)
+            outputs = graph(*batch, **masks)
         outputs[0].numpy()  # waits for all steps
 
     with open(os.devnull, "w") as sink:

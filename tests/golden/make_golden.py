@@ -4,16 +4,16 @@ PyTorch is not among this project's requirements: it needs an environment of its
 3.11 or newer. A wheel for the CPU is enough. About a minute:
 
     python3.11 -m venv venv-torch
-    venv-torch/bin/pip install torch==2.13.0
+    venv-torch/bin/pip install torch==2.13.0 torchvision==0.28.0  # whose networks are 0.29's too
     venv-torch/bin/python tests/golden/make_golden.py
 
-It writes resnet50.npz and training.npz beside itself. Nothing here imports the project's modules:
-the networks, the optimizer and the schedule are written again, from the papers and PyTorch's own
-operators.
+It writes resnet50.npz, training.npz and networks.npz beside itself. Nothing here imports the
+project's modules: ResNet-50, EfficientNet-Lite0, the optimizer and the schedule are written again,
+from the papers and PyTorch's own operators; the other networks are torchvision's.
 
-Everything is computed three times: in float64, which is the reference; in float32; and in float32
-with batch norms that sum as OneFlow's CPU kernel does, one value after another. How far the last
-two are from the reference tells how far OneFlow may be.
+Of ResNet-50 everything is computed three times: in float64, which is the reference; in float32; and
+in float32 with batch norms that sum as OneFlow's CPU kernel does, one value after another. How far
+the last two are from the reference tells how far OneFlow may be.
 """
 
 import math
@@ -25,6 +25,7 @@ import seeded
 import torch
 from torch import nn
 from torch.nn import functional
+from torchvision import models
 
 HERE = Path(__file__).resolve().parent
 
@@ -325,9 +326,114 @@ def write_training() -> None:
     np.savez_compressed(HERE / "training.npz", **content)
 
 
+# The other networks, in evaluation, in float64.
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0 under the names of its published file."""
+
+    STAGES = "1 3 1 1 16/2 3 2 6 24/2 5 2 6 40/3 3 2 6 80/3 5 1 6 112/4 5 2 6 192/1 3 1 6 320"
+
+    def __init__(self):
+        super().__init__()
+        self.add("_conv_stem", "_bn0", nn.Conv2d(3, 32, 3, 2, bias=False))
+        inputs = 32
+        self._blocks = nn.ModuleList()
+        for stage in self.STAGES.split("/"):
+            depth, kernel, first, expansion, outputs = map(int, stage.split())
+            for stride in [first] + [1] * (depth - 1):
+                block, inner = Lite0Block(), inputs * expansion
+                block.shortcut = stride == 1 and inputs == outputs
+                if expansion > 1:
+                    block.add("_expand_conv", "_bn0", nn.Conv2d(inputs, inner, 1, bias=False))
+                depthwise = nn.Conv2d(inner, inner, kernel, stride, groups=inner, bias=False)
+                block.add("_depthwise_conv", "_bn1", depthwise)
+                block.add("_project_conv", "_bn2", nn.Conv2d(inner, outputs, 1, bias=False))
+                self._blocks.append(block)
+                inputs = outputs
+        self.add("_conv_head", "_bn1", nn.Conv2d(320, 1280, 1, bias=False))
+        self._fc = nn.Linear(1280, 1000)
+
+    def add(self, conv: str, norm: str, layer: nn.Conv2d) -> None:
+        self.add_module(conv, layer)
+        self.add_module(norm, nn.BatchNorm2d(layer.out_channels, eps=1e-3))
+
+    def forward(self, x):
+        x = functional.relu6(self._bn0(same(self._conv_stem, x)))
+        for block in self._blocks:
+            x = block(x)
+        x = functional.relu6(self._bn1(same(self._conv_head, x)))
+        return self._fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Lite0Block(nn.Module):
+    add = Lite0.add
+
+    def forward(self, x):
+        y = x
+        if hasattr(self, "_expand_conv"):
+            y = functional.relu6(self._bn0(same(self._expand_conv, y)))
+        y = functional.relu6(self._bn1(same(self._depthwise_conv, y)))
+        y = self._bn2(same(self._project_conv, y))
+        return x + y if self.shortcut else y
+
+
+def same(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A square picture through a convolution padded as by TensorFlow."""
+    size, kernel, stride = x.shape[-1], conv.kernel_size[0], conv.stride[0]
+    outputs = math.ceil(size / stride)
+    padding = max(kernel - stride if size % stride == 0 else kernel - size % stride, 0)
+    before = padding // 2
+    y = conv(functional.pad(x, (before, padding - before, before, padding - before)))
+    assert y.shape[-1] == outputs
+    return y
+
+
+# Builder, and pixels of the images: odd sizes on the way, and pooling to and from other sizes.
+NETWORKS = {
+    "resnext50": (models.resnext50_32x4d, 64),
+    "vgg": (models.vgg16_bn, 64),
+    "alexnet": (models.alexnet, 128),
+    "mobilenetv2": (models.mobilenet_v2, 64),
+    "inceptionv3": (lambda: models.inception_v3(init_weights=False), 107),
+    "efficientnet_lite0": (Lite0, 72),
+}
+NETWORKS_SEED = 7
+
+
+def write_networks() -> None:
+    content = {"torch": torch.__version__, "seed": NETWORKS_SEED}
+    for name, (build, pixels) in NETWORKS.items():
+        net = build().eval()
+        arrays = seeded.any_state(shapes(net), NETWORKS_SEED)
+        net.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()}, strict=False)
+        image, _ = seeded.batch(NETWORKS_SEED, size=2, pixels=pixels, num_classes=1000)
+        with torch.no_grad():
+            single = net(torch.tensor(image)).numpy()
+            logits = net.double()(torch.tensor(image).double()).numpy()
+            if name == "inceptionv3":
+                middle = torch.tensor(seeded.features(NETWORKS_SEED, (2, 768, 17, 17))).double()
+                content[f"{name}_auxiliary_logits"] = net.AuxLogits(middle).numpy()
+        error = np.abs(single - logits).max() / logits.std()
+        print(f"{name}: logits of {logits.std():.3g}, float32 off by {error:.1e} of that")
+        content |= prefixed(
+            name,
+            {
+                "pixels": pixels,
+                "parameters": sum(p.numel() for p in net.parameters()),
+                "listing": seeded.listing(shapes(net)),
+                "checksum": seeded.checksum({k: v for k, v in arrays.items() if v.size < 1 << 20}),
+                "logits": logits,
+                "float32_error": np.abs(single - logits).max(),
+            },
+        )
+    np.savez_compressed(HERE / "networks.npz", **content)
+
+
 def main() -> None:
     write_resnet50()
     write_training()
+    write_networks()
 
 
 if __name__ == "__main__":

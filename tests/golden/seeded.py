@@ -60,6 +60,32 @@ def _array(
     return rng.uniform(0.5, 1.5, shape)
 
 
+def any_state(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Parameters and buffers of any network, float32, by PyTorch's names; nothing is 0 or 1."""
+    return {
+        name: _any_array(name, shape, rng_of(seed, name)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def _any_array(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    if len(shape) > 1:  # a convolution or a linear layer
+        return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+    if name.endswith(("bias", "running_mean")):
+        return rng.standard_normal(shape) * 0.2
+    return rng.uniform(0.5, 1.5, shape)  # gammas and running variances
+
+
+def features(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 as behind a ReLU: half of them 0."""
+    return np.maximum(rng_of(seed, "features").standard_normal(shape, np.float32), 0)
+
+
+def listing(shapes: dict[str, tuple[int, ...]]) -> np.ndarray:
+    """(n,) str: `conv1.weight 64 3 7 7`, sorted."""
+    return np.array([" ".join([name, *map(str, shape)]) for name, shape in sorted(shapes.items())])
+
+
 def batch(seed: int, *, size: int, pixels: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images (size, 3, pixels, pixels) float32 and labels (size,) int32.
 
