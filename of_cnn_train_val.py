@@ -226,6 +226,8 @@ def describe_run(
     else of the training data and the table of models.
     """
     start = None if resumed is None else checkpoint_util.read_description(resumed)
+    if args.finetune and args.model is not None and args.model_load_dir is None:
+        args.model_load_dir = model_util.installed_weights(args.model)
     if resumed is None and args.model_load_dir is not None:
         checkpoint = open_start(args)
         start = checkpoint.snapshot
