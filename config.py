@@ -21,6 +21,9 @@ CPU_TRIAL = {"image_size": 64, "batch_size_per_device": 8, "num_epochs": 2}
 SNAPSHOT_ROOT = os.path.join("output", "snapshots")
 # The original page's pretrained model; taken where it lies in the working directory.
 PUBLISHED_FOLDER = "resnet_v15_of_best_model_val_top1_77318"
+# An exported file goes here, and is looked for here, unless --onnx_path names one.
+ONNX_ROOT = os.path.join("onnx", "model")
+OPSETS = (9, 21)  # lowest and highest that resnet_to_onnx.py writes
 # Learning rates per 256 images of global batch. sgd: Goyal et al. (arXiv:1706.02677) scaled as in
 # NVIDIA's and OneFlow's ResNet-50 v1.5; adam: its paper's 0.001; rmsprop: 0.045 at batch 1600, of
 # the Inception-v3 paper (arXiv:1512.00567).
@@ -200,6 +203,12 @@ def addresses(text: str) -> tuple[str, ...]:
 def optimizer_name(text: str) -> str:
     """The 2020 page still says --model_update=momentum for what is now --optimizer=sgd."""
     return {"momentum": "sgd"}.get(text.lower(), text.lower())
+
+
+def onnx_path(text: str) -> str:
+    if not text.endswith(".onnx"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .onnx")
+    return text
 
 
 # Groups of flags.
@@ -559,6 +568,37 @@ def add_snapshot_flags(parser: Parser) -> None:
     )
 
 
+def add_export_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("ONNX file")
+    group.add_argument(
+        "--onnx_path",
+        type=onnx_path,
+        help="file to write; one that is there is replaced once the new one has been proved equal; "
+        f"unless given, {ONNX_ROOT}/<name of the snapshot>.onnx",
+    )
+    group.add_argument(
+        "--opset", type=number(int, *OPSETS), default=12, help="version of ONNX's operators"
+    )
+    add_switch(group, "--external_data", "put the weights into a second file, <onnx_path>.data")
+    add_switch(group, "--check_only", "export nothing; compare the file that is there")
+
+
+def add_backend_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("backend")
+    group.add_argument(
+        "--backend",
+        choices=("oneflow", "onnxruntime"),
+        default="oneflow",
+        help="what computes: OneFlow from a snapshot, or ONNX Runtime, on the CPU, from a file of "
+        "resnet_to_onnx.py, whose classes and preprocessing hold",
+    )
+    group.add_argument(
+        "--onnx_path",
+        type=onnx_path,
+        help=f"onnxruntime only: file to read; unless given, the newest in {ONNX_ROOT}",
+    )
+
+
 def add_switch(group, name: str, text: str, default: bool = False) -> None:
     """A boolean flag: `--name`, `--name=True` or `--name=False`."""
     group.add_argument(
@@ -593,6 +633,7 @@ def evaluate_parser(*, models: Iterable[str]) -> Parser:
     add_precision_flags(parser)
     add_val_data_flags(parser)
     add_snapshot_flags(parser)
+    add_backend_flags(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--num_epochs",
@@ -611,17 +652,47 @@ def inference_parser(*, models: Iterable[str]) -> Parser:
     add_device_flags(parser)
     add_precision_flags(parser)
     add_snapshot_flags(parser)
+    add_backend_flags(parser)
     group = parser.add_argument_group("images")
-    group.add_argument(
-        "--image_path",
-        nargs="+",
-        default=[os.path.join("data", "cat.jpg")],
-        help="image files, or directories of images",
+    add_image_path(
+        group, ["cat.jpg"], "image files, directories of images, or - for paths on stdin"
     )
     group.add_argument(
         "--top_k", type=number(int, 1), default=1, help="classes to print for each image"
     )
+    group.add_argument(
+        "--batch_size",
+        type=number(int, 1),
+        default=1,
+        help="images that the network takes at once; the figures do not depend on it",
+    )
+    group.add_argument(
+        "--output",
+        choices=("text", "csv", "json"),
+        default="text",
+        help="text: the path, then `probability name` lines; csv: a header, then a line for each "
+        "class; json: an object for each image, one a line",
+    )
     return parser
+
+
+def export_parser(*, models: Iterable[str]) -> Parser:
+    parser = Parser("Export a snapshot to ONNX, and prove the file equal to it.")
+    add_model_flags(parser, models, from_snapshot=True)
+    add_snapshot_flags(parser)
+    add_export_flags(parser)
+    group = parser.add_argument_group("check")
+    add_image_path(
+        group,
+        ["cat.jpg", "coffee.jpg"],
+        "image files, or directories of images, on which to compare, beside random ones",
+    )
+    return parser
+
+
+def add_image_path(group, names: list[str], text: str) -> None:
+    default = [os.path.join("data", name) for name in names]
+    group.add_argument("--image_path", nargs="+", default=default, help=text)
 
 
 def switch_flags(args: argparse.Namespace) -> dict[str, bool]:
@@ -679,6 +750,42 @@ def check_precision_flags(args: argparse.Namespace, *, device: str) -> list[str]
         if getattr(args, flag, None):
             raise UsageError(f"--{flag} needs CUDA, and the device is a CPU; leave it out")
     return ["--use_fp16: a CPU computes in float32."] if args.use_fp16 else []
+
+
+# Flags that say what a file for ONNX Runtime says itself, or how OneFlow computes.
+OF_ONEFLOW = {
+    "model_load_dir": "the network comes from --onnx_path",
+    **dict.fromkeys(("model", "num_classes"), "the network comes from --onnx_path"),
+    **dict.fromkeys(
+        ("image_size", "resize_shorter", "rgb_mean", "rgb_std"),
+        "the preprocessing is that of the file; give it to resnet_to_onnx.py",
+    ),
+    **dict.fromkeys(
+        ("use_fp16", "channel_last", "pad_output", "fuse_bn_relu", "fuse_bn_add_relu"),
+        "it is about how OneFlow computes",
+    ),
+}
+
+
+def check_backend_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that the chosen backend would ignore."""
+    if args.backend == "oneflow":
+        if args.onnx_path is not None:
+            raise UsageError("--onnx_path needs --backend=onnxruntime; add that, or leave it out")
+        return
+    for flag, why in OF_ONEFLOW.items():
+        if getattr(args, flag) not in (None, False):
+            raise UsageError(f"--{flag} contradicts --backend=onnxruntime: {why}; leave it out")
+    if args.device == "cuda":
+        raise UsageError(
+            "--device=cuda contradicts --backend=onnxruntime, which computes on the CPU; leave it "
+            "out"
+        )
+    if num_processes(args) > 1:
+        raise UsageError(
+            "--num_nodes and --gpu_num_per_node contradict --backend=onnxruntime, which is one "
+            "process; leave them out"
+        )
 
 
 def check_optimizer_flags(args: argparse.Namespace) -> None:

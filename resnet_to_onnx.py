@@ -1,0 +1,359 @@
+"""Export a network to ONNX, and prove that ONNX Runtime computes what OneFlow computes.
+
+python3 resnet_to_onnx.py                                    # the newest snapshot
+python3 resnet_to_onnx.py --model_load_dir=SNAPSHOT --onnx_path=resnet.onnx --opset=17
+python3 resnet_to_onnx.py --help
+
+The file takes `images` (batch, 3, H, W) float32, RGB, normalised, with any batch, and gives
+`logits` (batch, classes). onnx_util.py says what its metadata hold.
+"""
+
+import oneflow_setup  # noqa: F401  (first, see there)
+
+import io
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+
+import numpy as np
+import oneflow as flow
+import onnx
+from oneflow import nn
+from oneflow_onnx.oneflow2onnx.flow2onnx import Export
+from onnx import version_converter
+from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
+
+import checkpoint_util
+import config
+import image_util
+import model_util
+import onnx_util
+from checkpoint_util import Snapshot
+from config import RunError, UsageError
+from file_util import sync_directory, write_durably
+from metric_util import notice
+from onnx_util import DATA_SUFFIX, INPUT, OUTPUT, ExportedModel, softmax
+
+# Shapes in the exported graph that begin with this number depend on the batch.
+EXPORT_BATCH = 8
+CHECK_BATCHES = (1, EXPORT_BATCH)  # of random images
+# The newest that oneflow-onnx gets right: from 11 on it loses the bounds of ReLU6, from 13 on it
+# writes graphs that onnx's checker refuses.
+OWN_OPSET = 10
+RTOL, ATOL = 1e-4, 1e-5
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    paths = image_util.find_images(args.image_path)
+    network, snapshot, snapshot_path = checkpoint_util.restore(
+        args.model_load_dir,
+        model=args.model,
+        num_classes=args.num_classes,
+        **config.preprocessing_flags(args),
+    )
+    notice(f"Restoring model from {snapshot_path}.")
+    images = [image_util.load_image(path, snapshot.preprocessing) for path in paths]
+    reference = Reference(network)
+    path = args.onnx_path or default_path(snapshot_path)
+    if args.check_only:
+        exported = ExportedModel(onnx_util.find_export(path))
+        check_metadata(exported, snapshot)
+        comparison = compare(exported, reference, images, snapshot)
+    else:
+        with new_file(path) as temporary:
+            model = convert(reference, snapshot, snapshot_path, opset=args.opset)
+            write(model, temporary, external_data=args.external_data)
+            comparison = compare(ExportedModel(temporary), reference, images, snapshot)
+            if comparison.equal:
+                put(temporary, path)
+                print("Convert to onnx success! >> ", path)
+    print_comparison(comparison, paths, snapshot)
+    if not comparison.equal:
+        raise RunError(
+            f"{path} differs from {snapshot_path}: logits by {comparison.difference:.3g}, and "
+            f"{RTOL:g} relative, {ATOL:g} absolute are allowed"
+            + ("" if args.check_only else "; it was not kept")
+        )
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    args = config.export_parser(models=model_util.MODELS).parse_args(argv)
+    for flag, default in (("external_data", False), ("opset", 12)):
+        if args.check_only and getattr(args, flag) != default:
+            raise UsageError(f"--{flag} has no effect with --check_only; leave it out")
+    return args
+
+
+def default_path(snapshot_path: str) -> str:
+    """Where the export of a snapshot goes.
+
+    >>> default_path("output/snapshots/model_save-20200723124215/snapshot_epoch_9")
+    'onnx/model/model_save-20200723124215_epoch_9.onnx'
+    >>> default_path("resnet_v15_of_best_model_val_top1_77318")
+    'onnx/model/resnet_v15_of_best_model_val_top1_77318.onnx'
+    """
+    directory, name = os.path.split(os.path.abspath(snapshot_path))
+    if name.startswith(checkpoint_util.PREFIX):  # of a run, whose name tells it from others
+        run = os.path.basename(directory)
+        name = "_".join(filter(None, (run, name.removeprefix(checkpoint_util.PREFIX))))
+    elif os.path.isfile(snapshot_path):
+        name = os.path.splitext(name)[0]
+    return os.path.join(config.ONNX_ROOT, f"{name}.onnx")
+
+
+class LogitsGraph(nn.Graph):
+    """Images (N, 3, H, W) float32 to logits (N, C) float32."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def build(self, image):
+        return self.model(image)
+
+
+class Reference:
+    """What OneFlow computes, on the CPU."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model.eval()
+        self.graphs: dict[int, LogitsGraph] = {}
+
+    def graph(self, batch: int) -> LogitsGraph:
+        return self.graphs.setdefault(batch, LogitsGraph(self.model))
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        return self.graph(len(images))(flow.tensor(images)).numpy()
+
+
+def convert(
+    reference: Reference, snapshot: Snapshot, snapshot_path: str, *, opset: int
+) -> onnx.ModelProto:
+    """The network as an ONNX model, in memory. Raises RunError where it cannot be expressed."""
+    size = snapshot.preprocessing.image_size
+    reference.logits(np.zeros((EXPORT_BATCH, 3, size, size), np.float32))  # compiles
+    model = call_oneflow_onnx(reference.graph(EXPORT_BATCH), opset=min(opset, OWN_OPSET))
+    rename(model, model.graph.input[0].name, INPUT)
+    rename(model, model.graph.output[0].name, OUTPUT)
+    free_batch(model)
+    if opset > OWN_OPSET:
+        model = version_converter.convert_version(model, opset)
+    model.graph.name = snapshot.model
+    metadata = onnx_util.describe(
+        model=snapshot.model,
+        snapshot=os.path.basename(os.path.abspath(snapshot_path)),
+        classes=image_util.class_names(snapshot.num_classes, snapshot.classes),
+        preprocessing=snapshot.preprocessing,
+    )
+    onnx.helper.set_model_props(model, metadata)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise RunError(f"opset {opset} cannot express this {snapshot.model}: {error}") from None
+    return model
+
+
+def call_oneflow_onnx(graph: nn.Graph, *, opset: int) -> onnx.ModelProto:
+    """The graph as oneflow-onnx exports it. Raises RunError."""
+    with tempfile.TemporaryDirectory() as place, library_errors() as errors:
+        weights, path = os.path.join(place, "weights"), os.path.join(place, "model.onnx")
+        flow.save(graph.state_dict(), weights)
+        try:
+            with redirect_stdout(io.StringIO()):
+                Export(graph, weights, path, opset=opset, dynamic_batch_size=True)
+        except Exception as error:  # whatever the library makes of a layer that it does not know
+            errors.append(f"{type(error).__name__}: {error}")
+        if errors:
+            raise RunError(f"oneflow-onnx cannot export the network: {errors[0]}")
+        return onnx.load(path)
+
+
+@contextmanager
+def library_errors() -> Iterator[list[str]]:
+    """Gathers the errors that oneflow-onnx only logs, and keeps its log from the screen."""
+    errors, handler = [], logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append(record.getMessage())
+    logger = logging.getLogger("oneflow_onnx")
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield errors
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def rename(model: onnx.ModelProto, old: str, new: str) -> None:
+    """Give an input or output of the graph another name."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name == old:
+            value.name = new
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [new if name == old else name for name in names]
+
+
+def free_batch(model: onnx.ModelProto) -> None:
+    """Let the graph, exported with EXPORT_BATCH images, take any number of them.
+
+    A Reshape to a constant shape takes its first number from its input instead, where that is the
+    batch.
+    """
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "Reshape" or node.input[0] in constants:
+            continue
+        if node.input[1] in constants:
+            shape = onnx.numpy_helper.to_array(constants[node.input[1]]).copy()
+            if shape.size and shape[0] == EXPORT_BATCH:
+                shape[0] = 0  # as in the input
+                name = f"{node.output[0]}/shape"
+                graph.initializer.append(onnx.numpy_helper.from_array(shape, name))
+                node.input[1] = name
+    del graph.value_info[:]  # shapes in between, with the batch in them; they are inferred
+    for value in (graph.input[0], graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    used = {name for node in graph.node for name in node.input}
+    unused = [tensor for tensor in graph.initializer if tensor.name not in used]
+    for tensor in unused:
+        graph.initializer.remove(tensor)
+
+
+@contextmanager
+def new_file(path: str) -> Iterator[str]:
+    """A temporary name for the file `path`, in a directory of its own beside it; nothing is left.
+
+    Raises UsageError where nothing can be written there.
+    """
+    directory, name = os.path.split(path)
+    place = os.path.join(directory, f".{name}.tmp-{os.getpid()}")
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(0, "it is a directory", path)
+        if os.path.isfile(directory):
+            raise NotADirectoryError(0, f"{directory} is a file", path)
+        os.makedirs(directory or ".", exist_ok=True)
+        os.mkdir(place)
+    except OSError as error:
+        raise UsageError(
+            f"--onnx_path: cannot write {path}: {error.strerror}; give another"
+        ) from None
+    try:
+        yield os.path.join(place, name)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; nothing was changed") from None
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def write(model: onnx.ModelProto, path: str, *, external_data: bool) -> None:
+    """Write a model, its weights into `<path>.data` if asked to. Raises OSError, or RunError."""
+    if external_data:
+        model = onnx.ModelProto.FromString(model.SerializeToString())
+        data = os.path.basename(path) + DATA_SUFFIX
+        convert_model_to_external_data(model, location=data)  # what is over 1 kB
+        model = write_external_data_tensors(model, os.path.dirname(path))
+        sync_directory(path + DATA_SUFFIX)
+    write_durably(path, model.SerializeToString())
+    try:
+        onnx.checker.check_model(path)
+    except onnx.checker.ValidationError as error:
+        raise RunError(f"onnx's checker refuses the file: {error}") from None
+
+
+def put(temporary: str, path: str) -> None:
+    """Put a new file, and that of its weights, in the place of what was there."""
+    if os.path.exists(path + DATA_SUFFIX) or os.path.exists(temporary + DATA_SUFFIX):
+        # Two files cannot change places in one step: nobody is to read one old, one new.
+        for old in (path, path + DATA_SUFFIX):
+            if os.path.exists(old):
+                os.remove(old)
+        if os.path.exists(temporary + DATA_SUFFIX):
+            os.rename(temporary + DATA_SUFFIX, path + DATA_SUFFIX)
+    os.replace(temporary, path)
+    sync_directory(os.path.dirname(path) or ".")
+
+
+@dataclass
+class Comparison:
+    """Of the logits of OneFlow and of ONNX Runtime."""
+
+    photographs: list[tuple[np.ndarray, bool]]  # (1, C) of ONNX Runtime, and whether it is equal
+    equal: bool  # these, and on random images
+    difference: float  # the largest, of logits
+    largest: float  # logit
+
+
+def compare(
+    exported: ExportedModel, reference: Reference, images: list[np.ndarray], snapshot: Snapshot
+) -> Comparison:
+    """Run both on `images`, one by one, and on random ones in batches. Raises RunError."""
+    rng, size = np.random.default_rng(0), snapshot.preprocessing.image_size
+    batches = [image[None] for image in images] + [
+        rng.standard_normal((batch, 3, size, size), np.float32) for batch in CHECK_BATCHES
+    ]
+    pairs = [(exported.logits(batch), reference.logits(batch)) for batch in batches]
+    results = [are_equal(theirs, ours) for theirs, ours in pairs]
+    return Comparison(
+        photographs=[(pairs[i][0], results[i]) for i in range(len(images))],
+        equal=all(results),
+        difference=max(
+            np.abs(theirs - ours).max() if theirs.shape == ours.shape else np.inf
+            for theirs, ours in pairs
+        ),
+        largest=max(np.abs(ours).max() for _, ours in pairs),
+    )
+
+
+def are_equal(theirs: np.ndarray, ours: np.ndarray) -> bool:
+    """Whether logits (N, C) and their probabilities are the same within RTOL and ATOL.
+
+    A logit near 0 is a difference of large numbers, so the relative part of its tolerance is of the
+    largest logit of its image.
+    """
+    if theirs.shape != ours.shape:
+        return False
+    allowed = ATOL + RTOL * np.abs(ours).max(axis=1, keepdims=True)
+    return bool((np.abs(theirs - ours) <= allowed).all()) and np.allclose(
+        softmax(theirs), softmax(ours), rtol=RTOL, atol=ATOL
+    )
+
+
+def check_metadata(exported: ExportedModel, snapshot: Snapshot) -> None:
+    """Raise RunError where a file is for other images or classes than the snapshot."""
+    classes = tuple(image_util.class_names(snapshot.num_classes, snapshot.classes))
+    for name, theirs, ours in (
+        ("model", exported.model, snapshot.model),
+        ("classes", exported.classes, classes),
+        ("preprocessing", exported.preprocessing, snapshot.preprocessing),
+    ):
+        if theirs != ours:
+            raise RunError(f"{exported.path} has another {name} than the snapshot; export it again")
+
+
+def print_comparison(comparison: Comparison, paths: list[str], snapshot: Snapshot) -> None:
+    """The original's lines for each photograph."""
+    names = image_util.class_names(snapshot.num_classes, snapshot.classes)
+    for path, (logits, equal) in zip(paths, comparison.photographs, strict=True):
+        probabilities = softmax(logits)[0]
+        best = int(probabilities.argmax())
+        print(path)
+        print(f"Are the results equal? {'Yes' if equal else 'No'}")
+        print(f"Class: {names[best]}; score: {probabilities[best]}", flush=True)
+    notice(
+        f"Largest difference: {comparison.difference:.3g}, of logits up to "
+        f"{comparison.largest:.3g} ({len(paths)} photographs, and random images in batches of "
+        f"{' and '.join(map(str, CHECK_BATCHES))})."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(config.run_main(main))
