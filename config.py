@@ -579,7 +579,11 @@ def add_export_flags(parser: Parser) -> None:
     group.add_argument(
         "--opset", type=number(int, *OPSETS), default=12, help="version of ONNX's operators"
     )
-    add_switch(group, "--external_data", "put the weights into a second file, <onnx_path>.data")
+    add_switch(
+        group,
+        "--external_data",
+        "put the weights into a second file, <onnx_path>.data, which has to stay beside it",
+    )
     add_switch(group, "--check_only", "export nothing; compare the file that is there")
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 
 import numpy as np
 import oneflow as flow
@@ -91,6 +92,13 @@ def hits(logits, label, top_k: int):
     beaten = flow.logical_or(own > logits, equal_later).to(dtype=flow.int32).sum(dim=1)
     rank = num_classes - beaten
     return (rank < 1).to(dtype=flow.int32), (rank < top_k).to(dtype=flow.int32)
+
+
+def count_hits(logits, label, counted, *, top_k: int) -> tuple:
+    """Top-1 hits, top-k hits and labels outside the classes, over rows whose `counted` is 1."""
+    valid = flow.logical_and(label >= 0, label < logits.shape[1]).to(dtype=flow.int32)
+    top_1, hit_k = hits(logits, label * valid, top_k)
+    return (top_1 * counted).sum(), (hit_k * counted).sum(), ((1 - valid) * counted).sum()
 
 
 def everywhere(*scalars) -> tuple:
@@ -215,10 +223,7 @@ class EvalGraph(nn.Graph):
     def build(self, counted, *batch, stop=None):
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         logits = self.model(image)  # (N, C)
-        valid = flow.logical_and(label >= 0, label < logits.shape[1]).to(dtype=flow.int32)
-        top_1, top_k = hits(logits, label * valid, self.top_k)
-        bad_labels = ((1 - valid) * counted).sum()
-        return everywhere((top_1 * counted).sum(), (top_k * counted).sum(), bad_labels, stop)
+        return everywhere(*count_hits(logits, label, counted, top_k=self.top_k), stop)
 
 
 class PredictGraph(nn.Graph):
@@ -235,7 +240,10 @@ class PredictGraph(nn.Graph):
 
 
 class Predictor:
-    """Arrays of images to arrays of probabilities. Compiles once for each batch size."""
+    """Arrays of images to arrays of probabilities.
+
+    Compiles for a batch larger than those it has had; a smaller one is filled up.
+    """
 
     def __init__(self, model: nn.Module, *, device: str, use_fp16: bool = False):
         self.model = model.eval()
@@ -245,10 +253,12 @@ class Predictor:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(N, 3, H, W) float32, normalised, to (N, C) float32."""
-        graph = self.graphs.setdefault(
-            len(images), PredictGraph(self.model, use_fp16=self.use_fp16)
-        )
-        return local(graph(to_device(images, self.placement))).numpy()
+        count = len(images)
+        size = min((size for size in self.graphs if size >= count), default=count)
+        if size not in self.graphs:
+            self.graphs[size] = PredictGraph(self.model, use_fp16=self.use_fp16)
+        images = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), np.float32)])
+        return local(self.graphs[size](to_device(images, self.placement))).numpy()[:count]
 
 
 def wait_for_all() -> None:
@@ -353,3 +363,38 @@ class Evaluator:
                 "are of another data set than the network"
             )
         return Counts(top_1, top_k, self.num_examples), seconds
+
+
+class ArrayGraph:
+    """As EvalGraph, for a network that is a function of arrays: images to logits (N, C)."""
+
+    is_compiled = True
+
+    def __init__(
+        self, network: Callable[[np.ndarray], np.ndarray], loader: nn.Module, *, top_k: int
+    ):
+        self.network = network
+        self.loader = loader
+        self.top_k = top_k
+
+    def __call__(self, counted, *batch) -> tuple:
+        image, label = self.loader(*batch)
+        logits = to_device(self.network(local(image).numpy()), label.placement)
+        return count_hits(logits, label, counted, top_k=self.top_k)
+
+
+class ArrayEvaluator(Evaluator):
+    """The same for a network that is a function of arrays, in one process on the CPU."""
+
+    def __init__(
+        self,
+        network: Callable[[np.ndarray], np.ndarray],
+        loader: nn.Module,
+        *,
+        num_examples: int,
+        top_k: int,
+    ):
+        self.model = loader  # whose mode is of no account
+        self.graph = ArrayGraph(network, loader, top_k=top_k)
+        self.loader = loader
+        self.num_examples = num_examples

@@ -1,7 +1,8 @@
-"""Score a snapshot on a validation set: every image exactly once.
+"""Score a snapshot, or an exported file, on a validation set: every image exactly once.
 
 python3 of_cnn_evaluate.py --val_data_dir=DIR/validation            # the newest snapshot
 python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --model_load_dir=SNAPSHOT
+python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --backend=onnxruntime
 python3 of_cnn_evaluate.py --help
 """
 
@@ -19,6 +20,7 @@ import launch_util
 import metric_util
 import model_util
 import ofrecord_util
+import onnx_util
 from config import UsageError
 from layer_util import Switches
 from metric_util import notice
@@ -30,23 +32,22 @@ def main(argv: list[str] | None = None) -> int | None:
         job = launch_util.make_job(**config.job_flags(args))
         if job.world_size > 1:
             return launch_util.launch(command(argv), job=job, facts=lambda: facts(args))
-    device, data, (model, snapshot, path) = prepare(args)
+    device, data, (model, about, path) = prepare(args)
     log = metric_util.open_log(args.log_dir, "of_cnn_evaluate")
     log(f"Restoring model from {path}.")
     log(f"Loading data from {args.val_data_dir}")
     loader = ofrecord_util.val_loader(
         data,
         batch_size=args.val_batch_size_per_device * config.num_processes(args),
-        preprocessing=snapshot.preprocessing,
+        preprocessing=about.preprocessing,
         device=device,
     )
-    evaluator = graph_util.Evaluator(
-        graph_util.place(model, device),
-        loader,
-        num_examples=data.num_examples,
-        top_k=args.top_k,
-        use_fp16=args.use_fp16,
-    )
+    settings = {"num_examples": data.num_examples, "top_k": args.top_k}
+    if args.backend == "onnxruntime":
+        evaluator = graph_util.ArrayEvaluator(model.logits, loader, **settings)
+    else:
+        model = graph_util.place(model, device)
+        evaluator = graph_util.Evaluator(model, loader, use_fp16=args.use_fp16, **settings)
     for _ in range(args.num_epochs):
         counts, seconds = evaluator.round()
         # The original numbers every round 0: the epoch is that of training.
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     args = config.evaluate_parser(models=model_util.MODELS).parse_args(argv)
+    config.check_backend_flags(args)
     if args.val_data_dir is None:
         raise UsageError("--val_data_dir is needed: the directory of the validation parts")
     return args
@@ -80,7 +82,15 @@ def facts(args: Namespace) -> dict:
 
 
 def prepare(args: Namespace) -> tuple[str, ofrecord_util.Dataset, tuple]:
-    """Device, data and network, all checked. Raises UsageError or RunError."""
+    """Device, data and network, all checked. Raises UsageError or RunError.
+
+    The network comes with what has its preprocessing and classes, and its path.
+    """
+    if args.backend == "onnxruntime":
+        data = open_data(args)
+        exported = onnx_util.ExportedModel(onnx_util.find_export(args.onnx_path))
+        check_labels(args, data, exported.num_classes)
+        return "cpu", data, (exported, exported, exported.path)
     device = graph_util.choose_device(args.device, count=args.gpu_num_per_node)
     for text in config.check_precision_flags(args, device=device):
         notice(text)
@@ -92,9 +102,12 @@ def prepare(args: Namespace) -> tuple[str, ofrecord_util.Dataset, tuple]:
         switches=Switches(**config.switch_flags(args)),
         **config.preprocessing_flags(args),
     )
-    num_classes = restored[1].num_classes
-    ofrecord_util.check_labels(data, num_classes=num_classes, path=args.val_data_dir)
+    check_labels(args, data, restored[1].num_classes)
     return device, data, restored
+
+
+def check_labels(args: Namespace, data: ofrecord_util.Dataset, num_classes: int) -> None:
+    ofrecord_util.check_labels(data, num_classes=num_classes, path=args.val_data_dir)
 
 
 def open_data(args: Namespace) -> ofrecord_util.Dataset:

@@ -1,14 +1,21 @@
-"""Classify images with a snapshot.
+"""Classify images with a snapshot, or with a file that resnet_to_onnx.py has made.
 
 python3 of_cnn_inference.py --image_path data/cat.jpg               # the newest snapshot
-python3 of_cnn_inference.py --image_path DIRECTORY --model_load_dir=SNAPSHOT --top_k=5
+find photos -name '*.jpg' | python3 of_cnn_inference.py --image_path - --output=csv --batch_size=8
+python3 of_cnn_inference.py --image_path DIRECTORY --backend=onnxruntime --top_k=5
 python3 of_cnn_inference.py --help
 """
 
 import oneflow_setup  # noqa: F401  (first, see there)
 
+import csv
+import itertools
+import json
 import sys
 from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from queue import Queue
+from threading import Thread
 
 import numpy as np
 
@@ -17,17 +24,49 @@ import config
 import graph_util
 import image_util
 import model_util
+import onnx_util
 from config import RunError, UsageError
+from image_util import Preprocessing
 from layer_util import Switches
 from metric_util import notice
 
+Predict = Callable[[np.ndarray], np.ndarray]  # (N, 3, H, W) normalised to (N, C) probabilities
+STDIN = "-"
 
-def main(argv: list[str] | None = None) -> None:
+
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    paths = find_paths(args.image_path)
+    predict, preprocessing, names = BACKENDS[args.backend](args)
+    write = WRITERS[args.output](names, args.top_k)
+    failures = Failures()
+    images = ahead(failures.taken_out(load_all(paths, preprocessing)), depth=2 * args.batch_size)
+    for batch in batches(images, args.batch_size):
+        rows = predict(np.stack([image for _, image in batch]))
+        for (path, _), probabilities in zip(batch, rows, strict=True):
+            write(path, probabilities)
+    return failures.exit_status()
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    args = config.inference_parser(models=model_util.MODELS).parse_args(argv)
+    config.check_backend_flags(args)
+    if config.num_processes(args) > 1:
+        raise UsageError(
+            "--num_nodes and --gpu_num_per_node: classifying runs on one device; leave them out"
+        )
+    if STDIN in args.image_path and len(args.image_path) > 1:
+        raise UsageError("--image_path: - stands alone, as all paths then come on standard input")
+    return args
+
+
+# What computes.
+
+
+def oneflow_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]:
     device = graph_util.choose_device(args.device)
     for text in config.check_precision_flags(args, device=device):
         notice(text)
-    paths = image_util.find_images(args.image_path)
     model, snapshot, snapshot_path = checkpoint_util.restore(
         args.model_load_dir,
         model=args.model,
@@ -36,39 +75,170 @@ def main(argv: list[str] | None = None) -> None:
         **config.preprocessing_flags(args),
     )
     notice(f"Restoring model from {snapshot_path}.")
-    names = image_util.class_names(snapshot.num_classes, snapshot.classes)
     predictor = graph_util.Predictor(
         graph_util.place(model, device), device=device, use_fp16=args.use_fp16
     )
-    failures = 0
+    names = image_util.class_names(snapshot.num_classes, snapshot.classes)
+    return predictor, snapshot.preprocessing, names
+
+
+def onnxruntime_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]:
+    exported = onnx_util.ExportedModel(onnx_util.find_export(args.onnx_path))
+    notice(f"Restoring model from {exported.path}.")
+    return exported.probabilities, exported.preprocessing, list(exported.classes)
+
+
+BACKENDS = {"oneflow": oneflow_backend, "onnxruntime": onnxruntime_backend}
+
+
+# Images.
+
+
+def find_paths(image_path: list[str]) -> Iterable[str | RunError]:
+    """The images to classify, in order. Raises UsageError where a path of the command is wrong."""
+    return read_stdin() if image_path == [STDIN] else image_util.find_images(image_path)
+
+
+def read_stdin() -> Iterator[str | RunError]:
+    """The images of the paths on standard input, one a line; an error for one that is not there."""
+    # A file object of our own: the interpreter cannot end while a thread waits in sys.stdin.
+    with open(
+        sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", closefd=False
+    ) as file:
+        for line in file:
+            path = line.rstrip("\r\n")
+            if path:
+                try:
+                    yield from image_util.find_images([path])
+                except UsageError as error:
+                    yield RunError(str(error).replace("--image_path: ", "standard input: "))
+
+
+def load_all(
+    paths: Iterable[str | RunError], preprocessing: Preprocessing
+) -> Iterator[tuple[str, np.ndarray | RunError]]:
+    """Each path with its image (3, H, W), or with what is wrong with it."""
     for path in paths:
-        try:
-            image = image_util.load_image(path, snapshot.preprocessing)  # (3, H, W) float32
-        except RunError as error:
-            if len(paths) == 1:
-                raise
-            config.report(error)
-            failures += 1
+        if isinstance(path, RunError):
+            yield "", path
             continue
-        print_result(path, predictor(image[None])[0], names, top_k=args.top_k)
-    if failures:
-        raise RunError(f"{failures} of {len(paths)} files could not be read; see above")
+        try:
+            yield path, image_util.load_image(path, preprocessing)
+        except RunError as error:
+            yield path, error
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.inference_parser(models=model_util.MODELS).parse_args(argv)
-    if config.num_processes(args) > 1:
-        raise UsageError(
-            "--num_nodes and --gpu_num_per_node: classifying runs on one device; leave them out"
-        )
-    return args
+def ahead(items: Iterable, *, depth: int) -> Iterator:
+    """The same items, of which up to `depth` are made in a thread before they are asked for."""
+    queue: Queue = Queue(depth)
+    end = object()
+
+    def fill() -> None:
+        try:
+            for item in items:
+                queue.put(item)
+            queue.put(end)
+        except BaseException as error:  # raised where the items are used
+            queue.put(Failure(error))
+
+    # A daemon, since it may wait for standard input when everything else is over.
+    Thread(target=fill, daemon=True).start()
+    while (item := queue.get()) is not end:
+        if isinstance(item, Failure):
+            raise item.error
+        yield item
 
 
-def print_result(path: str, probabilities: np.ndarray, names: list[str], *, top_k: int) -> None:
-    """The path, then the `top_k` most probable classes, one `probability name` a line."""
-    print(path)
-    for i in np.argsort(-probabilities, kind="stable")[:top_k]:
-        print(probabilities[i], names[i], flush=True)
+class Failure:
+    """An exception on its way from one thread to another."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+
+class Failures:
+    """Counts images, and reports those that cannot be read."""
+
+    def __init__(self):
+        self.count, self.bad = 0, 0
+
+    def taken_out(
+        self, images: Iterable[tuple[str, np.ndarray | RunError]]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The images that could be read."""
+        for path, image in images:
+            self.count += 1
+            if isinstance(image, RunError):
+                self.bad += 1
+                config.report(image)
+            else:
+                yield path, image
+
+    def exit_status(self) -> int:
+        if self.count == 0:
+            raise UsageError("--image_path=-: standard input holds no paths")
+        if self.bad and self.count > 1:  # a single one has had its line
+            config.report(f"{self.bad} of {self.count} files could not be read; see above")
+        return 1 if self.bad else 0
+
+
+def batches(items: Iterator, size: int) -> Iterator[list]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+# Results. Each of these returns what writes the probabilities (C,) of one image.
+
+
+def best(probabilities: np.ndarray, top_k: int) -> np.ndarray:
+    return np.argsort(-probabilities, kind="stable")[:top_k]
+
+
+def text_writer(names: list[str], top_k: int) -> Callable[[str, np.ndarray], None]:
+    """The path, then the most probable classes, one `probability name` a line."""
+
+    def write(path: str, probabilities: np.ndarray) -> None:
+        print(printable(path))
+        for i in best(probabilities, top_k):
+            print(probabilities[i], names[i], flush=True)
+
+    return write
+
+
+def csv_writer(names: list[str], top_k: int) -> Callable[[str, np.ndarray], None]:
+    """A header, then one line for each class."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(("path", "rank", "class", "name", "probability"))
+
+    def write(path: str, probabilities: np.ndarray) -> None:
+        for rank, i in enumerate(best(probabilities, top_k), 1):
+            writer.writerow((printable(path), rank, i, names[i], probabilities[i]))
+        sys.stdout.flush()
+
+    return write
+
+
+def json_writer(names: list[str], top_k: int) -> Callable[[str, np.ndarray], None]:
+    """One object a line, `{"path": ..., "classes": [{"rank": 1, ...}]}`."""
+
+    def write(path: str, probabilities: np.ndarray) -> None:
+        classes = [
+            # The digits that a float32 has, as in the other forms.
+            {"rank": k, "class": int(i), "name": names[i], "probability": float(str(p))}
+            for k, i in enumerate(best(probabilities, top_k), 1)
+            for p in (probabilities[i],)
+        ]
+        print(json.dumps({"path": printable(path), "classes": classes}), flush=True)
+
+    return write
+
+
+def printable(path: str) -> str:
+    """A path whose bytes are no UTF-8 as something that can be printed."""
+    return path.encode(errors="surrogateescape").decode(errors="replace")
+
+
+WRITERS = {"text": text_writer, "csv": csv_writer, "json": json_writer}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python3 tools/benchmark.py
 python3 tools/benchmark.py --train_data_dir=data/imagenet/ofrecord/train
 python3 tools/benchmark.py --num_processes=2
 python3 tools/benchmark.py --conversion --num_workers=2
+python3 tools/benchmark.py --inference --image_size=224 --batch_size_per_device=1
 """
 
 import io
@@ -28,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import oneflow_setup  # noqa: F401  (first, see there)
 
+import numpy as np
+import onnxruntime
 from PIL import Image
 
 import checkpoint_util
@@ -36,7 +39,10 @@ import graph_util
 import model_util
 import of_cnn_train_val as script
 import ofrecord_util
+import onnx_util
+import resnet_to_onnx
 from config import Parser, RunError, UsageError, add_switch, number
+from layer_util import Switches
 from metric_util import limit_run_ahead
 from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
 from tools.ofrecord_writer import BLOCK_BYTES, read_classes
@@ -53,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     report = {"date": date.today().isoformat(), "machine": describe_machine(device)}
     if args.conversion:
         report["conversion"] = benchmark_conversion(args)
+    elif args.inference:
+        report["inference"] = benchmark_inference(args, device)
     elif args.num_processes > 1:
         report["processes"] = benchmark_processes(args, device)
     elif args.train_data_dir is not None:
@@ -67,7 +75,8 @@ def make_parser() -> Parser:
         "Measure the training script's own loop on synthetic data against a bare loop over the "
         "same graph; or, with --train_data_dir, the loader alone; or, with --num_processes, the "
         "script with one and with several processes; or, with --conversion, how fast "
-        "an archive of photographs becomes OFRecord parts, against a plain copy of its bytes. "
+        "an archive of photographs becomes OFRecord parts, against a plain copy of its bytes; or, "
+        "with --inference, how fast a network classifies by OneFlow and by ONNX Runtime. "
         "Prints JSON."
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where")
@@ -95,6 +104,7 @@ def make_parser() -> Parser:
         help="devices of this machine to train on together, with the same global batch as on one",
     )
     add_switch(parser, "--conversion", "measure tools/make_ofrecord.py imagenet")
+    add_switch(parser, "--inference", "measure both backends of of_cnn_inference.py")
     parser.add_argument(
         "--num_images",
         type=number(int, 1000),
@@ -194,6 +204,54 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
         "bare_loop_samples_per_second": round(bare, 3),
         # Of neighbours in time, so that a busy machine slows both.
         "own_to_bare": round(statistics.median(b / a for a, b in pairs), 4),
+    }
+
+
+def benchmark_inference(args: Namespace, device: str) -> dict:
+    """Milliseconds per image of the same network, with random weights, by both backends.
+
+    Images are there already: reading and resizing them is left out.
+    """
+    preprocessing = model_util.preprocessing(args.model, image_size=args.image_size)
+    classes = 1000
+    network = model_util.MODELS[args.model].build(classes, Switches())
+    snapshot = checkpoint_util.Snapshot(args.model, classes, preprocessing)
+    shape = (args.batch_size_per_device, 3, args.image_size, args.image_size)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    with tempfile.TemporaryDirectory() as place:
+        path = os.path.join(place, "network.onnx")
+        reference = resnet_to_onnx.Reference(network)
+        model = resnet_to_onnx.convert(reference, snapshot, "random", opset=12)
+        resnet_to_onnx.write(model, path, external_data=False)
+        exported = onnx_util.ExportedModel(path)
+        predictor = graph_util.Predictor(graph_util.place(network, device), device=device)
+        backends = {"oneflow": predictor, "onnxruntime": exported.probabilities}
+        seconds = {name: [] for name in backends}
+        for predict in backends.values():
+            predict(images)  # compiles, and warms up
+
+        def run(predict):
+            for _ in range(args.steps):
+                predict(images)
+
+        for _ in range(args.rounds):
+            for name, predict in backends.items():
+                seconds[name].append(timed(lambda predict=predict: run(predict)))
+    count = args.steps * len(images)
+    pairs = zip(seconds["oneflow"], seconds["onnxruntime"], strict=True)
+    return {
+        "model": args.model,
+        "image_size": args.image_size,
+        "batch_size": args.batch_size_per_device,
+        "steps": args.steps,
+        "rounds": args.rounds,
+        "onnxruntime": onnxruntime.__version__,
+        **{
+            f"{name}_milliseconds_per_image": round(statistics.median(each) / count * 1000, 2)
+            for name, each in seconds.items()
+        },
+        # Of neighbours in time, so that a busy machine slows both.
+        "onnxruntime_times_as_fast": round(statistics.median(a / b for a, b in pairs), 2),
     }
 
 

@@ -1,0 +1,189 @@
+"""Classifying many images: what is read, in which form it is written, and by which backend."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import graph_util
+import of_cnn_inference
+import resnet_to_onnx
+from small import ROOT, TINY, call, script, solid
+from test_onnx import NAMES, save
+
+FILES = ["photos/a.png", "photos/b.jpg", "photos/c.png", "photos/d.png", "photos/e.jpg"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a snapshot, its export and five pictures; made once."""
+    import model_util
+
+    root = tmp_path_factory.mktemp("inference")
+    before = os.getcwd()
+    os.chdir(root)
+    model_util.MODELS["tiny"] = TINY
+    try:
+        save("tiny", seed=1)
+        os.mkdir("photos")
+        rng = np.random.default_rng(0)
+        for i, path in enumerate(FILES):
+            Image.fromarray(solid(i, 5, rng, size=50)).save(path)
+        result = call(resnet_to_onnx.main, "--image_path", "photos")
+        assert result.status == 0, result.stderr
+    finally:
+        del model_util.MODELS["tiny"]
+        os.chdir(before)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _there(place, monkeypatch):
+    import model_util
+
+    monkeypatch.chdir(place)
+    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+
+
+def classify(*argv: str):
+    return call(of_cnn_inference.main, *argv)
+
+
+def rows(text: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_a_folder_in_batches_gives_what_single_images_give(monkeypatch):
+    compiled = []
+
+    class Counting(graph_util.PredictGraph):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            compiled.append(self)
+
+    monkeypatch.setattr(graph_util, "PredictGraph", Counting)
+    results = [classify("--image_path", "photos", f"--batch_size={n}") for n in (1, 2, 8)]
+    assert all(result.status == 0 for result in results), results[0].stderr
+    assert len(compiled) == 3  # the last, partial batch is filled up
+    lines = [result.stdout.splitlines() for result in results]
+    assert lines[0][::2] == FILES
+    assert all(re.fullmatch(r"[01]\.\d+ (black|gray|white)", line) for line in lines[0][1::2])
+    for other in lines[1:]:
+        assert other[::2] == FILES
+        for one, two in zip(lines[0][1::2], other[1::2], strict=True):
+            assert one.split()[1] == two.split()[1]
+            assert float(one.split()[0]) == pytest.approx(float(two.split()[0]), abs=1e-6)
+
+
+def test_the_backends_agree():
+    flags = "--image_path", "photos", "--output=csv", "--top_k=3", "--batch_size=2"
+    ours, theirs = classify("--device=cpu", *flags), classify("--backend=onnxruntime", *flags)
+    assert theirs.stderr == "Restoring model from onnx/model/run_epoch_0.onnx.\n"
+    assert len(rows(ours.stdout)) == 15
+    for one, two in zip(rows(ours.stdout), rows(theirs.stdout), strict=True):
+        assert [one[k] for k in ("path", "rank", "name")] == [
+            two[k] for k in ("path", "rank", "name")
+        ]
+        assert float(one["probability"]) == pytest.approx(float(two["probability"]), abs=1e-5)
+
+
+def test_csv_and_json_say_what_text_says():
+    flags = "--backend=onnxruntime", "--image_path", "photos", "--top_k=2"
+    text = classify(*flags).stdout.splitlines()
+    found = rows(classify(*flags, "--output=csv").stdout)
+    assert list(found[0]) == ["path", "rank", "class", "name", "probability"]
+    objects = [json.loads(line) for line in classify(*flags, "--output=json").stdout.splitlines()]
+    assert [each["path"] for each in objects] == FILES == text[::3]
+    for i, each in enumerate(objects):
+        for k, entry in enumerate(each["classes"]):
+            row = found[2 * i + k]
+            assert (row["path"], int(row["rank"])) == (each["path"], k + 1) and entry[
+                "rank"
+            ] == k + 1
+            assert row["name"] == entry["name"] == NAMES[entry["class"]] == NAMES[int(row["class"])]
+            assert float(row["probability"]) == entry["probability"]
+            assert text[3 * i + 1 + k] == f"{row['probability']} {row['name']}"
+
+
+def test_paths_come_on_standard_input_one_after_the_other():
+    command = [sys.executable, str(ROOT / "of_cnn_inference.py"), "--backend=onnxruntime"]
+    with subprocess.Popen(
+        [*command, "--image_path", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        run.stdin.write(f"{FILES[1]}\n")
+        run.stdin.flush()
+        assert run.stdout.readline() == f"{FILES[1]}\n"  # before the next one is there
+        assert re.fullmatch(r"0\.\d+ (black|gray|white)\n", run.stdout.readline())
+        out, err = run.communicate("\nnowhere.png\nphotos\n")
+    assert run.returncode == 1
+    assert out.splitlines()[::2] == FILES
+    assert "there is no file or directory nowhere.png" in err and "1 of 7 files" in err
+
+
+def test_standard_input_stands_alone_and_holds_something():
+    result = classify("--image_path", "-", "photos")
+    assert result.status == 2 and "- stands alone" in result.stderr
+    result = script(
+        "of_cnn_inference.py", "--backend=onnxruntime", "--image_path=-", cwd=os.getcwd()
+    )
+    assert result.status == 2 and "holds no paths" in result.stderr
+
+
+def test_bad_files_are_reported_and_the_rest_goes_on(tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_text("no image")
+    for backend in ("oneflow", "onnxruntime"):
+        result = classify(
+            f"--backend={backend}", "--batch_size=2", "--image_path", FILES[0], str(bad), *FILES[1:]
+        )
+        assert result.status == 1
+        assert result.stdout.splitlines()[::2] == FILES
+        assert f"{bad} is not an image" in result.stderr and "1 of 6 files" in result.stderr
+    result = classify("--backend=onnxruntime", f"--image_path={bad}")
+    assert (result.status, result.stdout) == (1, "") and len(result.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--onnx_path=x.onnx",), "--onnx_path needs --backend=onnxruntime"),
+        (("--backend=onnxruntime", "--model_load_dir=x"), "--model_load_dir contradicts"),
+        (("--backend=onnxruntime", "--fuse_bn_relu"), "--fuse_bn_relu contradicts"),
+        (("--backend=onnxruntime", "--device=cuda"), "--device=cuda contradicts"),
+        (("--backend=onnxruntime", "--onnx_path=x.onnx"), "there is no file x.onnx"),
+    ],
+)
+def test_flags_that_contradict_are_refused(flags, words):
+    result = classify("--image_path", "photos", *flags)
+    assert (result.status, result.stdout) == (2, "") and words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_ten_lines_of_the_readme(tmp_path):
+    """Without OneFlow, and with nothing of this project."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n# serve\.py\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "serve.py").write_text(code)
+    assert len(code.splitlines()) <= 16 and "oneflow" not in code
+    done = subprocess.run(
+        [sys.executable, tmp_path / "serve.py", "onnx/model/run_epoch_0.onnx", FILES[1]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    probability, name = done.stdout.split(" ", 1)
+    flags = f"--image_path={FILES[1]}", "--backend=onnxruntime"
+    expected = classify(*flags).stdout.splitlines()[1].split(" ", 1)
+    assert name.strip() == expected[1]
+    assert float(probability) == pytest.approx(float(expected[0]), abs=1e-5)

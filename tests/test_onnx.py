@@ -1,0 +1,260 @@
+"""Export: equal, described, free in the batch, whole; and what is wrong is found."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import oneflow as flow
+import onnx
+import onnxruntime
+import pytest
+from oneflow import nn
+
+import checkpoint_util
+import config
+import model_util
+import of_cnn_evaluate
+import onnx_util
+import resnet_to_onnx
+import small
+from small import ROOT, TINY, call, tree
+
+PHOTOGRAPHS = [str(ROOT / "data" / name) for name in ("cat.jpg", "coffee.jpg")]
+NAMES = ("black", "gray", "white")
+
+
+class Flat(nn.Module):
+    """With a layer of the kind whose export freezes the batch: a reshape to a constant."""
+
+    def __init__(self, num_classes: int, switches=None):
+        super().__init__()
+        self.body = small.tiny(num_classes)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d((2, 2))
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, image):
+        return self.body(image) + self.fc(self.pool(self.conv(image)).flatten(1))
+
+
+class Odd(Flat):
+    """With an operation that oneflow-onnx does not know."""
+
+    def forward(self, image):
+        return flow.expm1(self.body(image))
+
+
+def save(model: str, *, num_classes: int = 3, name: str = "epoch_0", seed: int = 0) -> str:
+    """A snapshot in ./output/snapshots/run of a network with random weights."""
+    flow.manual_seed(seed)
+    network = model_util.MODELS[model].build(num_classes)
+    for tensor in network.parameters():
+        if tensor.ndim == 1:  # the last gamma of a block begins as 0, which would hide the block
+            nn.init.uniform_(tensor, 0.2, 0.5)
+    snapshot = checkpoint_util.Snapshot(
+        model,
+        num_classes,
+        model_util.preprocessing(model, image_size=32),
+        classes=NAMES if num_classes == 3 else None,
+    )
+    os.makedirs("output/snapshots/run", exist_ok=True)
+    return checkpoint_util.save_snapshot("output/snapshots/run", name, network, snapshot)
+
+
+def export(*argv: str):
+    return call(resnet_to_onnx.main, "--image_path", *PHOTOGRAPHS, *argv)
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch, tmp_path):
+    for name, build in (("flat", Flat), ("odd", Odd)):
+        monkeypatch.setitem(model_util.MODELS, name, model_util.Model(build, image_size=32))
+    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+
+
+def images(batch: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(batch).standard_normal((batch, 3, size, size), np.float32)
+
+
+def test_the_newest_snapshot_is_exported_and_equal():
+    path = save("tiny")
+    result = export()
+    assert result.status == 0, result.stderr
+    lines = result.stdout.splitlines()
+    file = "onnx/model/run_epoch_0.onnx"
+    assert lines[0] == f"Convert to onnx success! >>  {file}"
+    for i, photograph in enumerate(PHOTOGRAPHS):
+        found = lines[1 + 3 * i : 4 + 3 * i]
+        assert found[:2] == [photograph, "Are the results equal? Yes"]
+        assert re.fullmatch(r"Class: (black|gray|white); score: 0\.\d+", found[2])
+    assert len(lines) == 7
+    assert result.stderr.splitlines()[0] == f"Restoring model from {path}."
+    assert re.search(r"Largest difference: \S+, of logits up to", result.stderr)
+    assert len(result.stderr.splitlines()) == 2
+    assert [str(p) for p in Path("onnx").rglob("*") if p.is_file()] == [file]
+    # What the file says of itself.
+    onnx.checker.check_model(onnx.load(file), full_check=True)
+    session = onnxruntime.InferenceSession(file)
+    (image,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.shape) == ("images", ["batch", 3, 32, 32])
+    assert (logits.name, logits.shape) == ("logits", ["batch", 3])
+    held = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+    fields = vars(model_util.preprocessing("tiny")).items()
+    assert held == {
+        "format_version": 1,
+        "model": "tiny",
+        "snapshot": "snapshot_epoch_0",
+        "classes": list(NAMES),
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in fields},
+    }
+    # The check says the same again, of the file alone.
+    again = export(f"--onnx_path={file}", "--check_only")
+    assert (again.status, again.stdout.splitlines()) == (0, lines[1:])
+
+
+@pytest.mark.parametrize("opset, external", [(9, False), (13, True), (21, False)])
+def test_opsets_external_data_and_any_batch(opset, external, tmp_path):
+    snapshot = save("flat")
+    result = export(f"--opset={opset}", f"--external_data={external}", "--onnx_path=a/b.onnx")
+    assert result.status == 0, result.stderr
+    assert sorted(tree(tmp_path / "a")) == ["b.onnx", *(["b.onnx.data"] if external else [])]
+    onnx.checker.check_model("a/b.onnx")
+    model = onnx.load("a/b.onnx")
+    assert model.opset_import[0].version == opset
+    network, *_ = checkpoint_util.restore(snapshot, model=None, num_classes=None)
+    exported = onnx_util.ExportedModel("a/b.onnx")
+    for batch in (1, 3, 8):
+        ours = resnet_to_onnx.Reference(network).logits(images(batch))
+        np.testing.assert_allclose(exported.logits(images(batch)), ours, rtol=1e-4, atol=1e-5)
+    # The next one, of the other kind, leaves no weights of this one behind.
+    assert export(f"--external_data={not external}", "--onnx_path=a/b.onnx").status == 0
+    assert sorted(tree(tmp_path / "a")) == ["b.onnx", *([] if external else ["b.onnx.data"])]
+
+
+def tamper(model: onnx.ModelProto) -> None:
+    """Change one weight by little."""
+    tensor = next(each for each in model.graph.initializer if len(each.dims) == 4)
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values.flat[0] += 0.05
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+
+def test_a_changed_weight_is_found(monkeypatch, tmp_path):
+    save("tiny")
+    assert export().status == 0
+    before, right = tree(tmp_path / "onnx"), resnet_to_onnx.convert
+
+    def wrong(*args, **kwargs):
+        model = right(*args, **kwargs)
+        tamper(model)
+        return model
+
+    monkeypatch.setattr(resnet_to_onnx, "convert", wrong)
+    result = export()
+    assert result.status == 1
+    assert "Are the results equal? No" in result.stdout and "success" not in result.stdout
+    assert "run_epoch_0.onnx differs from" in result.stderr and "it was not kept" in result.stderr
+    assert tree(tmp_path / "onnx") == before
+    # And in a file that is there.
+    path = "onnx/model/run_epoch_0.onnx"
+    model = onnx.load(path)
+    tamper(model)
+    onnx.save(model, path)
+    result = export("--check_only")
+    assert result.status == 1 and "differs from" in result.stderr
+
+
+def test_equality_is_of_logits_and_of_probabilities():
+    ours = np.array([[10.0, 1e-7, -3.0]], np.float32)
+    assert resnet_to_onnx.are_equal(ours + 1e-5, ours)
+    assert not resnet_to_onnx.are_equal(ours + 2e-3, ours)  # which softmax would not see
+    assert not resnet_to_onnx.are_equal(np.full_like(ours, np.nan), ours)
+    assert not resnet_to_onnx.are_equal(ours[:, :2], ours)
+
+
+def test_what_cannot_be_exported_or_written_is_one_line(tmp_path):
+    save("odd")
+    result = export()
+    assert result.status == 1 and "oneflow-onnx cannot export" in result.stderr
+    assert len(result.stderr.splitlines()) == 2 and "success" not in result.stdout
+    assert not list(Path("onnx").rglob("*.onnx"))
+    save("tiny", name="epoch_1")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.onnx").mkdir()
+    for flag, words in (
+        ("--onnx_path=file/x.onnx", "file is a file"),
+        ("--onnx_path=taken.onnx", "it is a directory"),
+        ("--onnx_path=x.pb", "must end in .onnx"),
+        ("--opset=22", "at most 21"),
+        ("--opset=8", "at least 9"),
+    ):
+        result = export(flag)
+        assert (result.status, result.stdout) == (2, "") and words in result.stderr, flag
+    result = export("--check_only", "--opset=13")
+    assert result.status == 2 and "--opset has no effect" in result.stderr
+
+
+def test_a_file_of_something_else_is_refused_by_name(tmp_path):
+    save("tiny")
+    assert export().status == 0
+    model = onnx.load("onnx/model/run_epoch_0.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, "other.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    for path, words in (("other", "no file of resnet_to_onnx.py"), ("broken", "cannot read")):
+        with pytest.raises(config.RunError, match=words):
+            onnx_util.ExportedModel(f"{path}.onnx")
+    with pytest.raises(config.UsageError, match="there is no file"):
+        onnx_util.find_export("nowhere.onnx")
+    save("tiny", num_classes=4, name="epoch_1")
+    result = export("--check_only", "--onnx_path=onnx/model/run_epoch_0.onnx")
+    assert result.status == 1 and "another classes" in result.stderr
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = [rng.integers(0, 3, count).tolist() for count in (9, 5, 7)]
+    small.write_parts(tmp_path / "validation", labels, num_classes=3)
+    pixels = np.stack([small.solid(n, 3, rng) for n in sum(labels, [])])
+    np.savez(tmp_path / "validation.npz", images=pixels, labels=np.array(sum(labels, [])))
+    return tmp_path
+
+
+def evaluate(*argv: str):
+    return call(of_cnn_evaluate.main, "--top_k=2", "--val_batch_size_per_device=4", *argv)
+
+
+def test_evaluation_by_both_backends_gives_the_same_figures(data):
+    save("tiny", seed=3)
+    assert export().status == 0
+    for held in ("validation", "validation.npz"):
+        flags = f"--val_data_dir={data / held}", "--num_val_examples=18"
+        theirs = evaluate("--backend=onnxruntime", *flags)
+        ours = evaluate("--device=cpu", *flags)
+        assert theirs.status == ours.status == 0, theirs.stderr + ours.stderr
+        figures = small.validation_figures(theirs.stdout)
+        assert figures == small.validation_figures(ours.stdout) and len(figures) == 1
+        assert (float(figures[0][0]) * 18) % 1 < 1e-4 or (float(figures[0][0]) * 18) % 1 > 0.9999
+        assert theirs.stdout.splitlines()[0] == (
+            "Restoring model from onnx/model/run_epoch_0.onnx."
+        )
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--model=tiny", "--image_size=64", "--use_fp16", "--device=cuda", "--gpu_num_per_node=2",
+     "--model_load_dir=x", "--rgb_mean=1,2,3"],
+)  # fmt: skip
+def test_flags_that_contradict_the_backend(flag):
+    result = evaluate("--val_data_dir=x", "--backend=onnxruntime", flag)
+    assert result.status == 2 and "contradict" in result.stderr
+    assert flag.split("=")[0] in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_onnx_path_needs_its_backend():
+    result = evaluate("--val_data_dir=x", "--onnx_path=x.onnx")
+    assert result.status == 2 and "--onnx_path needs --backend=onnxruntime" in result.stderr
