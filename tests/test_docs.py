@@ -15,6 +15,7 @@ import of_cnn_evaluate
 import of_cnn_inference
 import of_cnn_train_val
 import optimizer_util
+import resnet_to_onnx
 from golden import learning_curves
 from small import ROOT
 from tools import benchmark, convert_snapshot, make_mini_imagenet, make_ofrecord, verify_ofrecord
@@ -23,6 +24,7 @@ PARSE = {
     "of_cnn_train_val.py": of_cnn_train_val.parse_args,
     "of_cnn_evaluate.py": of_cnn_evaluate.parse_args,
     "of_cnn_inference.py": of_cnn_inference.parse_args,
+    "resnet_to_onnx.py": resnet_to_onnx.parse_args,
     "tools/make_ofrecord.py": make_ofrecord.make_parser().parse_args,
     "tools/verify_ofrecord.py": verify_ofrecord.parse_args,
     "tools/make_mini_imagenet.py": make_mini_imagenet.make_parser().parse_args,
@@ -44,6 +46,7 @@ PARSERS = [
     ),
     config.evaluate_parser(models=model_util.MODELS),
     config.inference_parser(models=model_util.MODELS),
+    config.export_parser(models=model_util.MODELS),
 ]
 
 
@@ -169,6 +172,7 @@ def test_every_flag_is_in_the_readme_and_the_readme_has_no_other():
 
 
 def test_the_scripts_can_be_imported_without_effect():
-    code = "import of_cnn_train_val, of_cnn_evaluate, of_cnn_inference, tools.benchmark"
+    scripts = ("of_cnn_train_val", "of_cnn_evaluate", "of_cnn_inference", "resnet_to_onnx")
+    code = f"import {', '.join(scripts)}, tools.benchmark"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
