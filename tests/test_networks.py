@@ -11,6 +11,7 @@ from oneflow import nn
 import alexnet_model
 import checkpoint_util
 import config
+import foreign_checkpoint
 import graph_util
 import model_util
 import of_cnn_evaluate
@@ -54,6 +55,18 @@ def test_names_shapes_and_logits_are_those_of_pytorch(golden, name):
     if name == "inceptionv3":
         middle = seeded.features(seed, (2, 768, 17, 17))
         close(network.AuxLogits(flow.tensor(middle)).numpy(), theirs["auxiliary_logits"])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_network_and_its_classes_are_told_by_the_names(golden, name):
+    """As where a file of PyTorch is loaded. Fine-tuning leaves out what depends on the classes."""
+    listing = [line.split() for line in part(golden, f"{name}_")["listing"].tolist()]
+    arrays = {key: np.broadcast_to(0.0, list(map(int, shape))) for key, *shape in listing}
+    weights = foreign_checkpoint.Foreign("a file", arrays)
+    assert foreign_checkpoint.guess_model(weights, model_util.MODELS, path="") == name
+    assert foreign_checkpoint.count_classes(weights, path="") == 1000
+    of_classes = {key for key, array in arrays.items() if 1000 in array.shape}
+    assert {key for key in arrays if foreign_checkpoint.is_last(key, arrays)} == of_classes
 
 
 def test_pooling_to_a_fixed_size():
