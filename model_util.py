@@ -85,8 +85,10 @@ def installed_weights(model: str) -> str | None:
         return None
     package, name = MODELS[model].weights
     found = find_spec(package)  # runs nothing of it
-    path = found and os.path.join(found.submodule_search_locations[0], name)
-    return path if path and os.path.isfile(path) else None
+    if found is None:
+        return None
+    path = os.path.join(found.submodule_search_locations[0], name)
+    return os.path.relpath(path) if os.path.isfile(path) else None
 
 
 def learning_rate_per_256(model: str, optimizer: str) -> float:

@@ -135,7 +135,9 @@ def prepare(argv: list[str] | None) -> Setup:
             train_data, num_processes=config.num_processes(args), path=args.train_data_dir
         )
     snapshot = describe_run(args, train_data, val_data, resumed)
-    plan = make_plan(args, train_data, model=snapshot.model)
+    if args.learning_rate is None:
+        notices.append(choose_learning_rate(args, model=snapshot.model))
+    plan = make_plan(args, train_data)
     notices += go_on(args, snapshot, plan, resumed)
     for text in notices:
         notice(text)
@@ -196,13 +198,16 @@ def open_data(args: Namespace) -> tuple[Dataset | None, Dataset | None]:
     return train_data, val_data
 
 
-def make_plan(args: Namespace, train_data: Dataset | None, *, model: str) -> Plan:
-    """Epochs as steps; prints the learning rate where it was not given."""
+def choose_learning_rate(args: Namespace, *, model: str) -> str:
+    """Set the default peak rate, in proportion to the global batch; returns a notice."""
+    rate = model_util.learning_rate_per_256(model, args.optimizer)
+    args.learning_rate = rate * global_batch_size(args) / 256
+    return f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images)."
+
+
+def make_plan(args: Namespace, train_data: Dataset | None) -> Plan:
+    """Epochs as steps."""
     batch_size = global_batch_size(args)
-    if args.learning_rate is None:
-        rate = model_util.learning_rate_per_256(model, args.optimizer)
-        args.learning_rate = rate * batch_size / 256
-        notice(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
     if train_data is None:
         num_examples = args.num_examples or config.SYNTHETIC_STEPS_PER_EPOCH * batch_size
     else:
