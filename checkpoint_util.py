@@ -33,7 +33,7 @@ import model_util
 from config import PUBLISHED_FOLDER, SNAPSHOT_ROOT, RunError, UsageError
 from file_util import link_files, replace_directory, sync_directory, write_durably
 from foreign_checkpoint import Foreign
-from image_util import INTERPOLATIONS, Preprocessing
+from image_util import Preprocessing, read_preprocessing
 from layer_util import Switches, from_standard, to_standard
 from metric_util import is_first_rank, notice
 
@@ -477,17 +477,7 @@ def read_description(path: str) -> Snapshot:
                 f"{file_path} is of format {content['format_version']}, and this version reads "
                 f"{FORMAT_VERSION}"
             )
-        settings = content["preprocessing"]
-        interpolation = settings.get("interpolation", "bilinear")  # older snapshots have none
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(f"unknown interpolation {interpolation!r}")
-        content["preprocessing"] = Preprocessing(
-            image_size=int(settings["image_size"]),
-            resize_shorter=int(settings["resize_shorter"]),
-            rgb_mean=tuple(map(float, settings["rgb_mean"])),
-            rgb_std=tuple(map(float, settings["rgb_std"])),
-            interpolation=interpolation,
-        )
+        content["preprocessing"] = read_preprocessing(content["preprocessing"])
         if content.get("classes") is not None:
             content["classes"] = tuple(content["classes"])
         snapshot = Snapshot(**content)
@@ -610,7 +600,16 @@ class Checkpoint:
         if self.foreign is None:
             weights = read_weights(self.path)
         else:
-            weights = foreign_checkpoint.fit(self.foreign, standard_shapes(network))
+            shapes = standard_shapes(network)
+            weights = foreign_checkpoint.fit(self.foreign, shapes)
+            auxiliary = {name for name in shapes if foreign_checkpoint.is_auxiliary(name)}
+            if auxiliary and not auxiliary & weights.keys():
+                own = state_arrays(network)
+                weights = weights | {name: own[name] for name in auxiliary}
+                self.foreign.notices.append(
+                    "It has no auxiliary classifier, which only training uses; that one has random "
+                    "weights."
+                )
         load_weights(network, weights, path=self.path, finetune=finetune)
 
     def notices(self) -> list[str]:

@@ -505,8 +505,8 @@ def add_training_flags(parser: Parser) -> None:
     add_switch(
         group,
         "--finetune",
-        "with --model_load_dir: take all of it but the last layer, which starts from random "
-        "weights and may have another number of classes",
+        "take all of --model_load_dir, or of the weights that were installed for --model, but the "
+        "last layer, which starts from random weights and may have another number of classes",
     )
     group.add_argument(
         "--resume",
@@ -564,7 +564,8 @@ def add_snapshot_flags(parser: Parser) -> None:
         type=path,
         help="snapshot to read, or weights of others (.safetensors, .pth, a folder of OneFlow); "
         f"unless given, the published folder {PUBLISHED_FOLDER} where that exists, else the newest "
-        f"snapshot under {SNAPSHOT_ROOT}",
+        f"snapshot under {SNAPSHOT_ROOT}, of --model if that is given, else the weights that were "
+        "installed for it",
     )
 
 
@@ -668,7 +669,7 @@ def inference_parser(*, models: Iterable[str]) -> Parser:
         "--batch_size",
         type=number(int, 1),
         default=1,
-        help="images that the network takes at once; the figures do not depend on it",
+        help="images that the network takes at once; the figures are the same to six digits",
     )
     group.add_argument(
         "--output",

@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite0 for RGB images of any size from 32 px; `num_classes` logits.
+    """EfficientNet-Lite0 for RGB images of any size; `num_classes` logits.
 
     In training nothing is dropped but features of the last layer: no block is.
     """

@@ -341,9 +341,9 @@ def read_old_pth(path: str) -> dict[str, np.ndarray]:
     places = {}
     known = {tensor.storage.key: tensor.storage for tensor in all_tensors(value)}
     for key in tensor_pickle.expect(keys, list):
-        if key not in known or at + 8 > len(data):
-            raise Refused(f"it is damaged or cut off at storage {printable(str(key))}")
-        storage = known[key]
+        storage = known.get(tensor_pickle.expect(key, str))
+        if storage is None or at + 8 > len(data):
+            raise Refused(f"it is damaged or cut off at storage {printable(key)}")
         (count,) = struct.unpack_from("<q", data, at)
         if count != storage.count or at + 8 + storage.num_bytes > len(data):
             raise Refused(f"storage {key} in it is damaged or cut off")
@@ -390,7 +390,8 @@ def read_flow_save(path: str) -> Foreign:
     for name, stub in find_weights(content.get("data"), Stub).items():
         folder = stub.state.get("path")
         if not isinstance(folder, str) or not re.fullmatch("(global_)?tensor_[0-9]+", folder):
-            raise Refused(f"{printable(name)} in it lies at {printable(str(folder))}")
+            place = printable(folder) if isinstance(folder, str) else "nothing that is a path"
+            raise Refused(f"{printable(name)} in it lies at {place}")
         array, has_shape = read_variable(os.path.join(path, folder))
         if not has_shape:
             raise Refused(f"{folder}/{LEGACY_META} in it is missing")
@@ -569,7 +570,7 @@ SIGNATURES = {
 }
 # Last layers, of networks that have one; the first that is there.
 LAST_LAYERS = ("fc", "_fc", "classifier.6", "classifier.1", "classifier")
-AUXILIARY = "AuxLogits.fc"  # the last layer of Inception's second head
+AUXILIARY = "AuxLogits"  # Inception's second head
 
 
 def guess_model(foreign: Foreign, models: Iterable[str], *, path: str) -> str:
@@ -596,7 +597,12 @@ def last_layer(names: Iterable[str]) -> str | None:
 
 def is_last(name: str, names: Iterable[str]) -> bool:
     """Whether the parameter `name` has a row for each class."""
-    return name.rpartition(".")[0] in (last_layer(names), AUXILIARY)
+    return name.rpartition(".")[0] in (last_layer(names), f"{AUXILIARY}.fc")
+
+
+def is_auxiliary(name: str) -> bool:
+    """Whether a parameter is of a head that only training uses, which others may leave out."""
+    return name.startswith(f"{AUXILIARY}.")
 
 
 def count_classes(foreign: Foreign, *, path: str) -> int:

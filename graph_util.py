@@ -343,7 +343,8 @@ class Evaluator:
         Leaves the model in evaluation mode. Raises RunError where a label is outside the classes,
         and Interrupted where the processes agree to stop.
         """
-        self.model.eval()
+        if self.model is not None:
+            self.model.eval()
         start = time.perf_counter()
         outputs = []
         for batch in self.loader.batches():
@@ -394,7 +395,7 @@ class ArrayEvaluator(Evaluator):
         num_examples: int,
         top_k: int,
     ):
-        self.model = loader  # whose mode is of no account
+        self.model = None
         self.graph = ArrayGraph(network, loader, top_k=top_k)
         self.loader = loader
         self.num_examples = num_examples

@@ -10,6 +10,7 @@ from config import RunError, UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 MAX_RESIZED_PIXELS = 1 << 26  # 200 MB
+MAX_SIZE = 1 << 14  # pixels a side
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -26,6 +27,27 @@ class Preprocessing:
     rgb_mean: tuple[float, float, float]  # of 0 to 255
     rgb_std: tuple[float, float, float]
     interpolation: str = "bilinear"  # a key of INTERPOLATIONS; of inference and validation arrays
+
+
+def read_preprocessing(settings: dict) -> Preprocessing:
+    """Preprocessing as a snapshot or an exported file describes it.
+
+    Raises KeyError, TypeError or ValueError where the description is damaged.
+    """
+    sizes = {name: settings[name] for name in ("image_size", "resize_shorter")}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or not 0 < size <= MAX_SIZE:
+            raise ValueError(f"{name} is {size!r}")
+    colours = {name: tuple(map(float, settings[name])) for name in ("rgb_mean", "rgb_std")}
+    for name, values in colours.items():
+        if len(values) != 3 or not np.isfinite(values).all():
+            raise ValueError(f"{name} is {settings[name]!r}")
+    if min(colours["rgb_std"]) <= 0:
+        raise ValueError(f"rgb_std is {settings['rgb_std']!r}")
+    interpolation = settings.get("interpolation", "bilinear")  # older snapshots have none
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"unknown interpolation {interpolation!r}")
+    return Preprocessing(**sizes, **colours, interpolation=interpolation)
 
 
 def find_images(paths: list[str]) -> list[str]:

@@ -45,7 +45,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 for RGB images of any size from 32 px; `num_classes` logits."""
+    """MobileNetV2 for RGB images of any size; `num_classes` logits."""
 
     def __init__(self, num_classes: int):
         super().__init__()

@@ -101,6 +101,8 @@ def find_paths(image_path: list[str]) -> Iterable[str | RunError]:
 
 def read_stdin() -> Iterator[str | RunError]:
     """The images of the paths on standard input, one a line; an error for one that is not there."""
+    if sys.stdin is None:
+        raise RunError("--image_path=-: standard input is closed")
     # A file object of our own: the interpreter cannot end while a thread waits in sys.stdin.
     with open(
         sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", closefd=False
@@ -176,7 +178,7 @@ class Failures:
 
     def exit_status(self) -> int:
         if self.count == 0:
-            raise UsageError("--image_path=-: standard input holds no paths")
+            raise RunError("--image_path=-: standard input held no paths")
         if self.bad and self.count > 1:  # a single one has had its line
             config.report(f"{self.bad} of {self.count} files could not be read; see above")
         return 1 if self.bad else 0

@@ -158,6 +158,8 @@ def parse_args(
         raise UsageError(
             "--resume and --model_load_dir both name weights to start from; give one of them"
         )
+    if args.resume not in (None, "auto") and args.finetune:
+        raise UsageError("--resume goes on with all weights of a run; leave --finetune out")
     if resumed_flags is not None:
         args.model_load_dir, args.finetune = None, False  # of the first start
     return args
@@ -244,10 +246,13 @@ def describe_run(
             model=args.model,
             num_classes=args.num_classes,
             path=resumed or args.model_load_dir,
-            finetune=args.finetune,
+            finetune=args.finetune if resumed is None else None,
         )
     elif args.finetune:
-        raise UsageError("--finetune needs --model_load_dir: the weights to start from")
+        raise UsageError(
+            "--finetune needs --model_load_dir, the weights to start from, or a --model with "
+            "installed ones (efficientnet_lite0)"
+        )
     model = args.model or (start.model if start else "resnet50")
     known = None if train_data is None else train_data.num_classes
     num_classes = args.num_classes or known if args.finetune else args.num_classes

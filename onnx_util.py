@@ -7,19 +7,18 @@ A file of resnet_to_onnx.py takes `images` (batch, 3, H, W) float32, RGB, normal
     model           name in the table of models
     snapshot        name of the snapshot that it was made from
     classes         names of the classes, in the order of the logits
-    image_size, resize_shorter, rgb_mean, rgb_std   fields of image_util.Preprocessing
+    image_size, resize_shorter, rgb_mean, rgb_std, interpolation   of image_util.Preprocessing
 """
 
 import json
 import os
-from dataclasses import fields
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from config import ONNX_ROOT, RunError, UsageError
-from image_util import Preprocessing
+from image_util import Preprocessing, read_preprocessing
 
 INPUT, OUTPUT = "images", "logits"
 FORMAT_VERSION = 1
@@ -96,30 +95,42 @@ class ExportedModel:
             self.session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"]
             )
+            self.read_metadata(self.session.get_modelmeta().custom_metadata_map)
+            self.check_ends()
         except ERRORS as error:
             raise RunError(f"ONNX Runtime cannot read {path}: {error}") from None
-        self.read_metadata(self.session.get_modelmeta().custom_metadata_map)
-
-    def read_metadata(self, texts: dict[str, str]) -> None:
-        try:
-            if json.loads(texts["format_version"]) != FORMAT_VERSION:
-                raise RunError(
-                    f"{self.path} is of format {texts['format_version']}, and this version reads "
-                    f"{FORMAT_VERSION}; export it again"
-                )
-            self.model = json.loads(texts["model"])
-            self.classes = tuple(json.loads(texts["classes"]))
-            self.preprocessing = read_preprocessing(texts)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(
-                f"{self.path} is no file of resnet_to_onnx.py, or a damaged one: its metadata lack "
-                f"what is needed ({type(error).__name__}: {error})"
+                f"{path} is no file of resnet_to_onnx.py, or a damaged one "
+                f"({type(error).__name__}: {error})"
             ) from None
-        names = [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
-        if names != [INPUT, OUTPUT]:
+
+    def read_metadata(self, texts: dict[str, str]) -> None:
+        about = {name: json.loads(text) for name, text in texts.items()}
+        if about["format_version"] != FORMAT_VERSION:
             raise RunError(
-                f"{self.path} has {', '.join(names)} for {INPUT}, {OUTPUT}; export it again"
+                f"{self.path} is of format {about['format_version']}, and this version reads "
+                f"{FORMAT_VERSION}; export it again"
             )
+        self.model = about["model"]
+        self.classes = tuple(about["classes"])
+        if not all(isinstance(name, str) for name in self.classes):
+            raise TypeError("classes that are no texts")
+        self.preprocessing = read_preprocessing(about)
+
+    def check_ends(self) -> None:
+        """Raise ValueError where input and output are not as the metadata say."""
+        size = self.preprocessing.image_size
+        found = [
+            (value.name, value.type, value.shape[1:])
+            for value in (*self.session.get_inputs(), *self.session.get_outputs())
+        ]
+        needed = [
+            (INPUT, "tensor(float)", [3, size, size]),
+            (OUTPUT, "tensor(float)", [self.num_classes]),
+        ]
+        if found != needed:
+            raise ValueError(f"it has {found} for {needed}")
 
     @property
     def num_classes(self) -> int:
@@ -134,14 +145,3 @@ class ExportedModel:
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         return softmax(self.logits(images))
-
-
-def read_preprocessing(texts: dict[str, str]) -> Preprocessing:
-    values = {
-        field.name: json.loads(texts[field.name])
-        for field in fields(Preprocessing)
-        if field.name in texts
-    }
-    return Preprocessing(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    )

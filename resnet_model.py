@@ -88,7 +88,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | No
 
 
 class ResNet(nn.Module):
-    """ResNet v1.5 for RGB images of any size from 32 px.
+    """ResNet v1.5 for RGB images of any size.
 
     Args:
         block: `BasicBlock`, `Bottleneck` or `ResNeXtBottleneck`.

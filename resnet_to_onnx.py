@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
             comparison = compare(ExportedModel(temporary), reference, images, snapshot)
             if comparison.equal:
                 put(temporary, path)
-                print("Convert to onnx success! >> ", path)
+        if comparison.equal:
+            print("Convert to onnx success! >> ", path)
     print_comparison(comparison, paths, snapshot)
     if not comparison.equal:
         raise RunError(
@@ -127,7 +128,9 @@ class Reference:
         self.graphs: dict[int, LogitsGraph] = {}
 
     def graph(self, batch: int) -> LogitsGraph:
-        return self.graphs.setdefault(batch, LogitsGraph(self.model))
+        if batch not in self.graphs:
+            self.graphs[batch] = LogitsGraph(self.model)
+        return self.graphs[batch]
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         return self.graph(len(images))(flow.tensor(images)).numpy()
@@ -236,8 +239,9 @@ def new_file(path: str) -> Iterator[str]:
     directory, name = os.path.split(path)
     place = os.path.join(directory, f".{name}.tmp-{os.getpid()}")
     try:
-        if os.path.isdir(path):
-            raise IsADirectoryError(0, "it is a directory", path)
+        for taken in (path, path + DATA_SUFFIX):
+            if os.path.isdir(taken):
+                raise IsADirectoryError(0, f"{taken} is a directory", path)
         if os.path.isfile(directory):
             raise NotADirectoryError(0, f"{directory} is a file", path)
         os.makedirs(directory or ".", exist_ok=True)
@@ -270,16 +274,27 @@ def write(model: onnx.ModelProto, path: str, *, external_data: bool) -> None:
 
 
 def put(temporary: str, path: str) -> None:
-    """Put a new file, and that of its weights, in the place of what was there."""
+    """Put a new file, and that of its weights, in the place of what was there.
+
+    Two files cannot change places in one step, and nobody is to read one old, one new: where there
+    are weights beside, the old ones are first moved away, and back if the new ones cannot come.
+    """
+    old = temporary + ".old"
     if os.path.exists(path + DATA_SUFFIX) or os.path.exists(temporary + DATA_SUFFIX):
-        # Two files cannot change places in one step: nobody is to read one old, one new.
-        for old in (path, path + DATA_SUFFIX):
-            if os.path.exists(old):
-                os.remove(old)
-        if os.path.exists(temporary + DATA_SUFFIX):
-            os.rename(temporary + DATA_SUFFIX, path + DATA_SUFFIX)
-    os.replace(temporary, path)
+        move(path, old)
+    try:
+        move(temporary, path)
+    except OSError:
+        move(old, path)
+        raise
     sync_directory(os.path.dirname(path) or ".")
+
+
+def move(source: str, target: str) -> None:
+    """Rename a file and that of its weights, as far as they are there; the file itself last."""
+    for suffix in (DATA_SUFFIX, ""):
+        if os.path.exists(source + suffix):
+            os.replace(source + suffix, target + suffix)
 
 
 @dataclass

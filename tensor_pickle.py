@@ -13,6 +13,7 @@ from typing import Any
 
 MAX_BYTES = 4 << 20  # of the instructions; those of a ResNet-50 take 50 kB
 MARK = object()
+DAMAGE = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 class Refused(Exception):
@@ -56,7 +57,7 @@ class Reader:
             return value, start + length
         except Refused:
             raise
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError):
+        except (*DAMAGE, RecursionError):
             if len(data) == MAX_BYTES:
                 raise Refused(f"its pickle has no end within {MAX_BYTES} bytes") from None
             raise Refused("its pickle is damaged or cut off") from None

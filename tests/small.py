@@ -19,7 +19,7 @@ from PIL import Image
 import config
 import model_util
 import resnet_model
-from layer_util import Switches
+from layer_util import Dropout, Switches
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE = re.compile(
@@ -73,6 +73,22 @@ class Plain(Toy):
         return self.fc(self.conv(image).relu().mean(dim=(2, 3))) + ballast(image.placement)
 
 
+class Dropping(Plain):
+    """The same with two dropouts, and a second classifier in training."""
+
+    auxiliary_weight = 0.4
+
+    def __init__(self, num_classes: int = 1000, switches: Switches = Switches()):
+        super().__init__(num_classes, switches)
+        self.first, self.second = Dropout(0.2, 4), Dropout(0.5, 4)
+        self.auxiliary = nn.Linear(4, num_classes)
+
+    def forward(self, image):
+        x = self.conv(image).relu().mean(dim=(2, 3))
+        logits = self.fc(self.second(self.first(x))) + ballast(image.placement)
+        return (logits, self.auxiliary(x)) if self.training else logits
+
+
 class GhostBatchNorm(nn.BatchNorm2d):
     """Normalises each half of a batch by itself, as two devices do. No running statistics."""
 
@@ -96,6 +112,7 @@ MODELS = {
     "tiny": TINY,
     "toy": TOY,
     "plain": model_util.Model(Plain, image_size=32),
+    "dropping": model_util.Model(Dropping, image_size=32),
     "ghost": model_util.Model(Ghost, image_size=32),
 }
 

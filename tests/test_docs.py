@@ -123,6 +123,12 @@ def test_commands_in_documents_parse(words, wrappers):
     check(list(words), wrappers)
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_document_has_a_place_left_to_fill_in(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r"^[A-Z]{4,}$|TODO|FIXME|\bXX+\b", text, re.MULTILINE)
+
+
 def test_the_documents_hold_commands(wrappers):
     kinds = [check(words.values[0][:], wrappers) for words in DOCUMENTED]
     assert kinds.count("script") > 12

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import oneflow as flow
 import pytest
+from oneflow import nn
 from safetensors.numpy import load_file, save_file
 
 import checkpoint_util
@@ -118,11 +119,11 @@ def pth(path: Path, arrays: dict, wrap=lambda state: state) -> Path:
     return zip_file(path, dump(wrap(state)), storages)
 
 
-def old_pth(path: Path, arrays: dict) -> Path:
-    """As torch.save wrote it before."""
+def old_pth(path: Path, arrays: dict, *, keys: bytes | None = None) -> Path:
+    """As torch.save wrote it before; `keys`: a pickle in place of that of the storages' keys."""
     state, storages = tensors(arrays, extra=(None,))
     data = dump(0x1950A86A20F9469CFC6C) + dump(1001) + dump({"little_endian": True})
-    data += dump(state) + dump(list(storages))
+    data += dump(state) + (keys or dump(list(storages)))
     for content, array in zip(storages.values(), arrays.values(), strict=True):
         data += struct.pack("<q", np.asarray(array).size) + content
     path.write_bytes(data)
@@ -394,6 +395,8 @@ def spoiled(tmp_path, small_weights):
         yield f"cut{cut}.pth", whole[:cut], ""
     for cut in (20, 100, len(old) // 2, len(old) - 1):
         yield f"cutold{cut}.pth", old[:cut], ""
+    deep = b"\x80\x02])" + b"\x85" * 1_000_000 + b"a."  # a tuple in a tuple, a million times
+    yield "deep.pth", old_pth(tmp_path / "o", small_weights, keys=deep).read_bytes(), "no dict of"
     for cut in (0, 5, 1000, len(safe) - 1):
         yield f"cut{cut}.safetensors", safe[:cut], ""
     yield "text.pth", b"some text that is long enough", "of no known format"
@@ -491,6 +494,31 @@ def test_damaged_folders(tmp_path, small_weights):
     variable(path / "fc.bias", small_weights["fc.bias"])
     variable(path / "fc.weight", small_weights["fc.weight"], meta=False)
     refuse("some have none")
+
+
+def test_an_auxiliary_classifier_may_be_missing(tmp_path, monkeypatch):
+    """As in timm's Inception v3, since only training uses it."""
+
+    class WithAuxiliary(nn.Module):
+        def __init__(self, num_classes=1000, switches=None):
+            super().__init__()
+            self.fc, self.AuxLogits = nn.Linear(3, num_classes), nn.Module()
+            self.AuxLogits.fc = nn.Linear(3, num_classes)
+
+        def forward(self, image):
+            return self.fc(image.mean(dim=(2, 3)))
+
+    entry = model_util.Model(WithAuxiliary, image_size=32)
+    monkeypatch.setitem(model_util.MODELS, "inceptionv3", entry)
+    monkeypatch.chdir(tmp_path)
+    arrays = {"fc.weight": np.ones((4, 3), np.float32), "fc.bias": np.zeros(4, np.float32)}
+    save_file(arrays, "without.safetensors")
+    flags = "--model=inceptionv3", f"--image_path={ROOT}/data/cat.jpg", "--device=cpu"
+    result = call(INFERENCE, "--model_load_dir=without.safetensors", *flags)
+    assert result.status == 0 and "no auxiliary classifier" in result.stderr, result.stderr
+    save_file(arrays | {"AuxLogits.fc.bias": np.zeros(4, np.float32)}, "half.safetensors")
+    result = call(INFERENCE, "--model_load_dir=half.safetensors", *flags)
+    assert result.status == 2 and "1 missing, first AuxLogits.fc.weight" in result.stderr
 
 
 def test_a_mismatch_names_the_first_of_each_kind(tmp_path, small_weights):

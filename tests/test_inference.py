@@ -137,7 +137,7 @@ def test_standard_input_stands_alone_and_holds_something():
     result = script(
         "of_cnn_inference.py", "--backend=onnxruntime", "--image_path=-", cwd=os.getcwd()
     )
-    assert result.status == 2 and "holds no paths" in result.stderr
+    assert result.status == 1 and "held no paths" in result.stderr
 
 
 def test_bad_files_are_reported_and_the_rest_goes_on(tmp_path):

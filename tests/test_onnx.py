@@ -186,7 +186,7 @@ def test_what_cannot_be_exported_or_written_is_one_line(tmp_path):
     (tmp_path / "taken.onnx").mkdir()
     for flag, words in (
         ("--onnx_path=file/x.onnx", "file is a file"),
-        ("--onnx_path=taken.onnx", "it is a directory"),
+        ("--onnx_path=taken.onnx", "taken.onnx is a directory"),
         ("--onnx_path=x.pb", "must end in .onnx"),
         ("--opset=22", "at most 21"),
         ("--opset=8", "at least 9"),
@@ -195,6 +195,70 @@ def test_what_cannot_be_exported_or_written_is_one_line(tmp_path):
         assert (result.status, result.stdout) == (2, "") and words in result.stderr, flag
     result = export("--check_only", "--opset=13")
     assert result.status == 2 and "--opset has no effect" in result.stderr
+
+
+def with_metadata(path: str, **changes) -> str:
+    """A copy of an exported file that says something else of itself."""
+    model = onnx.load(path)
+    held = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, held | {k: json.dumps(v) for k, v in changes.items()})
+    onnx.save(model, "changed.onnx")
+    return "changed.onnx"
+
+
+def test_files_that_are_damaged_or_lie_are_one_line():
+    save("tiny")
+    assert export("--onnx_path=whole.onnx").status == 0
+    data = Path("whole.onnx").read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(60):
+        spoiled = bytearray(data)
+        # Near the ends is the structure, in between are weights.
+        place = int(rng.integers(0, 4000)) * int(rng.choice([1, -1]))
+        spoiled[place] ^= int(rng.integers(1, 256))
+        Path("spoiled.onnx").write_bytes(spoiled)
+        try:
+            onnx_util.ExportedModel("spoiled.onnx")
+        except config.RunError:
+            refused += 1
+    assert refused > 20
+    for changes in (
+        {"interpolation": "foo"},
+        {"image_size": "x"},
+        {"image_size": -3},
+        {"image_size": 64},
+        {"resize_shorter": None},
+        {"rgb_mean": [1, 2]},
+        {"rgb_std": [0, 0, 0]},
+        {"classes": ["one"]},
+        {"classes": [1, 2, 3]},
+        {"format_version": 2},
+    ):
+        with pytest.raises(config.RunError):
+            onnx_util.ExportedModel(with_metadata("whole.onnx", **changes))
+
+
+def test_a_file_that_cannot_be_replaced_stays(monkeypatch, tmp_path):
+    save("tiny")
+    assert export("--onnx_path=a/x.onnx", "--external_data").status == 0
+    before, rename = tree(tmp_path / "a"), os.replace
+
+    def failing(source, target):
+        if target == "a/x.onnx" and not source.endswith(".old"):
+            raise OSError(5, "Input/output error", target)
+        rename(source, target)
+
+    monkeypatch.setattr(resnet_to_onnx.os, "replace", failing)
+    for external in (True, False):
+        result = export("--onnx_path=a/x.onnx", f"--external_data={external}")
+        assert result.status == 1 and "cannot write a/x.onnx" in result.stderr
+        assert "success" not in result.stdout
+        assert tree(tmp_path / "a") == before
+    monkeypatch.undo()
+    (tmp_path / "x.onnx.data").mkdir()
+    os.chdir(tmp_path)
+    result = export(f"--onnx_path={tmp_path}/x.onnx")
+    assert result.status == 2
 
 
 def test_a_file_of_something_else_is_refused_by_name(tmp_path):

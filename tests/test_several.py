@@ -91,7 +91,8 @@ def runs(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     done = {}
     for model, processes in (
-        ("plain", 1), ("plain", 2), ("plain", 4), ("ghost", 1), ("toy", 2)
+        ("plain", 1), ("plain", 2), ("plain", 4), ("dropping", 1), ("dropping", 2), ("ghost", 1),
+        ("toy", 2),
     ):  # fmt: skip
         flags = recipe(data, model, processes=processes)
         run = start(*flags, f"--model_save_dir={model}-{processes}", cwd=root)
@@ -107,11 +108,13 @@ def test_losses_do_not_depend_on_the_number_of_processes(runs):
     roundings.
     """
     _, done = runs
-    one = losses(done["plain", 1])
-    assert len(one) == 10 and len(set(one)) == 10
-    for processes in (2, 4):
-        np.testing.assert_allclose(losses(done["plain", processes]), one, rtol=1e-5, atol=2e-6)
-        assert validation_figures(done["plain", processes]) == validation_figures(done["plain", 1])
+    for model, counts in (("plain", (2, 4)), ("dropping", (2,))):
+        alone = done[model, 1]
+        assert len(losses(alone)) == 10 and len(set(losses(alone))) == 10
+        for processes in counts:
+            several = done[model, processes]
+            np.testing.assert_allclose(losses(several), losses(alone), rtol=1e-5, atol=2e-6)
+            assert validation_figures(several) == validation_figures(alone)
 
 
 def test_each_process_normalises_by_its_own_share(runs):
