@@ -28,15 +28,6 @@ LINE = re.compile(
 )
 
 
-def tiny(num_classes: int = 1000, switches: Switches = Switches()) -> resnet_model.ResNet:
-    """A network of the real blocks that compiles in a second."""
-    block, depths = resnet_model.Bottleneck, (1, 1, 1, 1)
-    return resnet_model.ResNet(block, depths, num_classes, width=8, switches=switches)
-
-
-TINY = model_util.Model(tiny, image_size=32, switches=model_util.ALL_SWITCHES)
-
-
 def ballast(placement) -> flow.Tensor:
     """A zero that takes some 20 ms to compute, for graphs that would be done within microseconds.
 
@@ -47,6 +38,22 @@ def ballast(placement) -> flow.Tensor:
     for _ in range(3):
         x = flow.matmul(x, x)
     return x.sum()
+
+
+class Tiny(resnet_model.ResNet):
+    """A network of the real blocks that compiles in a second."""
+
+    def __init__(self, num_classes: int = 1000, switches: Switches = Switches()):
+        block, depths = resnet_model.Bottleneck, (1, 1, 1, 1)
+        super().__init__(block, depths, num_classes, width=8, switches=switches)
+
+    def forward(self, image):
+        logits = resnet_model.ResNet.forward(self, image)
+        # The check of an export calls it on local tensors, and must not find this in the file.
+        return logits + ballast(image.placement) if image.is_global else logits
+
+
+TINY = model_util.Model(Tiny, image_size=32, switches=model_util.ALL_SWITCHES)
 
 
 class Toy(nn.Module):

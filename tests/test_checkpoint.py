@@ -21,7 +21,7 @@ import model_util
 from checkpoint_util import Snapshot, open_save_dir
 from config import RunError, UsageError
 from image_util import Preprocessing
-from small import ROOT, TINY, tiny, tree
+from small import ROOT, TINY, Tiny, tree
 
 PREPROCESSING = Preprocessing(32, 37, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
 
@@ -38,7 +38,7 @@ def describe(**more):
 @pytest.fixture
 def saved(tmp_path):
     flow.manual_seed(1)
-    model = graph_util.place(tiny(4), "cpu")
+    model = graph_util.place(Tiny(4), "cpu")
     snapshot = describe(classes=("a", "b", "c", "d"), epoch=3, step=7, metrics={"val_top_1": 0.5})
     path = checkpoint_util.save_snapshot(str(tmp_path), "epoch_3", model, snapshot)
     return Path(path), model, snapshot
@@ -174,10 +174,10 @@ import resource, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import checkpoint_util, config, test_checkpoint, small
-checkpoint_util.save_snapshot(sys.argv[2], "a", small.tiny(4), test_checkpoint.describe())
+checkpoint_util.save_snapshot(sys.argv[2], "a", small.Tiny(4), test_checkpoint.describe())
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 save = lambda: checkpoint_util.save_snapshot(
-    sys.argv[2], "b", small.tiny(4), test_checkpoint.describe())
+    sys.argv[2], "b", small.Tiny(4), test_checkpoint.describe())
 sys.exit(config.run_main(save))
 """
     done = subprocess.run(

@@ -25,7 +25,7 @@ import of_cnn_evaluate
 import of_cnn_inference
 import of_cnn_train_val
 from config import PUBLISHED_FOLDER, RunError, UsageError
-from small import MODELS, ROOT, call, script, tiny, write_parts
+from small import MODELS, ROOT, Tiny, ballast, call, script, write_parts
 from tools import convert_snapshot
 
 INFERENCE = of_cnn_inference.main
@@ -243,7 +243,7 @@ def test_files_of_pytorch_give_the_same_logits(resnet50, reference, tmp_path):
 @pytest.fixture(scope="module")
 def small_weights():
     flow.manual_seed(1)
-    return checkpoint_util.state_arrays(tiny(4))
+    return checkpoint_util.state_arrays(Tiny(4))
 
 
 def same(path, arrays) -> None:
@@ -284,7 +284,7 @@ def test_strides_and_number_formats(tmp_path):
 
 
 def test_a_folder_of_flow_save(small_weights, tmp_path):
-    state = tiny(4).state_dict()
+    state = Tiny(4).state_dict()
     for name, array in small_weights.items():
         state[name].copy_(flow.tensor(array))
     flow.save(state, str(tmp_path / "plain"))
@@ -469,7 +469,7 @@ def test_damaged_folders(tmp_path, small_weights):
             foreign_checkpoint.read(str(path))
 
     path = tmp_path / "flow"
-    flow.save(tiny(4).state_dict(), str(path))
+    flow.save(Tiny(4).state_dict(), str(path))
     pickled = path / "pickled_data"
     data = pickled.read_bytes()
     first = sorted(path.glob("tensor_*"))[0]
@@ -506,7 +506,7 @@ def test_an_auxiliary_classifier_may_be_missing(tmp_path, monkeypatch):
             self.AuxLogits.fc = nn.Linear(3, num_classes)
 
         def forward(self, image):
-            return self.fc(image.mean(dim=(2, 3)))
+            return self.fc(image.mean(dim=(2, 3))) + ballast(image.placement)
 
     entry = model_util.Model(WithAuxiliary, image_size=32)
     monkeypatch.setitem(model_util.MODELS, "inceptionv3", entry)

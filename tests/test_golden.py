@@ -25,7 +25,7 @@ import optimizer_util
 import resnet_model
 from golden import seeded
 from ofrecord_util import to_device
-from small import tiny
+from small import Tiny
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 PLACEMENT = flow.env.all_device_placement("cpu")
@@ -162,7 +162,7 @@ def training():
 def train(training: dict, weight_decay: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Losses of all steps, and parameters and buffers after them: the recipe, by our own parts."""
     batches = part(training, "batch_")
-    model, _ = build(tiny(batches["num_classes"]), part(training, "weights_"))
+    model, _ = build(Tiny(batches["num_classes"]), part(training, "weights_"))
     optimizer = optimizer_util.build_optimizer(
         model,
         "sgd",

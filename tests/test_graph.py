@@ -15,7 +15,7 @@ from config import RunError
 from graph_util import Evaluator, TrainGraph
 from image_util import Preprocessing
 from ofrecord_util import SyntheticLoader, SyntheticValLoader
-from small import ballast, tiny, write_parts
+from small import Tiny, ballast, write_parts
 
 PREPROCESSING = Preprocessing(32, 32, (123.0, 117.0, 104.0), (58.0, 57.0, 57.0))
 
@@ -141,7 +141,7 @@ def test_evaluation_of_parts_does_not_depend_on_the_batch_size(tmp_path, batch_s
     directory = write_parts(tmp_path / "val", [[0, 1, 2, 3, 3], [1, 2, 0], [3, 0, 1, 2], [2, 2]])
     data = ofrecord_util.open_val_dataset(str(directory))
     flow.manual_seed(3)
-    model = graph_util.place(tiny(4), "cpu")
+    model = graph_util.place(Tiny(4), "cpu")
     loader = ofrecord_util.val_loader(
         data, batch_size=batch_size, preprocessing=PREPROCESSING, device="cpu"
     )
@@ -182,7 +182,7 @@ def training(model, *, seed=0, steps=100, lr=0.05, name="sgd", **optimizer):
 def learn(*, evaluate):
     """Losses of 60 steps, and the hits of an evaluation after every 12 of them."""
     flow.manual_seed(0)
-    model = graph_util.place(tiny(10), "cpu")
+    model = graph_util.place(Tiny(10), "cpu")
     graph, batches = training(model)
     loader = SyntheticValLoader(
         num_examples=16, batch_size=8, num_classes=10, image_size=32, seed=0, device="cpu"
@@ -209,7 +209,7 @@ def test_training_learns_and_evaluation_beside_it_disturbs_nothing():
 
 def test_the_step_counts_hits_and_bad_labels():
     flow.manual_seed(0)
-    model = graph_util.place(tiny(10), "cpu")
+    model = graph_util.place(Tiny(10), "cpu")
 
     class Bad(SyntheticLoader):
         def batches(self, step=0):
@@ -242,7 +242,7 @@ def test_evaluation_refuses_labels_outside_the_classes():
 def test_label_smoothing_is_that_of_the_formula():
     """Frozen weights: the loss of a step against the cross entropy with smoothed labels."""
     flow.manual_seed(0)
-    model = graph_util.place(tiny(10), "cpu")
+    model = graph_util.place(Tiny(10), "cpu")
     graph, batches = training(model, lr=0.0)
     image, label = next(batches)
     model.train()

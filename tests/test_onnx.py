@@ -21,6 +21,7 @@ import resnet_to_onnx
 import small
 from small import ROOT, TINY, call, tree
 
+SIZE = 64  # pixels; a run has to take some milliseconds, see `small.ballast`
 PHOTOGRAPHS = [str(ROOT / "data" / name) for name in ("cat.jpg", "coffee.jpg")]
 NAMES = ("black", "gray", "white")
 
@@ -30,7 +31,7 @@ class Flat(nn.Module):
 
     def __init__(self, num_classes: int, switches=None):
         super().__init__()
-        self.body = small.tiny(num_classes)
+        self.body = small.Tiny(num_classes)
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.pool = nn.AdaptiveAvgPool2d((2, 2))
         self.fc = nn.Linear(16, num_classes)
@@ -56,7 +57,7 @@ def save(model: str, *, num_classes: int = 3, name: str = "epoch_0", seed: int =
     snapshot = checkpoint_util.Snapshot(
         model,
         num_classes,
-        model_util.preprocessing(model, image_size=32),
+        model_util.preprocessing(model, image_size=SIZE),
         classes=NAMES if num_classes == 3 else None,
     )
     os.makedirs("output/snapshots/run", exist_ok=True)
@@ -70,12 +71,12 @@ def export(*argv: str):
 @pytest.fixture(autouse=True)
 def _here(monkeypatch, tmp_path):
     for name, build in (("flat", Flat), ("odd", Odd)):
-        monkeypatch.setitem(model_util.MODELS, name, model_util.Model(build, image_size=32))
+        monkeypatch.setitem(model_util.MODELS, name, model_util.Model(build, image_size=SIZE))
     monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
 
 
-def images(batch: int, size: int = 32) -> np.ndarray:
+def images(batch: int, size: int = SIZE) -> np.ndarray:
     return np.random.default_rng(batch).standard_normal((batch, 3, size, size), np.float32)
 
 
@@ -99,10 +100,10 @@ def test_the_newest_snapshot_is_exported_and_equal():
     onnx.checker.check_model(onnx.load(file), full_check=True)
     session = onnxruntime.InferenceSession(file)
     (image,), (logits,) = session.get_inputs(), session.get_outputs()
-    assert (image.name, image.shape) == ("images", ["batch", 3, 32, 32])
+    assert (image.name, image.shape) == ("images", ["batch", 3, SIZE, SIZE])
     assert (logits.name, logits.shape) == ("logits", ["batch", 3])
     held = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
-    fields = vars(model_util.preprocessing("tiny")).items()
+    fields = vars(model_util.preprocessing("tiny", image_size=SIZE)).items()
     assert held == {
         "format_version": 1,
         "model": "tiny",
@@ -226,7 +227,7 @@ def test_files_that_are_damaged_or_lie_are_one_line():
         {"interpolation": "foo"},
         {"image_size": "x"},
         {"image_size": -3},
-        {"image_size": 64},
+        {"image_size": 32},
         {"resize_shorter": None},
         {"rgb_mean": [1, 2]},
         {"rgb_std": [0, 0, 0]},

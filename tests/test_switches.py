@@ -17,7 +17,7 @@ import optimizer_util
 from checkpoint_util import load_weights, state_arrays
 from image_util import Preprocessing
 from layer_util import Switches, from_standard
-from small import TINY, call, losses, tiny, tree, validation_figures, write_parts
+from small import TINY, Tiny, call, losses, tree, validation_figures, write_parts
 
 LAYOUTS = [
     Switches(channel_last=True),
@@ -57,7 +57,7 @@ def _any_layout(monkeypatch):
 
 def initial(switches: Switches):
     flow.manual_seed(0)
-    return tiny(10, switches)
+    return Tiny(10, switches)
 
 
 @pytest.mark.usefixtures("_any_layout")
