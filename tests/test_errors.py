@@ -133,7 +133,8 @@ def test_odd_images_and_what_is_none(tmp_path):
     assert "Traceback" not in result.stderr
     snapshot = next((tmp_path / "output").rglob("snapshot_epoch_0"))
     for flags, words in (
-        (("--model=resnet50",), "--model=resnet50, but"),
+        (("--model=resnet50", f"--model_load_dir={snapshot}"), "--model=resnet50, but"),
+        (("--model=resnet50",), "no snapshot of resnet50 under"),
         (("--num_classes=7",), "--num_classes=7, but"),
     ):
         result = script(INFERENCE, "--image_path=grey.png", *flags, cwd=tmp_path)
