@@ -94,9 +94,14 @@ def hits(logits, label, top_k: int):
     return (rank < 1).to(dtype=flow.int32), (rank < top_k).to(dtype=flow.int32)
 
 
+def in_range(label, logits):
+    """1 where a label (N,) is a class of the logits (N, C), else 0, int32."""
+    return flow.logical_and(label >= 0, label < logits.shape[1]).to(dtype=flow.int32)
+
+
 def count_hits(logits, label, counted, *, top_k: int) -> tuple:
     """Top-1 hits, top-k hits and labels outside the classes, over rows whose `counted` is 1."""
-    valid = flow.logical_and(label >= 0, label < logits.shape[1]).to(dtype=flow.int32)
+    valid = in_range(label, logits)
     top_1, hit_k = hits(logits, label * valid, top_k)
     return (top_1 * counted).sum(), (hit_k * counted).sum(), ((1 - valid) * counted).sum()
 
@@ -160,7 +165,7 @@ class TrainGraph(nn.Graph):
         if isinstance(logits, tuple | list):  # a network with a second classifier in training
             logits, auxiliary = logits
         # The loss kernel aborts the process on a label it has no logit for.
-        valid = flow.logical_and(label >= 0, label < logits.shape[1]).to(dtype=flow.int32)
+        valid = in_range(label, logits)
         label = label * valid
         loss = self.cross_entropy(logits, label)  # ()
         if auxiliary is not None:

@@ -31,7 +31,6 @@ class Model:
     rgb_mean: tuple[float, float, float] = RGB_MEAN
     rgb_std: tuple[float, float, float] = RGB_STD
     interpolation: str = "bilinear"
-    resize_shorter: int | None = None  # pixels; None: 256 per 224 of `image_size`
     min_image_size: int = 8  # pixels; with less, nothing would be left of the image
     switches: frozenset[str] = frozenset()  # the fields of Switches that it knows
     # In place of parts of config.LEARNING_RATE_PER_256 and config.CPU_TRIAL.
@@ -101,7 +100,7 @@ def preprocessing(model: str, **flags) -> Preprocessing:
     entry = MODELS[model]
     own = Preprocessing(
         image_size=entry.image_size,
-        resize_shorter=entry.resize_shorter or config.default_resize_shorter(entry.image_size),
+        resize_shorter=config.default_resize_shorter(entry.image_size),
         rgb_mean=entry.rgb_mean,
         rgb_std=entry.rgb_std,
         interpolation=entry.interpolation,

@@ -87,27 +87,36 @@ def prepare(args: Namespace) -> tuple[str, ofrecord_util.Dataset, tuple]:
     The network comes with what has its preprocessing and classes, and its path.
     """
     if args.backend == "onnxruntime":
-        data = open_data(args)
-        exported = onnx_util.ExportedModel(onnx_util.find_export(args.onnx_path))
-        check_labels(args, data, exported.num_classes)
-        return "cpu", data, (exported, exported, exported.path)
+        device, open_network = "cpu", open_export
+    else:
+        device, open_network = choose_device(args), restore
+    data = open_data(args)
+    network = open_network(args)
+    num_classes = network[1].num_classes
+    ofrecord_util.check_labels(data, num_classes=num_classes, path=args.val_data_dir)
+    return device, data, network
+
+
+def choose_device(args: Namespace) -> str:
     device = graph_util.choose_device(args.device, count=args.gpu_num_per_node)
     for text in config.check_precision_flags(args, device=device):
         notice(text)
-    data = open_data(args)
-    restored = checkpoint_util.restore(
+    return device
+
+
+def restore(args: Namespace) -> tuple:
+    return checkpoint_util.restore(
         args.model_load_dir,
         model=args.model,
         num_classes=args.num_classes,
         switches=Switches(**config.switch_flags(args)),
         **config.preprocessing_flags(args),
     )
-    check_labels(args, data, restored[1].num_classes)
-    return device, data, restored
 
 
-def check_labels(args: Namespace, data: ofrecord_util.Dataset, num_classes: int) -> None:
-    ofrecord_util.check_labels(data, num_classes=num_classes, path=args.val_data_dir)
+def open_export(args: Namespace) -> tuple:
+    exported = onnx_util.ExportedModel(onnx_util.find_export(args.onnx_path))
+    return exported, exported, exported.path
 
 
 def open_data(args: Namespace) -> ofrecord_util.Dataset:
