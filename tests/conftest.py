@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -5,3 +6,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import oneflow_setup  # noqa: F401  (before any test imports oneflow)
+
+# A shell starts what is behind `&` with SIGINT ignored; what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
