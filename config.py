@@ -313,8 +313,8 @@ def add_cuda_training_flags(parser: Parser) -> None:
     add_switch(
         group,
         "--gpu_image_decoder",
-        "decode and crop training images on the GPU; a resumed run then has other crops than one "
-        "that never stopped",
+        "decode and crop training images on the GPU; OFRecord parts only, and a resumed run then "
+        "reads from the beginning of its parts, in another order than one that never stopped",
     )
     group.add_argument(
         "--nccl_fusion_threshold_mb",

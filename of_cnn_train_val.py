@@ -335,6 +335,11 @@ def go_on(args: Namespace, snapshot: Snapshot, plan: Plan, resumed: str | None) 
 
 
 def build_model(args: Namespace, snapshot: Snapshot, resumed: str | None) -> nn.Module:
+    if args.gpu_image_decoder:
+        notices.append(
+            "--gpu_image_decoder: reading starts at the beginning of the parts, in a new order; "
+            "only runs without this flag go on as if they had never stopped."
+        )
     """The network with initial weights drawn by --seed, or with those of a snapshot."""
     flow.manual_seed(args.seed)
     model = model_util.MODELS[snapshot.model].build(
@@ -388,6 +393,7 @@ def build_training(
         weight_decay=args.wd,
         gradient_clipping=args.gradient_clipping,
         momentum=args.momentum,
+            first_step=snapshot.step,
         decay_rate=args.decay_rate,
         epsilon=args.epsilon,
     )

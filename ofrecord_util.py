@@ -535,10 +535,7 @@ class OFRecordLoader(nn.Module):
         its rank, so it is shown links under the right numbers. It opens all of its own before the
         first batch.
         """
-        with tempfile.TemporaryDirectory(prefix="ofrecord-order-") as links:
-            for i, number in enumerate(parts, self.rank * len(parts)):
-                path = os.path.abspath(self.shards.part_path(number))
-                os.symlink(path, os.path.join(links, f"{PART_PREFIX}{i:05d}"))
+        with link_parts(self.shards, parts, self.rank * len(parts)) as links:
             read = nn.OFRecordReader(
                 links,
                 batch_size=self.batch_size,
@@ -579,11 +576,8 @@ class OFRecordTrainLoader(OFRecordLoader):
         augmentation: Augmentation,
         seed: int,
         device: str,
-        gpu_image_decoder: bool = False,
     ):
         super().__init__(shards, batch_size=batch_size, device=device)
-        self.device, self.gpu_image_decoder = device, gpu_image_decoder
-        self.cpu_placement = flow.env.all_device_placement("cpu")
         self.seed = seed
         self.augmentation = augmentation
         self.shuffle_buffer_size = augmentation.shuffle_buffer_size or default_buffer_size(
@@ -591,25 +585,7 @@ class OFRecordTrainLoader(OFRecordLoader):
         )
         size = preprocessing.image_size
         self.resize = nn.image.Resize(target_size=[size, size])
-        if gpu_image_decoder:
-            self.encoded = nn.OFRecordBytesDecoder("encoded")
-            self.decode_on_gpu = nn.OFRecordImageGpuDecoderRandomCropResize(
-                target_width=size,
-                target_height=size,
-                random_area=augmentation.area,
-                random_aspect_ratio=augmentation.aspect_ratio,
-                seed=derive_seeds(1, seed, self.rank)[0],
-                # As in OneFlow's own ResNet-50.
-                num_workers=3,
-                warmup_size=2048,
-            )
-        self.normalise = nn.CropMirrorNormalize(
-            color_space="RGB",
-            output_layout="NCHW",
-            mean=preprocessing.rgb_mean,
-            std=preprocessing.rgb_std,
-            output_dtype=flow.float,
-        )
+        self.normalise = crop_normalisation(preprocessing)
 
     def order(self, epoch: int) -> list[int]:
         """The parts of all processes, as they follow one another in an epoch."""
@@ -633,10 +609,6 @@ class OFRecordTrainLoader(OFRecordLoader):
                 random_seed=flip_seed,
                 probability=self.augmentation.flip,
             )()
-            if self.gpu_image_decoder:  # its decoder works in graphs only
-                placed = (to_global(tensor, self.cpu_placement) for tensor in (record, flip))
-                yield *placed, label
-                continue
             decode = nn.OFRecordImageDecoderRandomCrop(
                 "encoded",
                 color_space="RGB",
@@ -647,12 +619,96 @@ class OFRecordTrainLoader(OFRecordLoader):
             image = self.normalise(self.resize(decode(record))[0], flip)
             yield to_global(image, self.placement), label
 
-    def forward(self, *batch):
-        if not self.gpu_image_decoder:
-            return batch
-        record, flip, label = batch
-        image = self.decode_on_gpu(self.encoded(record))  # (N, H, W, 3) uint8
-        return self.normalise(image, flip.to(self.device)), label
+
+class GPUDecodingTrainLoader(nn.Module):
+    """The same with nvJPEG as decoder, on the device: --gpu_image_decoder.
+
+    That decoder exists in graphs only, and a graph that is handed records has copies of them which
+    are no longer valid, so the reader is in the graph as well. There it cannot be positioned: each
+    process keeps its parts for the whole run, and a run that goes on reads from the beginning of
+    its parts, in an order drawn for the step at which it goes on.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        *,
+        batch_size: int,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        seed: int,
+        device: str,
+        first_step: int = 0,
+    ):
+        super().__init__()
+        self.device = device
+        placement = flow.env.all_device_placement("cpu")
+        on_cpu = {"placement": placement, "sbp": [flow.sbp.split(0)]}
+        num_ranks, num_parts = flow.env.get_world_size(), len(shards.part_counts)
+        record_seed, crop_seed, flip_seed = derive_seeds(3, seed, first_step)
+        allow_open_files(num_parts)
+        order = np.random.default_rng((seed, first_step)).permutation(num_parts)
+        self.links = link_parts(shards, order.tolist())  # opened when the graph is compiled
+        self.read = nn.OFRecordReader(
+            self.links.name,
+            batch_size=batch_size,
+            data_part_num=num_parts,
+            part_name_prefix=PART_PREFIX,
+            part_name_suffix_length=5,
+            random_shuffle=True,
+            shuffle_buffer_size=augmentation.shuffle_buffer_size
+            or default_buffer_size(shards.num_examples // num_ranks),
+            # Several processes would come to disagree about who reads which part.
+            shuffle_after_epoch=num_ranks == 1,
+            random_seed=record_seed,
+            **on_cpu,
+        )
+        self.label = nn.OFRecordRawDecoder("class/label", shape=(), dtype=flow.int32)
+        self.encoded = nn.OFRecordBytesDecoder("encoded")
+        self.decode = nn.OFRecordImageGpuDecoderRandomCropResize(
+            target_width=preprocessing.image_size,
+            target_height=preprocessing.image_size,
+            random_area=augmentation.area,
+            random_aspect_ratio=augmentation.aspect_ratio,
+            seed=crop_seed,
+            # As in OneFlow's own ResNet-50.
+            num_workers=3,
+            warmup_size=2048,
+        )
+        self.flip = nn.CoinFlip(
+            batch_size=batch_size, probability=augmentation.flip, random_seed=flip_seed, **on_cpu
+        )
+        self.normalise = crop_normalisation(preprocessing)
+
+    def batches(self, epoch: int, iteration: int = 0) -> Iterator[tuple]:
+        """Nothing to hand in, without end."""
+        return itertools.repeat(())
+
+    def forward(self):
+        record = self.read()
+        image = self.decode(self.encoded(record))  # (N, H, W, 3) uint8, on the device
+        image = self.normalise(image, self.flip().to(self.device))
+        return image, self.label(record).to(self.device)
+
+
+def crop_normalisation(preprocessing: Preprocessing) -> nn.Module:
+    """(N, H, W, 3) uint8 and (N,) flips to (N, 3, H, W) float32, mirrored and normalised."""
+    return nn.CropMirrorNormalize(
+        color_space="RGB",
+        output_layout="NCHW",
+        mean=preprocessing.rgb_mean,
+        std=preprocessing.rgb_std,
+        output_dtype=flow.float,
+    )
+
+
+def link_parts(shards: Shards, order: Sequence[int], first: int = 0) -> tempfile.TemporaryDirectory:
+    """A directory of links to parts, numbered from `first` on in the given order."""
+    links = tempfile.TemporaryDirectory(prefix="ofrecord-order-")
+    for i, number in enumerate(order, first):
+        path = os.path.abspath(shards.part_path(number))
+        os.symlink(path, os.path.join(links.name, f"{PART_PREFIX}{i:05d}"))
+    return links
 
 
 class OFRecordValLoader(OFRecordLoader):
@@ -986,8 +1042,12 @@ def train_loader(
     seed: int,
     device: str,
     gpu_image_decoder: bool = False,
+    first_step: int = 0,
 ) -> nn.Module:
-    """The training loader of a checked data set. `batch_size` is the global one."""
+    """The training loader of a checked data set. `batch_size` is the global one.
+
+    `first_step` is the step at which the run goes on; only the GPU's decoder needs to know.
+    """
     settings = {
         "batch_size": batch_size,
         "preprocessing": preprocessing,
@@ -995,8 +1055,10 @@ def train_loader(
         "seed": seed,
         "device": device,
     }
+    if gpu_image_decoder:
+        return GPUDecodingTrainLoader(dataset.source, first_step=first_step, **settings)
     if isinstance(dataset.source, Shards):
-        return OFRecordTrainLoader(dataset.source, gpu_image_decoder=gpu_image_decoder, **settings)
+        return OFRecordTrainLoader(dataset.source, **settings)
     return ArrayTrainLoader(*dataset.source, **settings)
 
 
