@@ -39,7 +39,12 @@ class Model:
     weights: tuple[str, str] | None = None  # package of requirements.txt, and a file in it
 
     def build(self, num_classes: int, switches: Switches = Switches()) -> nn.Module:
-        """The network with initial weights. Raises UsageError for a switch unknown to it."""
+        """The network with initial weights. Raises UsageError as `check_switches`."""
+        self.check_switches(switches)
+        return self.network(num_classes, switches)
+
+    def check_switches(self, switches: Switches) -> None:
+        """Raise UsageError for a switch unknown to the network."""
         for name in sorted(ALL_SWITCHES - self.switches):
             if getattr(switches, name):
                 knowing = ", ".join(n for n, model in MODELS.items() if name in model.switches)
@@ -47,13 +52,13 @@ class Model:
                     f"--{name}: {self.network.__name__} cannot do that, only {knowing} can; leave "
                     "it out"
                 )
-        return self.network(num_classes, switches)
 
 
 MODELS: dict[str, Model] = {
     "resnet18": Model(resnet_model.resnet18, switches=ALL_SWITCHES),
     "resnet50": Model(resnet_model.resnet50, switches=ALL_SWITCHES),
-    "resnext50": Model(resnet_model.resnext50, switches=ALL_SWITCHES),
+    # OneFlow has no gradient of a grouped convolution in the layout of channel_last.
+    "resnext50": Model(resnet_model.resnext50, switches=ALL_SWITCHES - {"channel_last"}),
     # Their rate is that of torchvision's training script.
     "vgg": Model(vgg_model.vgg, min_image_size=32, learning_rates={"sgd": 0.01}),
     "alexnet": Model(alexnet_model.alexnet, min_image_size=63, learning_rates={"sgd": 0.01}),

@@ -261,6 +261,7 @@ def describe_run(
     if num_classes is None:
         num_classes = 1000
         if train_data is not None:
+    model_util.MODELS[model].check_switches(Switches(**config.switch_flags(args)))
             notice(f"Classes: 1000 ({args.train_data_dir} does not say; see --num_classes).")
     for data, path in ((train_data, args.train_data_dir), (val_data, args.val_data_dir)):
         if data is not None:
