@@ -732,6 +732,15 @@ def job_flags(args: argparse.Namespace) -> dict:
     }
 
 
+def memory_flags(args: argparse.Namespace, *, batch: str) -> dict[str, str]:
+    """The arguments `asked` and `flag` of graph_util.explain_crash; `batch` sets a batch's size."""
+    given = {name: getattr(args, name) for name in ("model", "image_size", batch)}
+    if given[batch] is None:
+        given[batch] = BATCH_SIZE_PER_DEVICE
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return {"asked": " ".join(flags + ["--use_fp16"] * args.use_fp16), "flag": f"--{batch}"}
+
+
 def flags_of_a_job(args: argparse.Namespace) -> dict:
     """The flags that have to be the same on every node, by name, as JSON knows them."""
     return {f"--{name}": value for name, value in vars(args).items() if name not in OF_ONE_NODE}

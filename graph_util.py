@@ -1,8 +1,11 @@
 """The `nn.Graph`s that train, evaluate and predict, and the one function that evaluates."""
 
+import io
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import oneflow as flow
@@ -25,26 +28,79 @@ LOSS_SCALE = {
 }
 
 
-def choose_device(name: str, *, count: int = 1) -> str:
-    """`cuda` or `cpu` for the flag --device; `auto` takes CUDA where there is one and says so.
+# Major compute capabilities that the wheel of each OneFlow has machine code for. 0.9.0 has code for
+# 6.0, 6.1, 7.0, 7.5, 8.0 and 8.6, and code for x.y runs on x.z with z >= y; it has no PTX, from
+# which a driver could make code for others. Another OneFlow is not judged.
+CAPABILITIES = {"0.9.0": (6, 7, 8)}
 
-    Raises UsageError where CUDA is asked for and there is none, or fewer devices than `count`.
+
+def choose_device(name: str, *, count: int = 1) -> str:
+    """`cuda` or `cpu` for the flag --device; `auto` takes CUDA where it can be used and says so.
+
+    Raises UsageError where CUDA is asked for and there is none, fewer devices than `count`, or one
+    that the installed OneFlow has no code for.
     """
     available = flow.cuda.is_available()
     if name == "cuda" and not available:
         raise UsageError(
-            "--device=cuda: no CUDA device can be used here (is there a GPU, and a driver for CUDA "
-            "11.7 or newer?); give --device=cpu to run on the CPU"
+            "--device=cuda: no CUDA device can be used here (is there an NVIDIA GPU, and its "
+            "driver, 450.80.02 or newer?); give --device=cpu to run on the CPU"
         )
+    unusable = unusable_device(count) if available and name != "cpu" else None
+    if name == "cuda" and unusable:
+        raise UsageError(f"--device=cuda: {unusable}; give --device=cpu to run on the CPU")
     if name == "auto":
-        name = "cuda" if available else "cpu"
-        notice(f"Device: {name} (--device=auto).")
+        name = "cuda" if available and not unusable else "cpu"
+        notice(f"Device: {name} (--device=auto{f': {unusable}' if unusable else ''}).")
     if name == "cuda" and flow.cuda.device_count() < count:
         raise UsageError(
             f"--gpu_num_per_node={count}, and this machine has {flow.cuda.device_count()} CUDA "
             "devices; give at most that"
         )
     return name
+
+
+def unusable_device(count: int) -> str | None:
+    """What is wrong with the first of `count` CUDA devices that OneFlow has no code for, if any."""
+    capabilities = CAPABILITIES.get(flow.__version__)
+    for device in range(min(count, flow.cuda.device_count())):
+        major, minor = flow.cuda.get_device_capability(device)
+        if capabilities is not None and major not in capabilities:
+            return (
+                f"CUDA device {device} ({flow.cuda.get_device_name(device)}) has compute "
+                f"capability {major}.{minor}, and OneFlow {flow.__version__} has code for 6.0, "
+                "6.1, 7.x and 8.x only"
+            )
+    return None
+
+
+def takes_cuda(name: str) -> bool:
+    """Whether the flag --device leads to CUDA, or to an error about it."""
+    if name == "auto":
+        return flow.cuda.is_available() and unusable_device(1) is None
+    return name == "cuda"
+
+
+OUT_OF_MEMORY = "out of memory"  # in OneFlow's words, and CUDA's
+
+
+def explain_crash(local_rank: int, words: Sequence[str], *, asked: str, flag: str) -> str | None:
+    """What the last words of a process say, where it is known what they mean, in one line.
+
+    Args:
+        local_rank: the process's number on its machine, which is that of its device.
+        words: the end of what it wrote to stderr.
+        asked: the flags that decide how much memory is needed.
+        flag: the one that sets the size of a batch.
+    """
+    if not any(OUT_OF_MEMORY in line for line in words) or not flow.cuda.is_available():
+        return None
+    device = flow.cuda.get_device_properties(local_rank)
+    return (
+        f"CUDA device {local_rank} ({device.name}, {device.total_memory / 2**30:.1f} GiB) has not "
+        f"enough free memory for {asked}; give a smaller {flag}, or --use_fp16, and see whether "
+        "another program uses the device (nvidia-smi)"
+    )
 
 
 def place(model: nn.Module, device: str) -> nn.Module:
@@ -125,7 +181,20 @@ def everywhere(*scalars) -> tuple:
     return tuple(scalar.to_global(sbp=flow.sbp.broadcast) for scalar in scalars)
 
 
-class TrainGraph(nn.Graph):
+class CompiledGraph(nn.Graph):
+    """What the graphs share: a compilation that fails raises, and prints nothing before that."""
+
+    def __call__(self, *batch, **more):
+        if self.is_compiled:
+            return super().__call__(*batch, **more)
+        printed = io.StringIO()
+        with redirect_stdout(printed), redirect_stderr(printed):
+            output = super().__call__(*batch, **more)
+        sys.stderr.write(printed.getvalue())
+        return output
+
+
+class TrainGraph(CompiledGraph):
     """One call is one step: load, forward, backward, update, all on the device.
 
     A network with dropout needs the `masks` of the step; see `DropoutMasks`.
@@ -223,7 +292,7 @@ class DropoutMasks:
         return kept * np.float32(1 / (1 - layer.rate))
 
 
-class EvalGraph(nn.Graph):
+class EvalGraph(CompiledGraph):
     """Top-1 hits, top-k hits and labels outside the classes, over the rows whose `counted` is 1.
 
     Three int32 scalars, over all devices, and the sum of `stop` where that is given. The graph
@@ -244,13 +313,15 @@ class EvalGraph(nn.Graph):
         return everywhere(*count_hits(logits, label, counted, top_k=self.top_k), stop)
 
 
-class PredictGraph(nn.Graph):
+class PredictGraph(CompiledGraph):
     """Images (N, 3, H, W) float32 to probabilities (N, C) float32."""
 
     def __init__(self, model: nn.Module, *, use_fp16: bool = False):
         super().__init__()
         self.config.allow_fuse_add_to_output(True)
         self.config.enable_amp(use_fp16)
+        # Trying out cuDNN's algorithms takes a second and 1 GB, which few predictions pay back.
+        self.config.enable_cudnn_conv_heuristic_search_algo(True)
         self.model = model
 
     def build(self, image):

@@ -657,6 +657,8 @@ OWN_WORDS, DEATH, ABORT = range(3)  # OneFlow aborts when another process dies: 
 
 def cause_of(job: Job, ended: Exit) -> Cause:
     text = f"{ended.describe(job.rank(ended.rank))}; all processes were ended"
+    if job.world_size == 1:
+        text = ended.own_error or ended.describe("the training process")
     if ended.code > 0 and ended.own_error:
         return Cause(OWN_WORDS, text, 2 if ended.code == 2 else 1)
     explained = ended.code == -signal.SIGKILL
@@ -688,14 +690,17 @@ class End:
 # Parents.
 
 
+Explain = Callable[[int, Sequence[str]], str | None]  # number on this node, last words
+
+
 class Parent:
     """What the parents of all nodes have in common: workers, signals, and one loop for everything.
 
     Subclasses say what to do about messages, exits and signals, and set `end` when it is time.
     """
 
-    def __init__(self, command: Sequence[str], job: Job):
-        self.command, self.job = command, job
+    def __init__(self, command: Sequence[str], job: Job, explain: Explain):
+        self.command, self.job, self.explain = command, job, explain
         self.selector = selectors.DefaultSelector()
         self.channels: list[Channel] = []
         self.workers: list[Worker] = []
@@ -804,8 +809,14 @@ class Parent:
             if worker.rank in self.running and (code := worker.poll()) is not None:
                 self.running.discard(worker.rank)
                 self.guard.toggle(worker.pid)
-                words = () if code == 0 else worker.last_words()
-                self.worker_ended(Exit(worker.rank, code, worker.own_error, worker.fatal, words))
+                self.worker_ended(self.describe_exit(worker, code))
+
+    def describe_exit(self, worker: Worker, code: int) -> Exit:
+        words = () if code == 0 else worker.last_words()
+        known = self.explain(worker.rank - self.job.ranks[0], words) if words else None
+        if known is not None:
+            return Exit(worker.rank, 1, known)
+        return Exit(worker.rank, code, worker.own_error, worker.fatal, words)
 
     def calm(self, worker: Worker) -> bool:
         """Whether no crash has followed the lines that were held back."""
@@ -893,16 +904,16 @@ class Parent:
 class Head(Parent):
     """The parent of node 0, which decides. It is alone where there is only one node."""
 
-    def __init__(self, command: Sequence[str], job: Job, facts: dict | None, error: End | None):
-        super().__init__(command, job)
+    def __init__(self, facts: dict | None, error: End | None, **parent):
+        super().__init__(**parent)
         self.facts, self.error = facts, error
         self.listener: socket.socket | None = None
         self.port: socket.socket | None = None
-        self.deadline = time.monotonic() + job.start_timeout
+        self.deadline = time.monotonic() + self.job.start_timeout
         self.nodes: dict[int, Channel] = {}  # that have come and fit
         self.num_met = 0  # that have come at all
         self.started = False
-        self.working = set(range(job.world_size))
+        self.working = set(range(self.job.world_size))
         self.stopped = False  # a worker has ended as a signal asked it to
         self.stop_deadline = 0.0
         self.causes: list[Cause] = []
@@ -1130,8 +1141,8 @@ class Head(Parent):
 class Follower(Parent):
     """The parent of any other node, which does as node 0 says for as long as it hears from it."""
 
-    def __init__(self, command: Sequence[str], job: Job, facts: dict | None, error: End | None):
-        super().__init__(command, job)
+    def __init__(self, facts: dict | None, error: End | None, **parent):
+        super().__init__(**parent)
         self.facts, self.error = facts, error
         self.channel: Channel | None = None
         self.welcomed = False
@@ -1253,16 +1264,24 @@ def gather_facts(job: Job, facts: Callable[[], dict]) -> tuple[dict | None, End 
     return None, End(status, where + text, stay=True)
 
 
-def launch(command: Sequence[str], *, job: Job, facts: Callable[[], dict]) -> int:
+def launch(
+    command: Sequence[str],
+    *,
+    job: Job,
+    facts: Callable[[], dict],
+    explain: Explain = lambda local_rank, words: None,
+) -> int:
     """Run `command` once per device of the job and return the exit status of this parent.
 
     `facts` checks this machine and returns what has to be the same on every node, by name; values
     are anything JSON knows, and nested dicts are compared name by name. It may raise UsageError,
-    RunError or OSError, which ends the job on every node. Has to be called in the main thread.
+    RunError or OSError, which ends the job on every node. `explain` turns what a worker that has
+    crashed wrote last into one line, where it knows better. Has to be called in the main thread.
 
     0: every worker ended with 0. 1 or 2: the job failed, and one line on stderr says where and why.
     130 or 143: SIGINT or SIGTERM came to one of the parents.
     """
-    found, error = gather_facts(job, facts)
+    # A process alone checks for itself.
+    found, error = gather_facts(job, facts) if job.world_size > 1 else ({}, None)
     kind = Head if job.node_rank == 0 else Follower
-    return kind(command, job, found, error).run()
+    return kind(found, error, command=command, job=job, explain=explain).run()

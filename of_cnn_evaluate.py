@@ -12,6 +12,7 @@ import io
 import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
+from functools import partial
 
 import checkpoint_util
 import config
@@ -30,8 +31,15 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
     if not launch_util.is_worker():
         job = launch_util.make_job(**config.job_flags(args))
-        if job.world_size > 1:
-            return launch_util.launch(command(argv), job=job, facts=lambda: facts(args))
+        of_oneflow = args.backend == "oneflow"
+        if job.world_size > 1 or of_oneflow and graph_util.takes_cuda(args.device):
+            memory = config.memory_flags(args, batch="val_batch_size_per_device")
+            return launch_util.launch(
+                command(argv),
+                job=job,
+                facts=lambda: facts(args),
+                explain=partial(graph_util.explain_crash, **memory),
+            )
     device, data, (model, about, path) = prepare(args)
     log = metric_util.open_log(args.log_dir, "of_cnn_evaluate")
     log(f"Restoring model from {path}.")

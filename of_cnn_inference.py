@@ -79,7 +79,18 @@ def oneflow_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]
         graph_util.place(model, device), device=device, use_fp16=args.use_fp16
     )
     names = image_util.class_names(snapshot.num_classes, snapshot.classes)
-    return predictor, snapshot.preprocessing, names
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        try:
+            return predictor(images)
+        except RuntimeError as error:
+            memory = config.memory_flags(args, batch="batch_size")
+            known = graph_util.explain_crash(0, [str(error)], **memory)
+            if known is None:
+                raise
+            raise RunError(known) from None
+
+    return predict, snapshot.preprocessing, names
 
 
 def onnxruntime_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]:

@@ -15,6 +15,7 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 
 import oneflow as flow
 from oneflow import nn
@@ -39,8 +40,14 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
     if not launch_util.is_worker():
         job = launch_util.make_job(**config.job_flags(args))
-        if job.world_size > 1:
-            return launch_util.launch(command(argv), job=job, facts=lambda: facts(argv))
+        if job.world_size > 1 or graph_util.takes_cuda(args.device):
+            memory = config.memory_flags(args, batch="batch_size_per_device")
+            return launch_util.launch(
+                command(argv),
+                job=job,
+                facts=lambda: facts(argv),
+                explain=partial(graph_util.explain_crash, **memory),
+            )
     setup = prepare(argv)
     args, device, snapshot = setup.args, setup.device, setup.snapshot
     graph_util.set_communication(
@@ -254,6 +261,7 @@ def describe_run(
             "installed ones (efficientnet_lite0)"
         )
     model = args.model or (start.model if start else "resnet50")
+    model_util.MODELS[model].check_switches(Switches(**config.switch_flags(args)))
     known = None if train_data is None else train_data.num_classes
     num_classes = args.num_classes or known if args.finetune else args.num_classes
     if num_classes is None:
@@ -261,7 +269,6 @@ def describe_run(
     if num_classes is None:
         num_classes = 1000
         if train_data is not None:
-    model_util.MODELS[model].check_switches(Switches(**config.switch_flags(args)))
             notice(f"Classes: 1000 ({args.train_data_dir} does not say; see --num_classes).")
     for data, path in ((train_data, args.train_data_dir), (val_data, args.val_data_dir)):
         if data is not None:
@@ -328,6 +335,11 @@ def go_on(args: Namespace, snapshot: Snapshot, plan: Plan, resumed: str | None) 
         notice(
             f"The run had {processes} processes; what is left of it has its data in other order."
         )
+    if args.gpu_image_decoder:
+        notices.append(
+            "--gpu_image_decoder: reading starts at the beginning of the parts, in a new order; "
+            "only runs without this flag go on as if they had never stopped."
+        )
     if was.epoch is not None and was.epoch + 1 >= args.num_epochs:
         notices.append(f"{resumed} has finished all {args.num_epochs} epochs; more: --num_epochs.")
     for field in ("epoch", "iteration", "step", "metrics", "best"):
@@ -336,11 +348,6 @@ def go_on(args: Namespace, snapshot: Snapshot, plan: Plan, resumed: str | None) 
 
 
 def build_model(args: Namespace, snapshot: Snapshot, resumed: str | None) -> nn.Module:
-    if args.gpu_image_decoder:
-        notices.append(
-            "--gpu_image_decoder: reading starts at the beginning of the parts, in a new order; "
-            "only runs without this flag go on as if they had never stopped."
-        )
     """The network with initial weights drawn by --seed, or with those of a snapshot."""
     flow.manual_seed(args.seed)
     model = model_util.MODELS[snapshot.model].build(
@@ -386,6 +393,7 @@ def build_training(
             seed=args.seed,
             device=device,
             gpu_image_decoder=args.gpu_image_decoder,
+            first_step=snapshot.step,
         )
     optimizer = optimizer_util.build_optimizer(
         model,
@@ -394,7 +402,6 @@ def build_training(
         weight_decay=args.wd,
         gradient_clipping=args.gradient_clipping,
         momentum=args.momentum,
-            first_step=snapshot.step,
         decay_rate=args.decay_rate,
         epsilon=args.epsilon,
     )
