@@ -1013,6 +1013,27 @@ class Head(Parent):
         channel.send("end", status=end.status, text=end.text, at_once=end.at_once)
         channel.told = True
 
+    def find_shared_address(self, own: str) -> End | None:
+        """How the job ends where two nodes on CUDA have one address.
+
+        OneFlow tells machines apart by their addresses, and would wait for ever for the devices of
+        a machine that it takes for part of another.
+        """
+        if self.facts.get("device") != "cuda":
+            return None
+        seen = {own: 0}
+        for node, channel in sorted(self.nodes.items()):
+            if channel.address in seen:
+                first = self.job.node(seen[channel.address])
+                text = (
+                    f"{first} and {self.job.node(node)} both have the address {channel.address}, "
+                    "so they are one machine to OneFlow; give its devices to one node with "
+                    "--gpu_num_per_node, or each node an address of its own"
+                )
+                return End(2, text)
+            seen[channel.address] = node
+        return None
+
     def start_if_complete(self) -> None:
         if self.end is not None or len(self.nodes) < self.job.num_nodes - 1:
             return
@@ -1023,6 +1044,12 @@ class Head(Parent):
             # Known in advance, for the sake of firewalls; and the address by which others came.
             self.port = reserve_port(self.job.ctrl_port + 1)
             address = self.nodes[1].sock.getsockname()[0]
+            shared = self.find_shared_address(address)
+            if shared is not None:
+                self.settle(shared)
+                for channel in self.nodes.values():
+                    self.tell(channel)
+                return
         master = (address, self.port.getsockname()[1])
         for channel in self.nodes.values():
             channel.send("start", master=master)

@@ -39,10 +39,14 @@ def facts():
         raise config.UsageError(options["error"])
     return options["facts"]
 
+def explain(local_rank, words):
+    if any(options["known"] in line for line in words):
+        return f"what device {local_rank} said is known"
+
 def main():
     job = launch_util.make_job(**options["job"])
     command = [sys.executable, "-S", os.environ["WORKER"], json.dumps(options["parts"])]
-    sys.exit(launch_util.launch(command, job=job, facts=facts))
+    sys.exit(launch_util.launch(command, job=job, facts=facts, explain=explain))
 
 sys.exit(config.run_main(main))
 """
@@ -139,6 +143,7 @@ class Cluster:
         parts: dict | None = None,
         facts: dict | None = None,
         error: str = "",
+        known: str = "never said",
         limits: dict | None = None,
         timeout: float = 20,
         prefix=(),
@@ -156,6 +161,7 @@ class Cluster:
             "parts": parts or {},
             "facts": facts or {},
             "error": error,
+            "known": known,
             "limits": LIMITS | (limits or {}),
         }
         out, err = (self.directory / f"{len(self.parents)}.{name}" for name in ("out", "err"))
@@ -548,6 +554,14 @@ def test_other_facts(cluster):
         one_line(node, "data examples differs: 50 on node 0 (127.0.0.1), 51 on node 1 (127.0.0.2)")
 
 
+def test_two_nodes_of_one_address(cluster):
+    """Both connect from 127.0.0.1: OneFlow would wait for devices that are not there."""
+    nodes = [cluster.start(rank, facts={"device": "cuda"}) for rank in range(2)]
+    assert [node.status() for node in nodes] == [2, 2]
+    for node in nodes:
+        one_line(node, "node 0 (127.0.0.1) and node 1 (127.0.0.2) both have the address 127.0.0.1")
+
+
 @pytest.mark.parametrize("where", [0, 1])
 def test_a_node_that_cannot(cluster, where):
     error = "--train_data_dir: there is no directory x"
@@ -605,6 +619,31 @@ def test_a_worker_that_raises(cluster, rank):
         )
     assert "    Traceback (most recent call last):" in nodes[0].lines()
     assert len(nodes[1].lines()) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_worker_whose_last_words_are_known(cluster, rank):
+    lines = "crash('Check failed: cudaMalloc(&p, n) : out of memory (2)')"
+    nodes = cluster.pair(devices=2, parts={str(rank): lines}, known="out of memory")
+    assert [node.status() for node in nodes] == [1, 1]
+    said = f"rank {rank} on node {rank // 2} ({LOOPBACK[rank // 2]}): what device {rank % 2} said"
+    for node in nodes:
+        one_line(node, said)
+
+
+def test_a_job_of_one_process_speaks_for_itself(cluster):
+    """No checks before it, its own error line, and what is known of its crash, without a rank."""
+    own = "sys.stderr.write('train.py: error: no such file\\n'); sys.exit(2)"
+    crash = "sys.stderr.write('terminate called: out of memory\\n'); os.abort()"
+    for lines, status, line in (
+        (own, 2, "no such file"),
+        (crash, 1, "what device 0 said is known"),
+    ):
+        node = cluster.start(
+            0, node_ips=(), parts={"0": lines}, error="not asked", known="out of memory"
+        )
+        assert node.status() == status
+        one_line(node, f"train.py: error: {line}")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,6 +1,7 @@
 """Half precision, layouts and the switches of a GPU: the same function, the same snapshots."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import oneflow as flow
@@ -151,7 +152,7 @@ def test_what_graphs_are_configured_to():
     assert plain._grad_scaler is None
     scaler = half._grad_scaler
     assert isinstance(scaler, flow.amp.GradScaler)
-    expected = {"init_scale": 2**30, "growth_factor": 2, "backoff_factor": 0.5}
+    expected = {"init_scale": 2**16, "growth_factor": 2, "backoff_factor": 0.5}
     assert expected | {"growth_interval": 2000} == {
         name: getattr(scaler, f"_{name}") for name in (*expected, "growth_interval")
     }
@@ -258,30 +259,32 @@ def test_a_cpu_refuses_what_needs_cuda(flag, tmp_path):
     assert f"--{flag} needs CUDA, and the device is a CPU" in result.stderr
 
 
-def test_records_are_handed_to_a_graph_that_decodes_on_a_gpu(tmp_path):
-    """All but the decoder itself, which a CPU cannot even build into a graph.
+def test_the_reader_of_the_gpu_decoder_begins_anew_where_a_run_goes_on(tmp_path):
+    """The order of its parts and its seeds are of the step at which it begins.
 
-    A CPU's graph can take records, but then OFRecord tensors outlive OneFlow's end at exit, which
-    is a memory fault; so the records are looked into outside.
+    That the graph reads, decodes and ends is in tests/fakecuda: a CPU cannot even build it.
     """
-    directory = write_parts(tmp_path / "train", [[0, 1, 2, 3] * 3])
-    loader = ofrecord_util.train_loader(
-        ofrecord_util.open_train_dataset(str(directory)),
-        batch_size=4,
-        preprocessing=Preprocessing(32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-        augmentation=ofrecord_util.Augmentation(area=(0.5, 1.0), shuffle_buffer_size=1),
-        seed=0,
-        device="cpu",
-        gpu_image_decoder=True,
-    )
-    decoder = loader.decode_on_gpu
+    directory = write_parts(tmp_path / "train", [[0, 1], [2, 3], [4], [5, 6], [7]])
+
+    def make(first_step):
+        loader = ofrecord_util.train_loader(
+            ofrecord_util.open_train_dataset(str(directory)),
+            batch_size=4,
+            preprocessing=Preprocessing(32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+            augmentation=ofrecord_util.Augmentation(area=(0.5, 1.0), shuffle_buffer_size=1),
+            seed=0,
+            device="cpu",
+            gpu_image_decoder=True,
+            first_step=first_step,
+        )
+        links = Path(loader.links.name)
+        names = [links.joinpath(f"part-{i:05d}").resolve().name for i in range(5)]
+        assert sorted(names) == [f"part-{i:05d}" for i in range(5)]
+        assert next(loader.batches(epoch=0, iteration=3)) == ()
+        return names, loader.decode
+
+    (first, decoder), (again, _), (later, other) = make(0), make(0), make(6)
+    assert first == again != later
+    assert decoder.seed != other.seed
     assert (decoder.target_width, decoder.target_height) == (32, 32)
     assert tuple(decoder.random_area) == (0.5, 1.0)
-
-    record, flip, label = next(loader.batches(0))
-    decode = flow.nn.OFRecordImageDecoder("encoded", color_space="RGB")
-    image = flow.nn.image.Resize(target_size=[32, 32])(decode(record.to_local()))[0]
-    assert label.numpy().tolist() == [0, 1, 2, 3]
-    assert image.shape == (4, 32, 32, 3) and set(flip.numpy().tolist()) <= {0, 1}
-    means = image.numpy().mean(axis=(1, 2, 3))
-    np.testing.assert_allclose(means, [20 + 215 * n / 3 for n in range(4)], atol=4)
