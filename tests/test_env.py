@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WRAPPERS = ["train.sh", "evaluate.sh", "inference.sh", "test.sh"]
 BASE_PYTHON = os.path.realpath(f"{sys.base_prefix}/bin/python3.10")
 SAY_GREETING = ("-c", "import greeting; print(greeting.WORD)")
+SAY_ONEFLOW = ("-c", "import greeting, oneflow; print(greeting.WORD, oneflow.WORD)")
+OTHER_TAG = "cp310-cp310-linux_x86_64"
 SETTING_UP = re.compile(r"Setting up \.venv with Python 3\.10\.\d+ from requirements\.txt .*\n")
 
 WRAPPER = """\
@@ -37,17 +39,22 @@ def write_script(path, text):
     path.chmod(0o755)
 
 
-def write_wheel(folder, version, word):
-    info = f"greeting-{version}.dist-info"
+def write_wheel(folder, version, word, *, name="greeting", tag="py3-none-any", requires=()):
+    """A package of one module, whose WORD is `word`. Returns the path of the wheel."""
+    info = f"{name}-{version}.dist-info"
+    metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    metadata += [f"Requires-Dist: {each}" for each in requires]
     files = {
-        "greeting.py": f"WORD = {word!r}\n",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: greeting\nVersion: {version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{name}.py": f"WORD = {word!r}\n",
+        f"{info}/METADATA": "".join(f"{line}\n" for line in metadata),
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n",
     }
-    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
-    with zipfile.ZipFile(folder / f"greeting-{version}-py3-none-any.whl", "w") as wheel:
-        for name, text in files.items():
-            wheel.writestr(name, text)
+    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    path = folder / f"{name}-{version}-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for member, text in files.items():
+            wheel.writestr(member, text)
+    return path
 
 
 class Machine:
@@ -277,7 +284,8 @@ def test_two_at_once_set_up_once(machine):
     ],
 )
 def test_cause_of_a_failure_comes_last(said, cause):
-    functions = (ROOT / "env.sh").read_text().partition("\nbase=\n")[0]
+    functions, found, _ = (ROOT / "env.sh").read_text().partition("\nbase=\n")
+    assert found
     command = ["sh", "-c", functions + '\nexplain "$1"', "sh", f"much\nbefore\n{said}"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     *shown, last = run.stderr.splitlines()
@@ -334,6 +342,99 @@ def test_python_without_ensurepip_is_one_line_and_status_2(machine):
     status, out, err = machine.run(machine.checkout("checkout"))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "apt-get install python3.10-venv" in err
+
+
+def test_another_oneflow_stays_until_a_set_up_without_it(machine):
+    write_wheel(machine.wheels, "0.9.0", "pinned", name="oneflow")
+    write_wheel(machine.wheels, "8.5", "", name="nvidia_cudnn_cu11")
+    write_wheel(machine.wheels, "8.9", "", name="nvidia_cudnn_cu12")
+    # What the other OneFlow does not suit is said, and does not end the set-up.
+    write_wheel(machine.wheels, "0.6", "", name="converter", requires=["oneflow<1"])
+    downloads = machine.root / "down loads"
+    downloads.mkdir()
+    wheel = write_wheel(
+        downloads,
+        "1.0.0+cu122",
+        "other",
+        name="oneflow",
+        tag=OTHER_TAG,
+        requires=["nvidia-cudnn-cu12", "greeting>=1.0"],
+    )
+    pinned = "greeting==1.0\nnvidia-cudnn-cu11==8.5\noneflow==0.9.0\n"
+    checkout = machine.checkout("checkout", f"converter==0.6\n{pinned}")
+    notice = f"OneFlow is the one of {wheel}, with which this toolkit was not tested.\n"
+
+    status, out, err = machine.run(
+        checkout,
+        *SAY_ONEFLOW,
+        PYTHON=BASE_PYTHON,
+        ONEFLOW_WHEEL=f"../{downloads.name}/{wheel.name}",
+    )
+    # The newer greeting of the index stays out: what is pinned stays as it is.
+    assert (status, out) == (0, "hello other\n"), err
+    setting_up, check, last = err.splitlines(keepends=True)
+    assert SETTING_UP.fullmatch(setting_up)
+    assert str(wheel) in setting_up
+    assert check.startswith("pip check says of this OneFlow: converter 0.6 has requirement oneflow")
+    assert last == notice
+    _, out, _ = machine.run(checkout, "-m", "pip", "freeze")
+    assert [line for line in out.splitlines() if "cudnn" in line] == ["nvidia_cudnn_cu12==8.9"]
+
+    wheel_gone = wheel.rename(machine.root / wheel.name)
+    assert machine.run(checkout, *SAY_ONEFLOW) == (0, "hello other\n", notice)
+    wheel_gone.rename(wheel)
+    status, out, err = machine.run(checkout, "-c", "print(1)", ONEFLOW_WHEEL=str(wheel))
+    assert (status, out, err) == (0, "1\n", notice)
+
+    (checkout / "requirements.txt").write_text(pinned)
+    status, out, err = machine.run(checkout, *SAY_ONEFLOW, PYTHON=BASE_PYTHON)
+    assert (status, out) == (0, "hello pinned\n"), err
+    again, setting_up = err.splitlines(keepends=True)
+    assert again.startswith("OneFlow will be the one of requirements.txt again")
+    assert SETTING_UP.fullmatch(setting_up)
+    assert str(wheel) not in setting_up
+    # What is named is asked for, though .venv is whole.
+    assert starts_to_set_up(
+        machine.start(checkout, PYTHON=BASE_PYTHON, ONEFLOW_WHEEL=str(wheel)),
+    )
+
+
+def test_oneflow_that_needs_other_versions_than_are_pinned_is_explained(machine):
+    wheel = write_wheel(
+        machine.root, "1.0.0", "other", name="oneflow", tag=OTHER_TAG, requires=["greeting>=2"]
+    )
+    checkout = machine.checkout("checkout", "greeting==1.0\noneflow==0.9.0\n")
+    status, out, err = machine.run(checkout, PYTHON=BASE_PYTHON, ONEFLOW_WHEEL=str(wheel))
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1] == (
+        "env.sh: the OneFlow of ONEFLOW_WHEEL needs other versions than requirements.txt pins: "
+        "change them there"
+    )
+    assert not (checkout / ".venv/stamp").exists()
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        (f"oneflow-1.0.0-{OTHER_TAG}.whl", "there is no such file"),
+        ("oneflow-1.0.0-cp311-cp311-manylinux_2_17_x86_64.whl", "is for another Python or machine"),
+        ("oneflow-1.0.0-cp310-cp310-macosx_11_0_arm64.whl", "is for another Python or machine"),
+        (f"oneflow-1.0.0%2Bcu122-{OTHER_TAG}.whl", "rename the file with +"),
+        ("greeting-1.0-py3-none-any.whl", "is not the path of a OneFlow wheel"),
+        ("oneflow==1.0.0", "is not the path of a OneFlow wheel"),
+        (f"oneflow-1.0.1-{OTHER_TAG}.whl", "is not a whole wheel"),
+    ],
+)
+def test_wrong_oneflow_wheel_is_one_line_and_deletes_nothing(made, name, said):
+    machine, checkout = made
+    cut_off = write_wheel(machine.root, "1.0.1", "other", name="oneflow", tag=OTHER_TAG)
+    cut_off.write_bytes(cut_off.read_bytes()[:-10])
+    stamp = (checkout / ".venv/stamp").read_text()
+    status, out, err = machine.run(checkout, ONEFLOW_WHEEL=str(machine.root / name))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("env.sh: ") and "ONEFLOW_WHEEL" in err and said in err
+    assert (checkout / ".venv/stamp").read_text() == stamp
+    assert machine.run(checkout, "-c", "import greeting") == (0, "", "")
 
 
 @pytest.mark.parametrize("name", ["env.sh", *WRAPPERS])
