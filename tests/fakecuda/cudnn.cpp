@@ -1,5 +1,5 @@
-// cuDNN. Descriptors are the real library's, which needs no device to make them; it is also asked
-// which output a convolution or a pooling would have, and the result is compared with the one given.
+// cuDNN. Descriptors are the real library's, which needs no device to make them. It is also asked
+// which output a convolution or a pooling would have, and that is compared with the one given.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -304,7 +304,9 @@ EXPORT int cudnnConvolutionForward(void* handle, const void*, void* x, const voi
                                    const void*, void* y, void* y_data) {
   bool good = check_convolution("fwd", convolution, x, w, y);
   good &= check_operands("cudnnConvolutionForward", handle,
-                         {{"x", x_data, bytes_of(x)}, {"w", w_data, 0}, {"y", y_data, bytes_of(y)}});
+                         {{"x", x_data, bytes_of(x)},
+                          {"w", w_data, 0},
+                          {"y", y_data, bytes_of(y)}});
   return status(good);
 }
 

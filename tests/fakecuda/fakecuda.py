@@ -118,6 +118,8 @@ def runtime(name: str):
 def launches() -> dict[str, int]:
     """How often each kernel was launched, by its demangled name."""
     size = library.fakecuda_launches(None, None, ctypes.c_long(0))
+    if size == 0:
+        return {}
     functions, counts = (ctypes.c_void_p * size)(), (ctypes.c_long * size)()
     library.fakecuda_launches(functions, counts, ctypes.c_long(size))
     path = liboneflow()

@@ -1,5 +1,5 @@
-// All devices share one sparse memory file, which is mapped twice: where OneFlow sees it, without any
-// access, so that the host reading or writing there dies as it would with a real device; and
+// All devices share one sparse memory file, which is mapped twice: where OneFlow sees it, without
+// any access, so that a host that reads or writes there dies as it would with a real device; and
 // once more for the copies made here.
 #include "memory.h"
 
@@ -126,11 +126,13 @@ bool check_copy(const void* to, const void* from, size_t size, int kind) {
   bool host_to_device = to_device >= 0 && from_device < 0;
   bool device_to_host = to_device < 0 && from_device >= 0;
   if (kind == cudaMemcpyHostToDevice && !host_to_device) {
-    report_error("copy of %zu bytes, host to device, goes from %s to %s", size, side(from), side(to));
+    report_error("copy of %zu bytes, host to device, goes from %s to %s", size, side(from),
+                 side(to));
     return false;
   }
   if (kind == cudaMemcpyDeviceToHost && !device_to_host) {
-    report_error("copy of %zu bytes, device to host, goes from %s to %s", size, side(from), side(to));
+    report_error("copy of %zu bytes, device to host, goes from %s to %s", size, side(from),
+                 side(to));
     return false;
   }
   if (kind == cudaMemcpyDeviceToDevice && (to_device < 0 || from_device < 0)) {

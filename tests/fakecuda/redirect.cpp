@@ -62,6 +62,8 @@ EXPORT void* fakecuda_runtime(const char* name) {
 EXPORT int fakecuda_redirect(unsigned char* base, const char** names, const size_t* offsets,
                              size_t count) {
   set_library_base(base);
+  log_line("START devices %d memory %zu capability %d", settings().devices,
+           settings().memory_bytes, settings().capability);
   size_t page = sysconf(_SC_PAGESIZE);
   size_t first = SIZE_MAX;
   size_t last = 0;
