@@ -360,6 +360,7 @@ def test_two_builds_at_once(tmp_path):
     builds = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [build.wait(timeout=120) for build in builds] == [0, 0, 0]
     (made,) = (tmp_path / "build").iterdir()
+    assert re.fullmatch(r"libfakecuda-[0-9a-f]{16}\.so", made.name)
     ctypes.CDLL(str(made))
 
 
