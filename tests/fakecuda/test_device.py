@@ -279,6 +279,17 @@ print(
     assert len(starting(log, "ERROR")) == len(statuses)
 
 
+def test_a_function_of_the_runtime_that_is_not_here_is_reported(tmp_path):
+    code = """
+offset = fakecuda.runtime_offsets()["cudaDeviceGetLimit"]
+function = fakecuda.base_address(fakecuda.liboneflow()) + offset
+print(ctypes.CFUNCTYPE(ctypes.c_int)(function)())
+"""
+    done, log = run(CALLS + code, tmp_path)
+    assert done.stdout == "801\n" and "cudaDeviceGetLimit is missing" in done.stderr
+    assert starting(log, "MISSING") == ["MISSING cudaDeviceGetLimit"]
+
+
 def test_shapes_that_disagree_and_operands_of_the_host(tmp_path):
     code = """
 ops = ctypes.CDLL("libcudnn_ops_infer.so.8")
@@ -338,7 +349,7 @@ def test_out_of_memory_outside_of_a_graph_ends_the_process(tmp_path):
     assert "after" not in done.stdout and len(starting(log, "OOM")) == 1
 
 
-@pytest.mark.parametrize("capability", [50, 89, 90, 100])
+@pytest.mark.parametrize("capability", [50, 89, 90])
 def test_the_wheel_has_code_for_some_devices_only(capability, tmp_path):
     code = "import oneflow as flow; print(flow.ones(2, device='cuda').numpy())"
     done, log = run(code, tmp_path, capability=capability)
