@@ -1,11 +1,13 @@
 """The `nn.Graph`s that train, evaluate and predict, and the one function that evaluates."""
 
+import ctypes
 import io
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 
 import numpy as np
 import oneflow as flow
@@ -32,6 +34,7 @@ LOSS_SCALE = {
 # 6.0, 6.1, 7.0, 7.5, 8.0 and 8.6, and code for x.y runs on x.z with z >= y; it has no PTX, from
 # which a driver could make code for others. Another OneFlow is not judged.
 CAPABILITIES = {"0.9.0": (6, 7, 8)}
+CAPABILITY_ATTRIBUTES = (75, 76)  # major and minor, in CUDA's driver
 
 
 def choose_device(name: str, *, count: int = 1) -> str:
@@ -60,15 +63,48 @@ def choose_device(name: str, *, count: int = 1) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class CudaDevice:
+    name: str
+    major: int  # of its compute capability
+    minor: int
+    memory_bytes: int
+
+
+def cuda_devices() -> list[CudaDevice]:
+    """What the driver says of the CUDA devices that this process may use.
+
+    OneFlow can be asked too, but then makes a context on each device that it is asked about, which
+    takes memory there, and goes on with the last of them as the current one.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, value, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    name = ctypes.create_string_buffer(256)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    devices = []
+    for ordinal in range(count.value):
+        driver.cuDeviceGetName(name, len(name), ordinal)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(size), ordinal)
+        capability = []
+        for attribute in CAPABILITY_ATTRIBUTES:
+            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, ordinal)
+            capability.append(value.value)
+        devices.append(CudaDevice(name.value.decode(), *capability, size.value))
+    return devices
+
+
 def unusable_device(count: int) -> str | None:
     """What is wrong with the first of `count` CUDA devices that OneFlow has no code for, if any."""
     capabilities = CAPABILITIES.get(flow.__version__)
-    for device in range(min(count, flow.cuda.device_count())):
-        major, minor = flow.cuda.get_device_capability(device)
-        if capabilities is not None and major not in capabilities:
+    for number, device in enumerate(cuda_devices()[:count] if capabilities else ()):
+        if device.major not in capabilities:
             return (
-                f"CUDA device {device} ({flow.cuda.get_device_name(device)}) has compute "
-                f"capability {major}.{minor}, and OneFlow {flow.__version__} has code for 6.0, "
+                f"CUDA device {number} ({device.name}) has compute capability "
+                f"{device.major}.{device.minor}, and OneFlow {flow.__version__} has code for 6.0, "
                 "6.1, 7.x and 8.x only"
             )
     return None
@@ -93,13 +129,14 @@ def explain_crash(local_rank: int, words: Sequence[str], *, asked: str, flag: st
         asked: the flags that decide how much memory is needed.
         flag: the one that sets the size of a batch.
     """
-    if not any(OUT_OF_MEMORY in line for line in words) or not flow.cuda.is_available():
+    devices = cuda_devices()
+    if not any(OUT_OF_MEMORY in line for line in words) or local_rank >= len(devices):
         return None
-    device = flow.cuda.get_device_properties(local_rank)
+    device = devices[local_rank]
     return (
-        f"CUDA device {local_rank} ({device.name}, {device.total_memory / 2**30:.1f} GiB) has not "
-        f"enough free memory for {asked}; give a smaller {flag}, or --use_fp16, and see whether "
-        "another program uses the device (nvidia-smi)"
+        f"CUDA device {local_rank} ({device.name}, {device.memory_bytes / 2**30:.1f} GiB) does not "
+        f"have enough free memory for {asked}; give a smaller {flag}, or --use_fp16, and check "
+        "whether another program uses the device (nvidia-smi)"
     )
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build"
 COMPILE = ["g++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall"]
-LINK = ["-shared", "-ldl", "-lpthread"]
+# Whoever loads the CUDA driver gets this library, see driver.cpp.
+LINK = ["-shared", "-Wl,-soname,libcuda.so.1", "-ldl", "-lpthread"]
 
 
 class NotHere(Exception):
