@@ -19,34 +19,38 @@ import optimizer_util
 INTRODUCTION = """\
 # Flags
 
-<!-- Made from the parsers by `python3 tools/write_flags.py > docs/flags.md`. Change the texts there. -->
+<!-- Made by `python3 tools/write_flags.py > docs/flags.md`; change the texts in the parsers. -->
 
 Every flag of the four scripts; `--help` of a script prints its own. The names are those of
-OneFlow-Benchmark. A flag that belongs to another optimizer, schedule or kind of data is refused, not ignored.
-A switch takes `--save_init`, `--save_init=True` and `--save_init=False`. Where the column "default" is empty,
-the text says what happens without the flag.
+OneFlow-Benchmark. A flag that belongs to another optimizer, schedule or kind of data is refused,
+not ignored. A switch takes `--save_init`, `--save_init=True` and `--save_init=False`. Where the
+column "default" is empty, the text says what happens without the flag.
 
-On a CPU, synthetic data bring smaller defaults of `--image_size`, `--batch_size_per_device` and `--num_epochs`,
-which the script prints.
+On a CPU, synthetic data bring smaller defaults of `--image_size`, `--batch_size_per_device` and
+`--num_epochs`, which the script prints.
 
-The wrappers take the variables below from the environment and pass any further flag on to their script; a flag
-on the command line wins over a variable.
+The wrappers take these variables from the environment and pass any further flag on to their script;
+a flag on the command line wins over a variable.
 
 | variable | flag | wrapper |
 |---|---|---|
-| `DATA_ROOT` | `--train_data_dir=$DATA_ROOT/train`, `--val_data_dir=$DATA_ROOT/validation` | `train.sh`; \
-`evaluate.sh`, the second only, `data/imagenet/ofrecord` unless given |
+| `DATA_ROOT` | `--train_data_dir=$DATA_ROOT/train` | `train.sh` |
+| `DATA_ROOT` | `--val_data_dir=$DATA_ROOT/validation` | `train.sh`, `evaluate.sh` (1) |
 | `NUM_EPOCH` | `--num_epochs` | `train.sh` |
-| `NUM_NODES`, `NODE_IPS`, `GPU_NUM_PER_NODE`, `USE_FP16` | the flag of the same name in small letters | \
-`train.sh`, `evaluate.sh` |
+| `NUM_NODES` | `--num_nodes` | `train.sh`, `evaluate.sh` |
+| `NODE_IPS` | `--node_ips` | `train.sh`, `evaluate.sh` |
+| `GPU_NUM_PER_NODE` | `--gpu_num_per_node` | `train.sh`, `evaluate.sh` |
+| `USE_FP16` | `--use_fp16` | `train.sh`, `evaluate.sh` |
 | `MODEL_LOAD_DIR` | `--model_load_dir` | `evaluate.sh`, `inference.sh` |
 | `IMAGE_PATH` | `--image_path` | `inference.sh` |
+
+(1) Without `DATA_ROOT`, `evaluate.sh` takes `data/imagenet/ofrecord`.
 
 `train.sh` adds `--save_init --loss_print_every_n_iter=10`, and `evaluate.sh` adds `--num_epochs=3`.
 
 In the tables, "train" is `of_cnn_train_val.py`, "evaluate" is `of_cnn_evaluate.py`, "inference" is
-`of_cnn_inference.py` and "export" is `resnet_to_onnx.py`. A flag whose text or default differs between
-scripts has a row for each.
+`of_cnn_inference.py` and "export" is `resnet_to_onnx.py`. A flag whose text or default differs
+between scripts has a row for each.
 """
 
 
