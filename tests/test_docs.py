@@ -1,5 +1,6 @@
 """What the documents and the wrappers say is what the scripts take."""
 
+import ast
 import os
 import re
 import shlex
@@ -14,11 +15,17 @@ import model_util
 import of_cnn_evaluate
 import of_cnn_inference
 import of_cnn_train_val
-import optimizer_util
 import resnet_to_onnx
 from golden import learning_curves
 from small import ROOT
-from tools import benchmark, convert_snapshot, make_mini_imagenet, make_ofrecord, verify_ofrecord
+from tools import (
+    benchmark,
+    convert_snapshot,
+    make_mini_imagenet,
+    make_ofrecord,
+    verify_ofrecord,
+    write_flags,
+)
 
 PARSE = {
     "of_cnn_train_val.py": of_cnn_train_val.parse_args,
@@ -37,17 +44,14 @@ WRAPPERS = {
     "evaluate.sh": "of_cnn_evaluate.py",
     "inference.sh": "of_cnn_inference.py",
 }
-DOCUMENTS = [path for path in sorted(ROOT.rglob("*.md")) if ".venv" not in path.parts]
-PARSERS = [
-    config.train_parser(
-        models=model_util.MODELS,
-        optimizers=optimizer_util.OPTIMIZERS,
-        schedules=optimizer_util.SCHEDULES,
-    ),
-    config.evaluate_parser(models=model_util.MODELS),
-    config.inference_parser(models=model_util.MODELS),
-    config.export_parser(models=model_util.MODELS),
+# No directory that starts with a dot: .venv, .pytest_cache.
+DOCUMENTS = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 ]
+README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+DOCS = ROOT / "docs"
 
 
 def commands(text: str) -> list[list[str]]:
@@ -61,7 +65,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 DOCUMENTED = [
-    pytest.param(words, id=f"{path.name}: {' '.join(words)[:70]}")
+    pytest.param(words, id=f"{path.relative_to(ROOT)}: {' '.join(words)[:70]}")
     for path in DOCUMENTS
     for words in commands(path.read_text(encoding="utf-8"))
 ]
@@ -123,7 +127,7 @@ def test_commands_in_documents_parse(words, wrappers):
     check(list(words), wrappers)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_document_has_a_place_left_to_fill_in(path):
     text = path.read_text(encoding="utf-8")
     assert not re.findall(r"^[A-Z]{4,}$|TODO|FIXME|\bXX+\b", text, re.MULTILINE)
@@ -131,7 +135,7 @@ def test_no_document_has_a_place_left_to_fill_in(path):
 
 def test_the_documents_hold_commands(wrappers):
     kinds = [check(words.values[0][:], wrappers) for words in DOCUMENTED]
-    assert kinds.count("script") > 12
+    assert kinds.count("script") > 50
     with pytest.raises(AssertionError):
         check(["sh", "train.sh", "--no_such_flag"], wrappers)
 
@@ -162,11 +166,19 @@ def test_wrappers_call_their_script_with_flags_that_parse(name, wrappers):
     assert PARSE[script](argv).num_classes == 7
 
 
-def test_every_flag_is_in_the_readme_and_the_readme_has_no_other():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_flags_is_what_the_parsers_make():
+    page = write_flags.make_page(write_flags.make_parsers())
+    assert (DOCS / "flags.md").read_text(encoding="utf-8") == page, (
+        "python3 tools/write_flags.py > docs/flags.md"
+    )
+
+
+def test_every_flag_is_on_its_page_and_the_page_has_no_other():
+    text = (DOCS / "flags.md").read_text(encoding="utf-8")
+    parsers = write_flags.make_parsers()
     flags = {
         option
-        for parser in PARSERS
+        for parser in parsers.values()
         for action in parser._actions
         for option in action.option_strings
         if option.startswith("--")
@@ -174,7 +186,119 @@ def test_every_flag_is_in_the_readme_and_the_readme_has_no_other():
     table = set(re.findall(r"^\| `(--[\w-]+)", text, re.MULTILINE))
     aliases = {"--model_update", "--num_epoch", "--rgb-mean", "--rgb-std"}
     assert table == flags - aliases
-    assert all(f"`{alias}" in text for alias in aliases)
+    assert all(f"`{alias}`" in text for alias in aliases)
+    for script, parser in parsers.items():
+        rows = set(re.findall(rf"^\| `(--[\w-]+)`.*\|.*\b{script}\b.*\|", text, re.MULTILINE))
+        own = {a.option_strings[0] for a in parser._actions if a.option_strings[0] != "-h"}
+        assert own <= rows, script
+
+
+def prose(path: Path) -> str:
+    """A Markdown text without its code blocks and HTML comments."""
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r"^```.*?^```$|<!--.*?-->", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def headings(path: Path) -> list[tuple[int, str]]:
+    found = re.findall(r"^(#+) (.*)$", prose(path), re.MULTILINE)
+    return [(len(marks), title) for marks, title in found]
+
+
+def anchors(path: Path) -> set[str]:
+    """Where a link can point in a Markdown text, by the rule of GitHub's headings."""
+    slugs: list[str] = []
+    for _, title in headings(path):
+        title = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)
+        slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        slugs.append(f"{slug}-{slugs.count(slug)}" if slug in slugs else slug)
+    return set(slugs)
+
+
+def links(path: Path) -> list[tuple[Path, str]]:
+    """The relative links of a Markdown text: file and anchor."""
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if not re.match(r"[a-z]+:", target):
+            name, _, anchor = target.partition("#")
+            found.append(((path.parent / name).resolve() if name else path, anchor))
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_and_anchor_leads_somewhere(path):
+    for target, anchor in links(path):
+        assert target.exists(), target
+        if anchor:
+            assert anchor in anchors(target), f"{target}#{anchor}"
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `b`, c\n\n[x](#a-b-c) [y](gone.md) [z](https://example.com)\n")
+    assert links(page) == [(page, "a-b-c"), (tmp_path / "gone.md", "")]
+    assert anchors(page) == {"a-b-c"} and not (tmp_path / "gone.md").exists()
+
+
+@pytest.mark.parametrize("readme", (README, CHINESE), ids=lambda path: path.name)
+def test_every_page_is_within_two_clicks(readme):
+    first = {target for target, _ in links(readme)}
+    pages = [path for path in first - {README, CHINESE} if path.suffix == ".md"]
+    second = {target for path in pages for target, _ in links(path)}
+    assert set(DOCUMENTS) <= first | second | {readme}
+    assert set(DOCS.iterdir()) <= first | second
+
+
+def test_the_readme_is_short_and_has_every_network():
+    assert README.stat().st_size <= 12_000
+    assert column(README)["`--model`"] == {f"`{name}`" for name in model_util.MODELS}
+
+
+def column(path: Path) -> dict[str, set[str]]:
+    """The first column of each table of a Markdown text, by its heading."""
+    found = {}
+    for table in re.findall(r"(?:^\|.*\n)+", prose(path), re.MULTILINE):
+        head, _, *rows = (line.split(" | ")[0].strip("| ") for line in table.splitlines())
+        found[head] = set(rows)
+    return found
+
+
+def test_the_chinese_readme_says_what_the_readme_says():
+    english, chinese = (path.read_text(encoding="utf-8") for path in (README, CHINESE))
+    assert commands(chinese) == commands(english)
+    assert [level for level, _ in headings(CHINESE)] == [level for level, _ in headings(README)]
+    assert list(column(CHINESE).values()) == list(column(README).values())
+    blocks = r"^```text\n.*?^```"
+    assert re.findall(blocks, chinese, re.M | re.S) == re.findall(blocks, english, re.M | re.S)
+    # Figures, and links but for their anchors, which are Chinese where the heading is.
+    figures = r"\d[\d,.]*\d"
+    assert set(re.findall(figures, chinese)) == set(re.findall(figures, english))
+    pages = [{target for target, _ in links(path)} for path in (README, CHINESE)]
+    assert pages[0] - {CHINESE} == pages[1] - {README}
+
+
+def messages() -> list[str]:
+    """Every string of the program and of its wrappers, `...` where a value is filled in."""
+    found = []
+    for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (v.value if isinstance(v, ast.Constant) else "..." for v in node.values)
+                found.append("".join(parts))
+    return found + [path.read_text(encoding="utf-8") for path in ROOT.glob("*.sh")]
+
+
+@pytest.mark.parametrize("page", ("errors.md", "several-machines.md"))
+def test_the_messages_that_a_page_explains_exist(page):
+    templates = messages()
+    cells = column(DOCS / page)["message"]
+    quoted = [quote for cell in cells for quote in re.findall(r"`([^`]+)`", cell)]
+    assert len(quoted) >= 5
+    for quote in quoted:
+        # What stands around values, numbers among them, has to be in one message.
+        pieces = [piece.strip() for piece in re.split(r"\.\.\.|\d+(?!\.)", quote)]
+        assert any(all(piece in template for piece in pieces) for template in templates), quote
 
 
 def test_the_scripts_can_be_imported_without_effect():

@@ -6,8 +6,8 @@
     python3 tests/golden/learning_curves.py compare \\
         --oneflow data/curves/oneflow_*/of_cnn_train_val.log --torch data/curves/torch_*.log
 
-The toolkit's own runs are commands of `of_cnn_train_val.py`; README, "Learning curves", has all of
-them. `torch` runs in an environment of its own, Python 3.11 after
+The toolkit's own runs are commands of `of_cnn_train_val.py`; docs/recipe.md, "Learning curves", has
+all of them. `torch` runs in an environment of its own, Python 3.11 after
 `pip install torch==2.13.0 numpy pillow`; the other two jobs need numpy only. All this is run by
 hand: it takes an hour, and no test needs it.
 """

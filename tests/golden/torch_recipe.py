@@ -1,6 +1,6 @@
 """The toolkit's recipe once more, in plain PyTorch, for `learning_curves.py` to compare with.
 
-Written from the recipe alone (README, "ImageNet"): it shares no code, weights or random numbers
+Written from the recipe alone (docs/recipe.md): it shares no code, weights or random numbers
 with the toolkit, so that a fault of the toolkit's network, gradients, optimizer, schedule,
 augmentation or evaluation shows as another accuracy. Needs torch, numpy and pillow, no OneFlow.
 """
