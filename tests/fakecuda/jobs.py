@@ -136,7 +136,10 @@ class Session:
 
     def finish(self, timeout: float = 600) -> list[Done]:
         """What each command gave."""
-        out, errors = self.process.communicate(timeout=timeout)
+        try:
+            out, errors = self.process.communicate(timeout=timeout)
+        finally:
+            self.process.kill()  # if it is still there
         assert self.process.returncode == 0, (out[-2000:], errors[-4000:])
         return [Done(**done, jobs=self.operators(jobs)) for done, jobs in json.loads(out)]
 
