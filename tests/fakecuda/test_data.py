@@ -1,0 +1,104 @@
+"""Training and validation data on their way to CUDA, and what comes back in a step."""
+
+import re
+
+import pytest
+
+import fake
+import jobs
+import metric_util
+import small
+
+NUM_CLASSES = 4
+BATCH_SIZE = 3
+SIZE = 32  # pixels
+STEPS = (4, 8)  # of two runs that differ in nothing else
+VALIDATION = 5  # images
+COPY = re.compile(r"^COPY (HD|DH) (\d+)", re.MULTILINE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _device():
+    fake.require()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    parts = {"train": (BATCH_SIZE * max(STEPS),), "validation": (VALIDATION,)}
+    return small.write_sets(root, parts, num_classes=NUM_CLASSES)
+
+
+def train(data, suffix, *more, cwd, steps) -> jobs.Session:
+    cwd.mkdir()
+    return jobs.Session(
+        (
+            "train",
+            "--device=cuda",
+            "--model=toy",
+            f"--num_classes={NUM_CLASSES}",
+            f"--image_size={SIZE}",
+            f"--train_data_dir={data / 'train'}{suffix}",
+            f"--val_data_dir={data / 'validation'}{suffix}",
+            f"--batch_size_per_device={BATCH_SIZE}",
+            f"--val_batch_size_per_device={BATCH_SIZE}",
+            f"--num_examples={steps * BATCH_SIZE}",
+            "--num_epochs=1",
+            "--loss_print_every_n_iter=1000",
+            "--model_save_dir=run",
+            *more,
+        ),
+        env=fake.environment(log=cwd / "device.log"),
+        cwd=cwd,
+    )
+
+
+def check(session: jobs.Session, *, steps: int) -> None:
+    (done,) = session.finish()
+    assert done.status in (0, None), done.stderr
+    found = re.findall(r"^(?:train|validation): epoch 0, iter \d+", done.stdout, re.MULTILINE)
+    batches = -(-VALIDATION // BATCH_SIZE)
+    assert found == [f"train: epoch 0, iter {steps}", f"validation: epoch 0, iter {batches}"]
+
+
+@pytest.mark.parametrize("suffix, use_fp16", [("", False), (".npz", True)])
+def test_a_step_copies_its_batch_and_scalars(data, tmp_path, suffix, use_fp16):
+    """Parts are decoded and normalised on the host, arrays go over as bytes.
+
+    A step reads one scalar of an earlier step, which keeps the host from running ahead. What is
+    printed is read when it is printed.
+    """
+    flags = ("--use_fp16",) if use_fp16 else ()
+    sessions = [
+        train(data, suffix, *flags, cwd=tmp_path / f"{steps}", steps=steps) for steps in STEPS
+    ]
+    for session, steps in zip(sessions, STEPS, strict=True):
+        check(session, steps=steps)
+    few, many = (jobs.read_log(tmp_path / f"{steps}" / "device.log") for steps in STEPS)
+    assert few.faults == many.faults == []
+    more = STEPS[1] - STEPS[0]
+    image = BATCH_SIZE * 3 * SIZE * SIZE * (1 if suffix else 4)
+    label = BATCH_SIZE * 4
+
+    to_device = many.copied("HD") - few.copied("HD")
+    assert to_device.pop(image) == to_device.pop(label) == more
+    # The learning rate; in half precision the loss scale and its inverse as well.
+    assert to_device == {4: (3 if use_fp16 else 1) * more}
+
+    # The loss and three counts, when the line is printed, and the loss of an earlier step; in half
+    # precision how many gradients were not finite, too.
+    from_device = many.copied("DH") - few.copied("DH")
+    assert from_device == {4: 2 * more, 8: (4 if use_fp16 else 3) * more}
+
+    text = (tmp_path / f"{STEPS[1]}" / "device.log").read_text()
+    copies = [(way, int(size)) for way, size in COPY.findall(text)]
+    batches = [i for i, copy in enumerate(copies) if copy == ("HD", image)][: STEPS[1]]
+    # The last batches may still be on their way when the line is printed.
+    before_printing = copies[: batches[-1 - metric_util.RUN_AHEAD]]
+    assert before_printing.count(("DH", 8)) <= (STEPS[1] if use_fp16 else 0)
+
+
+def test_images_are_decoded_on_the_device(data, tmp_path):
+    session = train(data, "", "--gpu_image_decoder", cwd=tmp_path / "run", steps=STEPS[0])
+    check(session, steps=STEPS[0])
+    assert jobs.read_log(tmp_path / "run" / "device.log").faults == []

@@ -1,0 +1,31 @@
+"""Device memory that training takes: the table that tests/fakecuda/memory.py prints."""
+
+import re
+
+import pytest
+
+import fake
+import memory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _device():
+    fake.require()
+
+
+@pytest.mark.slow
+def test_memory_grows_with_the_batch_and_shrinks_with_half_precision(capsys):
+    memory.main(["--model=resnet18", "--image_size=96", "--batch_sizes", "64", "128"])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.count("|") == 2 + len(memory.PRECISIONS)
+    small, large = [[float(n) for n in re.findall(r"\d+\.\d", row)] for row in rows]
+    for few, many in zip(small, large, strict=True):
+        assert 1.2 * few < many < 2 * few
+    float32, fp16, fused = large
+    assert fused <= fp16 < 0.8 * float32
+
+
+def test_the_peak_is_found():
+    """The least that training takes is the search for algorithms, with a workspace of 1 GB."""
+    peak = memory.peak_bytes(model="toy", image_size=32, batch_size=2)
+    assert 0 < peak < 1.2 * 2**30

@@ -1,0 +1,291 @@
+"""Every network, precision and layout trains, goes on, evaluates and classifies on CUDA.
+
+The device computes nothing, so no figure means anything here. What is looked at: it ran to the end,
+every kernel was there, and what was compiled, for which device and in which precision.
+"""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fake
+import jobs
+import model_util
+import small
+from layer_util import Dropout
+
+NUM_CLASSES = 4
+BATCH_SIZE = 2
+FUSED_NHWC = ("--channel_last", "--fuse_bn_relu", "--fuse_bn_add_relu")
+VARIANTS = {
+    "plain": (),
+    "channel_last": ("--channel_last",),
+    "fused": ("--fuse_bn_relu", "--fuse_bn_add_relu"),
+    "fused_channel_last": FUSED_NHWC,
+    "padded": ("--pad_output",),
+    "all": (*FUSED_NHWC, "--pad_output"),
+}
+# The networks of the project, and a small one that has all switches as well.
+NETWORKS = model_util.MODELS | {"tiny": small.TINY}
+QUICK = [("tiny", False, "plain"), ("tiny", True, "all")]
+LINE = re.compile(  # as small.LINE, whatever the figures
+    r"(?:train|validation): epoch (\d+), iter (\d+),(?: loss: \S+,)? top_1: \S+, top_k: \S+, "
+    r"samples/s: \S+"
+)
+
+
+def variants(model: str) -> dict[str, tuple[str, ...]]:
+    """The combinations of switches that a network offers."""
+    offered = {f"--{name}" for name in NETWORKS[model].switches}
+    return {name: flags for name, flags in VARIANTS.items() if offered.issuperset(flags)}
+
+
+MATRIX = [
+    pytest.param(
+        model,
+        use_fp16,
+        variant,
+        marks=() if (model, use_fp16, variant) in QUICK else pytest.mark.slow,
+        id=f"{model}-{'fp16' if use_fp16 else 'float32'}-{variant}",
+    )
+    for model in NETWORKS
+    for use_fp16 in (False, True)
+    for variant in variants(model)
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _device():
+    fake.require()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    small.write_sets(root, {"validation": (5,)}, num_classes=NUM_CLASSES)
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    Image.fromarray(pixels).save(root / "image.png")
+    return root
+
+
+@pytest.mark.parametrize("model, use_fp16, variant", MATRIX)
+def test_train_resume_evaluate_classify(model, use_fp16, variant, data, tmp_path):
+    computing = (*variants(model)[variant], *(("--use_fp16",) if use_fp16 else ()))
+    image_size = max(32, NETWORKS[model].min_image_size)
+    common = ("--device=cuda", *computing)
+    session = jobs.Session(
+        (
+            "train",
+            *common,
+            f"--model={model}",
+            f"--num_classes={NUM_CLASSES}",
+            f"--image_size={image_size}",
+            f"--batch_size_per_device={BATCH_SIZE}",
+            f"--num_examples={2 * BATCH_SIZE}",
+            f"--num_val_examples={BATCH_SIZE}",
+            "--num_epochs=1",
+            "--loss_print_every_n_iter=1",
+            "--model_save_dir=run",
+        ),
+        ("train", "--device=cuda", "--resume=run/snapshot_epoch_0", "--num_epochs=2")
+        + ("--model_save_dir=run",),
+        (
+            "evaluate",
+            *common,
+            "--model_load_dir=run/snapshot_epoch_1",
+            f"--val_data_dir={data / 'validation'}",
+            f"--val_batch_size_per_device={BATCH_SIZE}",
+        ),
+        (
+            "inference",
+            *common,
+            "--model_load_dir=run/snapshot_epoch_1",
+            f"--image_path={data / 'image.png'}",
+        ),
+        env=fake.environment(log=tmp_path / "device.log"),
+        cwd=tmp_path,
+    )
+    first, resumed, evaluated, classified = done = session.finish()
+    for each in done:
+        assert each.status in (0, None), each.stderr
+    assert jobs.read_log(tmp_path / "device.log").faults == []
+
+    for epoch, each in enumerate((first, resumed)):
+        steps = [m.groups() for m in map(LINE.fullmatch, each.stdout.splitlines()) if m]
+        assert steps == [(f"{epoch}", "1"), (f"{epoch}", "2"), (f"{epoch}", "1")]
+        assert f"Saving model to run/snapshot_epoch_{epoch}.\n" in each.stdout
+        assert each.jobs.keys() == {"TrainGraph", "EvalGraph"}
+    assert "Restoring model from run/snapshot_epoch_0.\n" in resumed.stdout
+    assert LINE.fullmatch(evaluated.stdout.splitlines()[-1])
+    assert classified.stdout.splitlines()[0] == str(data / "image.png")
+    assert len(classified.stdout.splitlines()) == 2
+
+    check_devices(first.jobs["TrainGraph"], schedule=True, use_fp16=use_fp16)
+    check_devices(resumed.jobs["TrainGraph"], schedule=True, use_fp16=use_fp16)
+    for graph in (first.jobs["EvalGraph"], evaluated.jobs["EvalGraph"]):
+        check_devices(graph, schedule=False, use_fp16=use_fp16)
+    check_devices(classified.jobs["PredictGraph"], schedule=False, use_fp16=use_fp16)
+    for each in done:
+        for graph, operators in each.jobs.items():
+            check_precision(operators, use_fp16=use_fp16)
+            check_loss(operators, heads=graph == "TrainGraph" and 1 + (model == "inceptionv3"))
+    # Resuming compiles the same.
+    assert kinds(resumed.jobs["TrainGraph"]) == kinds(first.jobs["TrainGraph"])
+
+
+def kinds(operators: list[jobs.Operator]) -> Counter:
+    return Counter((op.kind, op.device, *sorted(op.dtypes)) for op in operators)
+
+
+# What happens on the host in a step: when a step begins and ends, ...
+TICKS = re.compile(r"(\w+_)?tick|wait_and_send_ids|callback_notify")
+# ... the number of the step, from which the learning rate follows, ...
+SCHEDULE = Counter(["variable", "identity", "scalar_add", "learning_rate_schedule"])
+# ... and in half precision the loss scale, its inverse, and the steps since it last changed.
+LOSS_SCALE = Counter(
+    ["variable"] * 2 + ["identity"] * 2 + ["dynamic_loss_scale_schedule", "reciprocal"]
+)
+
+
+def check_devices(
+    operators: list[jobs.Operator], *, schedule: bool, use_fp16: bool, more: dict | None = None
+) -> None:
+    """Only scalars are computed on the host: those of the schedules, and `more`, by kinds."""
+    assert {op.device for op in operators} == {"cuda", "cpu"}
+    host = [op for op in operators if op.device == "cpu" and not TICKS.fullmatch(op.kind)]
+    expected = Counter(more or {})
+    if schedule:
+        expected += SCHEDULE + Counter(["assign_if_not" if use_fp16 else "assign"])
+        expected += LOSS_SCALE if use_fp16 else Counter()
+    assert Counter(op.kind for op in host) == expected
+    assert all(blob.num_elements == 1 for op in host for blob in op.inputs + op.outputs)
+
+
+def check_precision(operators: list[jobs.Operator], *, use_fp16: bool) -> None:
+    """Weights and what the optimizer keeps are float32; products are of the precision asked for."""
+    kept = {blob.dtype for op in operators if op.kind == "variable" for blob in op.outputs}
+    assert kept <= {"float32", "int64"}  # int64 are counters of steps
+    products = [op for op in operators if re.match(r"conv2d|conv_\w+_grad|\w*matmul", op.kind)]
+    assert products
+    for op in products:
+        assert op.dtypes == {"float16" if use_fp16 else "float32"}, op
+    if not use_fp16:
+        assert not any("float16" in op.dtypes for op in operators)
+
+
+LOSS = ("log_softmax", "log_softmax_grad", "nll", "nll_grad", "broadcast_div", "softmax")
+# Reductions that give half precision, by their names; all others are float32. Within its kernel
+# OneFlow adds up in float32, so what half precision costs is one rounding of the sum.
+HALF_REDUCTIONS = {
+    # Means of activations after a ReLU, up to 7 x 7 of them, and gradients of convolutions' biases.
+    "reduce_sum": r"model[-.].*",
+    # Gradients of biases of linear layers before the last.
+    "reduce_sum_like": r"model\..*",
+}
+
+
+def check_loss(operators: list[jobs.Operator], *, heads: int) -> None:
+    """Everything from the logits on is float32, with its sums over the batch."""
+    assert sum(op.kind == "log_softmax" for op in operators) == heads
+    for op in operators:
+        if op.kind in LOSS or "cross_entropy" in op.name and op.kind != "cast":
+            assert "float16" not in op.dtypes, op
+        if op.kind.startswith("reduce_") and "float16" in op.dtypes:
+            assert re.fullmatch(HALF_REDUCTIONS.get(op.kind, ""), op.name), op
+
+
+def test_grouped_convolutions_refuse_channel_last(tmp_path):
+    session = jobs.Session(
+        ("train", "--device=cuda", "--model=resnext50", "--channel_last", "--model_save_dir=run"),
+        env=fake.environment(),
+        cwd=tmp_path,
+    )
+    (done,) = session.finish()
+    assert done.status == 2
+    (line,) = done.stderr.splitlines()
+    assert "--channel_last" in line and "resnext50" in line
+    assert done.jobs == {} and not (tmp_path / "run").exists()
+
+
+# Settings of the optimizer, on the small networks of the tests.
+
+UPDATES = {"sgd": "momentum_update", "adam": "adam_update", "rmsprop": "rmsprop_update"}
+SCHEDULES = ("cosine", "step", "polynomial", "exponential", "none")
+SETTINGS = {
+    **{optimizer: ("--model=toy", f"--optimizer={optimizer}") for optimizer in UPDATES},
+    "sgd without momentum": ("--model=toy", "--momentum=0"),
+    "adam, clipped, half": ("--model=toy", "--optimizer=adam", "--use_fp16")
+    + ("--gradient_clipping=1",),
+    "clipped": ("--model=toy", "--gradient_clipping=1"),
+    **{schedule: ("--model=toy", f"--lr_decay={schedule}") for schedule in SCHEDULES},
+    "dropping": ("--model=dropping",),
+    "dropping, half": ("--model=dropping", "--use_fp16"),
+}
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The training jobs of SETTINGS, and the log of the device."""
+    directory = tmp_path_factory.mktemp("settings")
+    session = jobs.Session(
+        *(
+            (
+                "train",
+                "--device=cuda",
+                "--num_classes=10",
+                f"--batch_size_per_device={BATCH_SIZE}",
+                f"--num_examples={STEPS * BATCH_SIZE}",
+                f"--num_val_examples={BATCH_SIZE}",
+                "--num_epochs=1",
+                f"--model_save_dir={i}",
+                *flags,
+            )
+            for i, flags in enumerate(SETTINGS.values())
+        ),
+        env=fake.environment(log=directory / "device.log"),
+        cwd=directory,
+    )
+    done = dict(zip(SETTINGS, session.finish(), strict=True))
+    log = jobs.read_log(directory / "device.log")
+    assert log.faults == []
+    for name, each in done.items():
+        assert each.status in (0, None), (name, each.stderr)
+    return {name: each.jobs["TrainGraph"] for name, each in done.items()}, log
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_optimizers_and_schedules_compile(compiled, name):
+    operators = compiled[0][name]
+    flags = " ".join(SETTINGS[name])
+    found = Counter(op.kind for op in operators)
+    optimizer = "adam" if "adam" in flags else "rmsprop" if "rmsprop" in flags else "sgd"
+    update = "sgd_update" if "--momentum=0" in flags else UPDATES[optimizer]
+    parameters = sum(bool(re.fullmatch(r"model\..*(weight|bias)", op.name)) for op in operators)
+    assert {kind: n for kind, n in found.items() if kind.endswith("_update")} == {
+        update: parameters
+    }
+    # Adam keeps the corrections of its means' bias as scalars; those are computed on the host.
+    more = {"adam_bias_correction_factor": 2} if optimizer == "adam" else {}
+    check_devices(operators, schedule=True, use_fp16="--use_fp16" in flags, more=more)
+    check_precision(operators, use_fp16="--use_fp16" in flags)
+    check_loss(operators, heads=1 + ("dropping" in flags))
+    # The norm over all gradients at once.
+    assert found["multi_reduce_sum_pow_abs"] == ("--gradient_clipping" in flags)
+
+
+def test_dropout_masks_reach_the_device(compiled):
+    """A mask for each layer, step and run, and each is multiplied with."""
+    operators = compiled[0]["dropping"]
+    masks = [op.name for op in operators if op.kind == "input"][2:]  # behind image and label
+    layers = [m for m in small.Dropping().modules() if isinstance(m, Dropout)]
+    assert len(masks) == len(layers) == 2
+    products = [op for op in operators if op.kind == "broadcast_mul" and "model" in op.name]
+    for mask in masks:
+        assert any(blob.name.startswith(mask) for op in products for blob in op.inputs), mask
+    runs = sum("dropping" in name for name in SETTINGS)
+    size = BATCH_SIZE * layers[0].features * 4
+    assert compiled[1].copied("HD")[size] == runs * STEPS * len(layers)
