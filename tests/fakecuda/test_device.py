@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fake
 import pytest
 
+import fake
 import fakecuda
 
 FOLDER = Path(__file__).resolve().parent
