@@ -64,7 +64,8 @@ OWN_ERROR = re.compile(r"[^\s:]+: error: (.+)")  # as config.report writes it
 FATAL = re.compile(r"F\d{4,8} [^]]*\] (.*)")  # glog
 # Lines of a crash in native code, and the lines with which any crash begins.
 NATIVE = re.compile(r"[EF]\d{4,8} \d|\*\*\* |    @ +0x|terminate called|  what\(\)|.*EPOLLERR")
-CRASH = re.compile(rf"{NATIVE.pattern}|Traceback \(most|Fatal Python error|{OWN_ERROR.pattern}")
+NOT_CAUGHT = re.compile(rf"{NATIVE.pattern}|Traceback \(most|Fatal Python error")
+CRASH = re.compile(rf"{NOT_CAUGHT.pattern}|{OWN_ERROR.pattern}")
 
 # Run in front of a worker. The kernel ends the worker when its parent dies, however that dies. The
 # check is for a parent that died before the request.
@@ -516,16 +517,26 @@ class Worker:
 
     Of rank 0, stdout is ours, and stderr is passed on line by line, except that lines which look
     like the beginning of a crash wait: what is to be said about a crash comes first. Of other
-    ranks, stdout is dropped and the end of stderr kept.
+    ranks, stdout is dropped and the end of stderr kept. A process alone speaks for itself: what it
+    says of its errors is passed on like everything else.
     """
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str], rank: int):
+    def __init__(
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        rank: int,
+        *,
+        alone: bool = False,
+        stdin: int | None = subprocess.DEVNULL,
+    ):
         self.rank = rank
         self.shown = rank == 0
+        self.waits = NOT_CAUGHT if alone else CRASH
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *command],
             env=environ,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=None if self.shown else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -564,7 +575,7 @@ class Worker:
             self.fatal = match[1]
         if not self.shown:
             return
-        if self.holding or self.held or CRASH.match(text):
+        if self.holding or self.held or self.waits.match(text):
             self.held_since = self.held_since if self.held else time.monotonic()
             self.held.append(line)
             del self.held[:-TAIL_LINES]
@@ -619,6 +630,7 @@ class Exit:
     own_error: str = ""
     fatal: str = ""
     tail: tuple[str, ...] = ()
+    is_explained: bool = False  # `own_error` is not its own, but what is known of its crash
 
     @property
     def is_abort(self) -> bool:
@@ -656,9 +668,12 @@ OWN_WORDS, DEATH, ABORT = range(3)  # OneFlow aborts when another process dies: 
 
 
 def cause_of(job: Job, ended: Exit) -> Cause:
-    text = f"{ended.describe(job.rank(ended.rank))}; all processes were ended"
     if job.world_size == 1:
-        text = ended.own_error or ended.describe("the training process")
+        if ended.code > 0:
+            text = ended.own_error if ended.is_explained else ""  # else it has said so itself
+            return Cause(OWN_WORDS, text, ended.code)
+        return Cause(DEATH, ended.describe("the process"), tail=ended.tail)
+    text = f"{ended.describe(job.rank(ended.rank))}; all processes were ended"
     if ended.code > 0 and ended.own_error:
         return Cause(OWN_WORDS, text, 2 if ended.code == 2 else 1)
     explained = ended.code == -signal.SIGKILL
@@ -699,8 +714,8 @@ class Parent:
     Subclasses say what to do about messages, exits and signals, and set `end` when it is time.
     """
 
-    def __init__(self, command: Sequence[str], job: Job, explain: Explain):
-        self.command, self.job, self.explain = command, job, explain
+    def __init__(self, command: Sequence[str], job: Job, explain: Explain, stdin: int | None):
+        self.command, self.job, self.explain, self.stdin = command, job, explain, stdin
         self.selector = selectors.DefaultSelector()
         self.channels: list[Channel] = []
         self.workers: list[Worker] = []
@@ -787,7 +802,13 @@ class Parent:
         sys.stdout.flush()  # rank 0 writes there as well
         self.guard = Guard()
         for rank in self.job.ranks:
-            worker = Worker(self.command, worker_environ(self.job, rank, master), rank)
+            worker = Worker(
+                self.command,
+                worker_environ(self.job, rank, master),
+                rank,
+                alone=self.job.world_size == 1,
+                stdin=self.stdin,
+            )
             self.guard.toggle(worker.pid)
             self.workers.append(worker)
             self.running.add(rank)
@@ -815,7 +836,7 @@ class Parent:
         words = () if code == 0 else worker.last_words()
         known = self.explain(worker.rank - self.job.ranks[0], words) if words else None
         if known is not None:
-            return Exit(worker.rank, 1, known)
+            return Exit(worker.rank, 1, known, is_explained=True)
         return Exit(worker.rank, code, worker.own_error, worker.fatal, words)
 
     def calm(self, worker: Worker) -> bool:
@@ -891,8 +912,8 @@ class Parent:
     def say_end(self) -> None:
         """Print the one line, and on node 0 what the worker that is the cause said last."""
         for worker in self.workers:
-            if self.end.status in (0, 130, 143):
-                worker.release(native=self.end.status == 0)
+            if self.end.status in (0, 130, 143) or not self.end.text:
+                worker.release(native=self.end.status not in (130, 143))
             worker.pass_on(wait=True)
         if self.end.text and not self.said:
             self.said = True
@@ -1291,19 +1312,26 @@ def gather_facts(job: Job, facts: Callable[[], dict]) -> tuple[dict | None, End 
     return None, End(status, where + text, stay=True)
 
 
+def command(script: str, argv: list[str] | None) -> list[str]:
+    """What starts a script once more, as a worker; `argv` as its `main` got it."""
+    return [sys.executable, *(sys.argv if argv is None else [script, *argv])]
+
+
 def launch(
     command: Sequence[str],
     *,
     job: Job,
     facts: Callable[[], dict],
     explain: Explain = lambda local_rank, words: None,
+    stdin: int | None = subprocess.DEVNULL,
 ) -> int:
     """Run `command` once per device of the job and return the exit status of this parent.
 
     `facts` checks this machine and returns what has to be the same on every node, by name; values
     are anything JSON knows, and nested dicts are compared name by name. It may raise UsageError,
     RunError or OSError, which ends the job on every node. `explain` turns what a worker that has
-    crashed wrote last into one line, where it knows better. Has to be called in the main thread.
+    crashed wrote last into one line, where it knows better. `stdin` is that of every worker, as
+    subprocess.Popen takes it. Has to be called in the main thread.
 
     0: every worker ended with 0. 1 or 2: the job failed, and one line on stderr says where and why.
     130 or 143: SIGINT or SIGTERM came to one of the parents.
@@ -1311,4 +1339,4 @@ def launch(
     # A process alone checks for itself.
     found, error = gather_facts(job, facts) if job.world_size > 1 else ({}, None)
     kind = Head if job.node_rank == 0 else Follower
-    return kind(found, error, command=command, job=job, explain=explain).run()
+    return kind(found, error, command=command, job=job, explain=explain, stdin=stdin).run()

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int | None:
         if job.world_size > 1 or of_oneflow and graph_util.takes_cuda(args.device):
             memory = config.memory_flags(args, batch="val_batch_size_per_device")
             return launch_util.launch(
-                command(argv),
+                launch_util.command(__file__, argv),
                 job=job,
                 facts=lambda: facts(args),
                 explain=partial(graph_util.explain_crash, **memory),
@@ -69,11 +69,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if args.val_data_dir is None:
         raise UsageError("--val_data_dir is needed: the directory of the validation parts")
     return args
-
-
-def command(argv: list[str] | None) -> list[str]:
-    """What starts this script once more, as one process of a job."""
-    return [sys.executable, *(sys.argv if argv is None else [__file__, *argv])]
 
 
 def facts(args: Namespace) -> dict:

@@ -14,6 +14,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from queue import Queue
 from threading import Thread
 
@@ -23,6 +24,7 @@ import checkpoint_util
 import config
 import graph_util
 import image_util
+import launch_util
 import model_util
 import onnx_util
 from config import RunError, UsageError
@@ -36,6 +38,16 @@ STDIN = "-"
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.backend == "oneflow" and not launch_util.is_worker():
+        if graph_util.takes_cuda(args.device):
+            memory = config.memory_flags(args, batch="batch_size")
+            return launch_util.launch(
+                launch_util.command(__file__, argv),
+                job=launch_util.Job(),
+                facts=dict,
+                explain=partial(graph_util.explain_crash, **memory),
+                stdin=None,
+            )
     paths = find_paths(args.image_path)
     predict, preprocessing, names = BACKENDS[args.backend](args)
     write = WRITERS[args.output](names, args.top_k)
@@ -79,18 +91,7 @@ def oneflow_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]
         graph_util.place(model, device), device=device, use_fp16=args.use_fp16
     )
     names = image_util.class_names(snapshot.num_classes, snapshot.classes)
-
-    def predict(images: np.ndarray) -> np.ndarray:
-        try:
-            return predictor(images)
-        except RuntimeError as error:
-            memory = config.memory_flags(args, batch="batch_size")
-            known = graph_util.explain_crash(0, [str(error)], **memory)
-            if known is None:
-                raise
-            raise RunError(known) from None
-
-    return predict, snapshot.preprocessing, names
+    return predictor, snapshot.preprocessing, names
 
 
 def onnxruntime_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]:
@@ -255,4 +256,4 @@ WRITERS = {"text": text_writer, "csv": csv_writer, "json": json_writer}
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_main(main))
+    sys.exit(config.run_main(main, leave=launch_util.leave))

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int | None:
         if job.world_size > 1 or graph_util.takes_cuda(args.device):
             memory = config.memory_flags(args, batch="batch_size_per_device")
             return launch_util.launch(
-                command(argv),
+                launch_util.command(__file__, argv),
                 job=job,
                 facts=lambda: facts(argv),
                 explain=partial(graph_util.explain_crash, **memory),
@@ -89,11 +89,6 @@ def see_that_nothing_came(args: Namespace, resumed: str | None) -> None:
         found = checkpoint_util.find_resume(args.resume, args.model_save_dir)
         if found != resumed:
             raise RunError(f"{found} has been written meanwhile, by another run; start again")
-
-
-def command(argv: list[str] | None) -> list[str]:
-    """What starts this script once more, as one process of a job."""
-    return [sys.executable, *(sys.argv if argv is None else [__file__, *argv])]
 
 
 def facts(argv: list[str] | None) -> dict:

@@ -632,18 +632,33 @@ def test_a_worker_whose_last_words_are_known(cluster, rank):
 
 
 def test_a_job_of_one_process_speaks_for_itself(cluster):
-    """No checks before it, its own error line, and what is known of its crash, without a rank."""
-    own = "sys.stderr.write('train.py: error: no such file\\n'); sys.exit(2)"
-    crash = "sys.stderr.write('terminate called: out of memory\\n'); os.abort()"
-    for lines, status, line in (
-        (own, 2, "no such file"),
-        (crash, 1, "what device 0 said is known"),
+    """No checks before it, what it says itself, and what is known of its crash, without a rank."""
+    for lines, status, said in (
+        ("error('no such file', 2)", 2, ["train.py: error: no such file"]),
+        (
+            "print('train.py: error: a', file=sys.stderr); sys.stderr.write('b'); sys.exit(1)",
+            1,
+            ["train.py: error: a", "b"],
+        ),
+        (
+            "crash('cudaMalloc : out of memory (2)')",
+            1,
+            ["train.py: error: what device 0 said is known"],
+        ),
+        (
+            "crash()",
+            1,
+            ["train.py: error: the process was killed by SIGABRT: Check failed: something"],
+        ),
+        ("1 / 0", 1, ["Traceback (most recent call last):"]),
     ):
         node = cluster.start(
             0, node_ips=(), parts={"0": lines}, error="not asked", known="out of memory"
         )
         assert node.status() == status
-        one_line(node, f"train.py: error: {line}")
+        assert node.lines()[: len(said)] == said
+        if "crash()" not in lines and "1 / 0" not in lines:
+            assert len(node.lines()) == len(said)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

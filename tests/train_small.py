@@ -18,7 +18,7 @@ model_util.MODELS.update(small.MODELS)
 script = of_cnn_evaluate if sys.argv[1:2] == ["evaluate"] else of_cnn_train_val
 if script is of_cnn_evaluate:
     argv = sys.argv[2:]
-    script.command = lambda argv: [sys.executable, *sys.argv]  # with `evaluate`
+    launch_util.command = lambda script, argv: [sys.executable, *sys.argv]  # with `evaluate`
 else:
     argv = None
 sys.exit(config.run_main(lambda: script.main(argv), leave=launch_util.leave))
