@@ -572,7 +572,7 @@ def test_a_node_that_cannot(cluster, where):
 
 
 def test_one_node_that_cannot(cluster):
-    parent = cluster.start(None, node_ips=(), error="--seed is bad")
+    parent = cluster.start(None, node_ips=(), devices=2, error="--seed is bad")
     assert parent.status() == 2 and parent.lines() == ["train.py: error: --seed is bad"]
 
 
