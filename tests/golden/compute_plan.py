@@ -426,7 +426,16 @@ def compute_reference(name: str) -> dict:
     settings = dict(REFERENCES[name])
     found, state = train("resnet18", settings.pop("dtype"), **settings)
     summary = seeded.summary(state)
-    return found | {key: array.tolist() for key, array in summary.items()}
+    return found | {
+        "name": summary["name"].tolist(),
+        "norm": rounded(summary["norm"]),
+        "projections": [rounded(row) for row in summary["projections"]],
+    }
+
+
+def rounded(row: np.ndarray) -> list[float]:
+    """To ten digits, so that the file stays small."""
+    return [float(f"{value:.10g}") for value in row]
 
 
 def compute_run(name: str, results: dict) -> dict:
