@@ -12,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fake
 import numpy as np
 import pytest
 
+import fake
 from golden import plans, seeded
 
 DUMP = Path(__file__).resolve().parent / "dump_job.py"
