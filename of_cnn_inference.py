@@ -6,7 +6,7 @@ python3 of_cnn_inference.py --image_path DIRECTORY --backend=onnxruntime --top_k
 python3 of_cnn_inference.py --help
 """
 
-import oneflow_setup  # noqa: F401  (first, see there)
+import cnns.startup  # noqa: F401  (first, see there)
 
 import csv
 import itertools
@@ -20,17 +20,19 @@ from threading import Thread
 
 import numpy as np
 
-import checkpoint_util
 import config
-import graph_util
-import image_util
-import launch_util
-import model_util
-import onnx_util
-from config import RunError, UsageError
-from image_util import Preprocessing
-from layer_util import Switches
-from metric_util import notice
+import model_registry
+from cnns.checkpoint.find import restore
+from cnns.data.images import Preprocessing, class_names, find_images, load_image
+from cnns.distributed import choose_device, explain_crash, place, takes_cuda
+from cnns.errors import RunError, UsageError, report, run_main
+from cnns.export import ExportedModel, find_export
+from cnns.graphs import Predictor
+from cnns.launch.job import Job
+from cnns.launch.nodes import launch
+from cnns.launch.worker import command, is_worker, leave
+from cnns.log import notice
+from cnns.models.layers import Switches
 
 Predict = Callable[[np.ndarray], np.ndarray]  # (N, 3, H, W) normalised to (N, C) probabilities
 STDIN = "-"
@@ -38,14 +40,14 @@ STDIN = "-"
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.backend == "oneflow" and not launch_util.is_worker():
-        if graph_util.takes_cuda(args.device):
+    if args.backend == "oneflow" and not is_worker():
+        if takes_cuda(args.device):
             memory = config.memory_flags(args, batch="batch_size")
-            return launch_util.launch(
-                launch_util.command(__file__, argv),
-                job=launch_util.Job(),
+            return launch(
+                command(__file__, argv),
+                job=Job(),
                 facts=dict,
-                explain=partial(graph_util.explain_crash, **memory),
+                explain=partial(explain_crash, **memory),
                 stdin=None,
             )
     paths = find_paths(args.image_path)
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.inference_parser(models=model_util.MODELS).parse_args(argv)
+    args = config.inference_parser(models=model_registry.MODELS).read(argv)
     config.check_backend_flags(args)
     if config.num_processes(args) > 1:
         raise UsageError(
@@ -76,26 +78,25 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 
 def oneflow_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]:
-    device = graph_util.choose_device(args.device)
+    device = choose_device(args.device)
     for text in config.check_precision_flags(args, device=device):
         notice(text)
-    model, snapshot, snapshot_path = checkpoint_util.restore(
+    model, snapshot, snapshot_path = restore(
         args.model_load_dir,
+        models=model_registry.MODELS,
         model=args.model,
         num_classes=args.num_classes,
         switches=Switches(**config.switch_flags(args)),
         **config.preprocessing_flags(args),
     )
     notice(f"Restoring model from {snapshot_path}.")
-    predictor = graph_util.Predictor(
-        graph_util.place(model, device), device=device, use_fp16=args.use_fp16
-    )
-    names = image_util.class_names(snapshot.num_classes, snapshot.classes)
+    predictor = Predictor(place(model, device), device=device, use_fp16=args.use_fp16)
+    names = class_names(snapshot.num_classes, snapshot.classes)
     return predictor, snapshot.preprocessing, names
 
 
 def onnxruntime_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]:
-    exported = onnx_util.ExportedModel(onnx_util.find_export(args.onnx_path))
+    exported = ExportedModel(find_export(args.onnx_path))
     notice(f"Restoring model from {exported.path}.")
     return exported.probabilities, exported.preprocessing, list(exported.classes)
 
@@ -108,7 +109,7 @@ BACKENDS = {"oneflow": oneflow_backend, "onnxruntime": onnxruntime_backend}
 
 def find_paths(image_path: list[str]) -> Iterable[str | RunError]:
     """The images to classify, in order. Raises UsageError where a path of the command is wrong."""
-    return read_stdin() if image_path == [STDIN] else image_util.find_images(image_path)
+    return read_stdin() if image_path == [STDIN] else find_images(image_path)
 
 
 def read_stdin() -> Iterator[str | RunError]:
@@ -123,7 +124,7 @@ def read_stdin() -> Iterator[str | RunError]:
             path = line.rstrip("\r\n")
             if path:
                 try:
-                    yield from image_util.find_images([path])
+                    yield from find_images([path])
                 except UsageError as error:
                     yield RunError(str(error).replace("--image_path: ", "standard input: "))
 
@@ -137,7 +138,7 @@ def load_all(
             yield "", path
             continue
         try:
-            yield path, image_util.load_image(path, preprocessing)
+            yield path, load_image(path, preprocessing)
         except RunError as error:
             yield path, error
 
@@ -184,7 +185,7 @@ class Failures:
             self.count += 1
             if isinstance(image, RunError):
                 self.bad += 1
-                config.report(image)
+                report(image)
             else:
                 yield path, image
 
@@ -192,7 +193,7 @@ class Failures:
         if self.count == 0:
             raise RunError("--image_path=-: standard input held no paths")
         if self.bad and self.count > 1:  # a single one has had its line
-            config.report(f"{self.bad} of {self.count} files could not be read; see above")
+            report(f"{self.bad} of {self.count} files could not be read; see above")
         return 1 if self.bad else 0
 
 
@@ -256,4 +257,4 @@ WRITERS = {"text": text_writer, "csv": csv_writer, "json": json_writer}
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_main(main, leave=launch_util.leave))
+    sys.exit(run_main(main, leave=leave))

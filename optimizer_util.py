@@ -7,12 +7,13 @@ the learning rate of the update made in that step.
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import oneflow as flow
 from oneflow import nn
 from oneflow.optim import lr_scheduler
 
-from layer_util import BATCH_NORMS
+from cnns.models.layers import BATCH_NORMS
 
 POLYNOMIAL_END_LEARNING_RATE = 1e-5  # as in OneFlow-Benchmark
 STEP_FACTOR = 0.1
@@ -54,7 +55,7 @@ class RMSprop(_SelectiveDecay, flow.optim.RMSprop):
 
 
 class AdamW(flow.optim.AdamW):
-    """Its decay is no gradient term but a rate of the group, with exceptions by name pattern."""
+    """Its decay is not a gradient term but a rate of the group, with exceptions by name pattern."""
 
     no_decay: tuple = ()
 
@@ -127,77 +128,12 @@ def build_optimizer(
     return optimizer
 
 
-def _cosine(optimizer, *, decay_steps, **_):
-    return lr_scheduler.CosineDecayLR(optimizer, decay_steps=decay_steps)
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step of a run: as a number, and as OneFlow's inside the graph.
 
-
-def _step(optimizer, *, step_milestones, warmup_steps, **_):
-    milestones = [step - warmup_steps for step in step_milestones]
-    return lr_scheduler.MultiStepLR(optimizer, milestones=milestones, gamma=STEP_FACTOR)
-
-
-def _polynomial(optimizer, *, decay_steps, **_):
-    return lr_scheduler.PolynomialLR(
-        optimizer, decay_steps, end_learning_rate=POLYNOMIAL_END_LEARNING_RATE, power=1.0
-    )
-
-
-def _exponential(optimizer, *, decay_rate, exponential_steps, **_):
-    return lr_scheduler.ExponentialLR(optimizer, gamma=decay_rate ** (1 / exponential_steps))
-
-
-def _none(optimizer, **_):
-    return None
-
-
-SCHEDULES: dict[str, Callable] = {
-    "cosine": _cosine,
-    "step": _step,
-    "polynomial": _polynomial,
-    "exponential": _exponential,
-    "none": _none,
-}
-
-
-def learning_rate_at(
-    step: int,
-    name: str,
-    *,
-    learning_rate: float,
-    total_steps: int,
-    warmup_steps: int = 0,
-    step_milestones: tuple[int, ...] = (),
-    decay_rate: float = 1.0,
-    exponential_steps: float = 1.0,
-) -> float:
-    """The rate of one update by the formulas of `build_schedule`, for messages."""
-    if step < warmup_steps:
-        return learning_rate * step / warmup_steps
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    if name == "cosine":
-        return learning_rate * (1 + math.cos(math.pi * progress)) / 2
-    if name == "step":
-        return learning_rate * STEP_FACTOR ** sum(step >= each for each in step_milestones)
-    if name == "polynomial":
-        return learning_rate + (POLYNOMIAL_END_LEARNING_RATE - learning_rate) * progress
-    if name == "exponential":
-        return learning_rate * decay_rate ** ((step - warmup_steps) / exponential_steps)
-    return learning_rate
-
-
-def build_schedule(
-    optimizer: flow.optim.Optimizer,
-    name: str,
-    *,
-    total_steps: int,
-    warmup_steps: int = 0,
-    step_milestones: tuple[int, ...] = (),
-    decay_rate: float = 1.0,
-    exponential_steps: float = 1.0,
-):
-    """The learning-rate schedule of a run, or None where the rate is constant.
-
-    With b the optimizer's rate, w = warmup_steps, s the step and n = total_steps - w:
+    With b the peak rate, w = warmup_steps, s the step from 0 and n = total_steps - w, the rate of
+    the update made in step s is
 
         s < w          b * s / w
         cosine         b * (1 + cos(pi * (s - w) / n)) / 2
@@ -208,24 +144,84 @@ def build_schedule(
 
     Args:
         name: a key of SCHEDULES.
+        learning_rate: the peak.
         total_steps: updates of the whole run.
         warmup_steps: updates of the linear warm-up, less than `total_steps`.
         step_milestones: steps, counted from the start of the run and not within the warm-up.
     """
-    schedule = SCHEDULES[name](
-        optimizer,
-        decay_steps=total_steps - warmup_steps,
-        warmup_steps=warmup_steps,
-        step_milestones=step_milestones,
-        decay_rate=decay_rate,
-        exponential_steps=exponential_steps,
-    )
-    if warmup_steps == 0:
-        return schedule
-    return lr_scheduler.WarmUpLR(
-        optimizer if schedule is None else schedule,
-        warmup_factor=0.0,
-        warmup_iters=warmup_steps,
-        warmup_method="linear",
-        warmup_prefix=True,  # else the ramp would aim below the base rate
-    )
+
+    name: str
+    learning_rate: float
+    total_steps: int
+    warmup_steps: int = 0
+    step_milestones: tuple[int, ...] = ()
+    decay_rate: float = 1.0
+    exponential_steps: float = 1.0
+
+    def rate(self, step: int) -> float:
+        """The rate of one update."""
+        if step < self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        formula, _ = SCHEDULES[self.name]
+        return formula(self, step)
+
+    def build(self, optimizer: flow.optim.Optimizer):
+        """The same for a graph, or None where the rate is constant.
+
+        `optimizer` was built with this schedule's learning rate.
+        """
+        _, builder = SCHEDULES[self.name]
+        schedule = builder(self, optimizer)
+        if self.warmup_steps == 0:
+            return schedule
+        return lr_scheduler.WarmUpLR(
+            optimizer if schedule is None else schedule,
+            warmup_factor=0.0,
+            warmup_iters=self.warmup_steps,
+            warmup_method="linear",
+            warmup_prefix=True,  # else the ramp would aim below the base rate
+        )
+
+    @property
+    def decay_steps(self) -> int:
+        return self.total_steps - self.warmup_steps
+
+    def progress(self, step: int) -> float:
+        """From 0 at the end of the warm-up to 1 at the end of the run."""
+        return (step - self.warmup_steps) / self.decay_steps
+
+    def milestones_after_warmup(self) -> list[int]:
+        return [step - self.warmup_steps for step in self.step_milestones]
+
+    @property
+    def factor_of_a_step(self) -> float:
+        """Of the exponential schedule."""
+        return self.decay_rate ** (1 / self.exponential_steps)
+
+
+# name -> (the rate after the warm-up, the same as OneFlow's schedule)
+SCHEDULES: dict[str, tuple[Callable, Callable]] = {
+    "cosine": (
+        lambda s, step: s.learning_rate * (1 + math.cos(math.pi * s.progress(step))) / 2,
+        lambda s, optimizer: lr_scheduler.CosineDecayLR(optimizer, decay_steps=s.decay_steps),
+    ),
+    "step": (
+        lambda s, step: s.learning_rate * STEP_FACTOR ** sum(step >= m for m in s.step_milestones),
+        lambda s, optimizer: lr_scheduler.MultiStepLR(
+            optimizer, milestones=s.milestones_after_warmup(), gamma=STEP_FACTOR
+        ),
+    ),
+    "polynomial": (
+        lambda s, step: (
+            s.learning_rate + (POLYNOMIAL_END_LEARNING_RATE - s.learning_rate) * s.progress(step)
+        ),
+        lambda s, optimizer: lr_scheduler.PolynomialLR(
+            optimizer, s.decay_steps, end_learning_rate=POLYNOMIAL_END_LEARNING_RATE, power=1.0
+        ),
+    ),
+    "exponential": (
+        lambda s, step: s.learning_rate * s.factor_of_a_step ** (step - s.warmup_steps),
+        lambda s, optimizer: lr_scheduler.ExponentialLR(optimizer, gamma=s.factor_of_a_step),
+    ),
+    "none": (lambda s, step: s.learning_rate, lambda s, optimizer: None),
+}

@@ -10,7 +10,7 @@ from functools import partial
 
 from oneflow import nn
 
-from layer_util import (
+from cnns.models.layers import (
     BATCH_NORMS,
     Switches,
     batch_norm_relu,

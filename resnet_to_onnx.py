@@ -5,10 +5,10 @@ python3 resnet_to_onnx.py --model_load_dir=SNAPSHOT --onnx_path=resnet.onnx --op
 python3 resnet_to_onnx.py --help
 
 The file takes `images` (batch, 3, H, W) float32, RGB, normalised, with any batch, and gives
-`logits` (batch, classes). onnx_util.py says what its metadata hold.
+`logits` (batch, classes). cnns/export.py says what its metadata hold.
 """
 
-import oneflow_setup  # noqa: F401  (first, see there)
+import cnns.startup  # noqa: F401  (first, see there)
 
 import io
 import logging
@@ -29,16 +29,16 @@ from oneflow_onnx.oneflow2onnx.flow2onnx import Export
 from onnx import version_converter
 from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
-import checkpoint_util
 import config
-import image_util
-import model_util
-import onnx_util
-from checkpoint_util import Snapshot
-from config import RunError, UsageError
-from file_util import sync_directory, write_durably
-from metric_util import notice
-from onnx_util import DATA_SUFFIX, INPUT, OUTPUT, ExportedModel, softmax
+import model_registry
+from cnns.checkpoint.files import sync_directory, write_durably
+from cnns.checkpoint.find import restore
+from cnns.checkpoint.snapshot import PREFIX, Snapshot
+from cnns.data.images import class_names, find_images, load_image
+from cnns.errors import RunError, UsageError, run_main
+from cnns.export import DATA_SUFFIX, INPUT, OUTPUT, ExportedModel, describe, find_export, softmax
+from cnns.log import notice
+from cnns.places import ONNX_ROOT
 
 # Shapes in the exported graph that begin with this number depend on the batch.
 EXPORT_BATCH = 8
@@ -51,19 +51,20 @@ RTOL, ATOL = 1e-4, 1e-5
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    paths = image_util.find_images(args.image_path)
-    network, snapshot, snapshot_path = checkpoint_util.restore(
+    paths = find_images(args.image_path)
+    network, snapshot, snapshot_path = restore(
         args.model_load_dir,
+        models=model_registry.MODELS,
         model=args.model,
         num_classes=args.num_classes,
         **config.preprocessing_flags(args),
     )
     notice(f"Restoring model from {snapshot_path}.")
-    images = [image_util.load_image(path, snapshot.preprocessing) for path in paths]
+    images = [load_image(path, snapshot.preprocessing) for path in paths]
     reference = Reference(network)
     path = args.onnx_path or default_path(snapshot_path)
     if args.check_only:
-        exported = ExportedModel(onnx_util.find_export(path))
+        exported = ExportedModel(find_export(path))
         check_metadata(exported, snapshot)
         comparison = compare(exported, reference, images, snapshot)
     else:
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.export_parser(models=model_util.MODELS).parse_args(argv)
+    args = config.export_parser(models=model_registry.MODELS).read(argv)
     for flag, default in (("external_data", False), ("opset", 12)):
         if args.check_only and getattr(args, flag) != default:
             raise UsageError(f"--{flag} has no effect with --check_only; leave it out")
@@ -101,12 +102,12 @@ def default_path(snapshot_path: str) -> str:
     'onnx/model/resnet_v15_of_best_model_val_top1_77318.onnx'
     """
     directory, name = os.path.split(os.path.abspath(snapshot_path))
-    if name.startswith(checkpoint_util.PREFIX):  # of a run, whose name tells it from others
+    if name.startswith(PREFIX):  # of a run, whose name tells it from others
         run = os.path.basename(directory)
-        name = "_".join(filter(None, (run, name.removeprefix(checkpoint_util.PREFIX))))
+        name = "_".join(filter(None, (run, name.removeprefix(PREFIX))))
     elif os.path.isfile(snapshot_path):
         name = os.path.splitext(name)[0]
-    return os.path.join(config.ONNX_ROOT, f"{name}.onnx")
+    return os.path.join(ONNX_ROOT, f"{name}.onnx")
 
 
 class LogitsGraph(nn.Graph):
@@ -149,10 +150,10 @@ def convert(
     if opset > OWN_OPSET:
         model = version_converter.convert_version(model, opset)
     model.graph.name = snapshot.model
-    metadata = onnx_util.describe(
+    metadata = describe(
         model=snapshot.model,
         snapshot=os.path.basename(os.path.abspath(snapshot_path)),
-        classes=image_util.class_names(snapshot.num_classes, snapshot.classes),
+        classes=class_names(snapshot.num_classes, snapshot.classes),
         preprocessing=snapshot.preprocessing,
     )
     onnx.helper.set_model_props(model, metadata)
@@ -344,7 +345,7 @@ def are_equal(theirs: np.ndarray, ours: np.ndarray) -> bool:
 
 def check_metadata(exported: ExportedModel, snapshot: Snapshot) -> None:
     """Raise RunError where a file is for other images or classes than the snapshot."""
-    classes = tuple(image_util.class_names(snapshot.num_classes, snapshot.classes))
+    classes = tuple(class_names(snapshot.num_classes, snapshot.classes))
     for name, theirs, ours in (
         ("model", exported.model, snapshot.model),
         ("classes", exported.classes, classes),
@@ -356,7 +357,7 @@ def check_metadata(exported: ExportedModel, snapshot: Snapshot) -> None:
 
 def print_comparison(comparison: Comparison, paths: list[str], snapshot: Snapshot) -> None:
     """The original's lines for each photograph."""
-    names = image_util.class_names(snapshot.num_classes, snapshot.classes)
+    names = class_names(snapshot.num_classes, snapshot.classes)
     for path, (logits, equal) in zip(paths, comparison.photographs, strict=True):
         probabilities = softmax(logits)[0]
         best = int(probabilities.argmax())
@@ -371,4 +372,4 @@ def print_comparison(comparison: Comparison, paths: list[str], snapshot: Snapsho
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_main(main))
+    sys.exit(run_main(main))

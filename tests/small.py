@@ -16,10 +16,10 @@ from oneflow import nn
 from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
-import config
-import model_util
 import resnet_model
-from layer_util import Dropout, Switches
+from cnns.errors import run_main
+from cnns.models.layers import Dropout, Switches
+from cnns.models.model import ALL_SWITCHES, Model
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE = re.compile(
@@ -53,7 +53,7 @@ class Tiny(resnet_model.ResNet):
         return logits + ballast(image.placement) if image.is_global else logits
 
 
-TINY = model_util.Model(Tiny, image_size=32, switches=model_util.ALL_SWITCHES)
+TINY = Model(Tiny, image_size=32, switches=ALL_SWITCHES)
 
 
 class Toy(nn.Module):
@@ -70,7 +70,7 @@ class Toy(nn.Module):
         return self.fc(x) + ballast(image.placement)
 
 
-TOY = model_util.Model(Toy, image_size=32)
+TOY = Model(Toy, image_size=32)
 
 
 class Plain(Toy):
@@ -118,9 +118,9 @@ class Ghost(Toy):
 MODELS = {
     "tiny": TINY,
     "toy": TOY,
-    "plain": model_util.Model(Plain, image_size=32),
-    "dropping": model_util.Model(Dropping, image_size=32),
-    "ghost": model_util.Model(Ghost, image_size=32),
+    "plain": Model(Plain, image_size=32),
+    "dropping": Model(Dropping, image_size=32),
+    "ghost": Model(Ghost, image_size=32),
 }
 
 
@@ -136,7 +136,7 @@ def call(main, *argv: str) -> Result:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            status = config.run_main(lambda: main(list(argv)))
+            status = run_main(lambda: main(list(argv)))
         except SystemExit as exit_:  # argparse
             status = exit_.code
     return Result(status, out.getvalue(), err.getvalue())

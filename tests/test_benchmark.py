@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import model_util
+import model_registry
 import of_cnn_train_val
 from small import MODELS, ROOT, call, write_parts
 from tools import benchmark
@@ -14,7 +14,7 @@ SMALL = ("--device=cpu", "--image_size=32", "--batch_size_per_device=4", "--step
 
 @pytest.fixture(autouse=True)
 def _toy(monkeypatch, tmp_path):
-    monkeypatch.setitem(model_util.MODELS, "toy", MODELS["toy"])
+    monkeypatch.setitem(model_registry.MODELS, "toy", MODELS["toy"])
     monkeypatch.chdir(tmp_path)
 
 

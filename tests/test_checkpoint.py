@@ -14,13 +14,28 @@ import oneflow as flow
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import checkpoint_util
-import file_util
-import graph_util
-import model_util
-from checkpoint_util import Snapshot, open_save_dir
-from config import RunError, UsageError
-from image_util import Preprocessing
+import cnns.checkpoint.snapshot as snapshot_module
+import model_registry
+from cnns.checkpoint import files
+from cnns.checkpoint.files import exchange
+from cnns.checkpoint.find import (
+    find_snapshot,
+    link_snapshot,
+    open_save_dir,
+    prune_snapshots,
+    restore,
+)
+from cnns.checkpoint.snapshot import (
+    Snapshot,
+    read_description,
+    read_weights,
+    save_snapshot,
+    state_arrays,
+)
+from cnns.data.images import Preprocessing
+from cnns.distributed import place
+from cnns.errors import RunError, UsageError
+from cnns.places import SNAPSHOT_ROOT
 from small import ROOT, TINY, Tiny, tree
 
 PREPROCESSING = Preprocessing(32, 37, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
@@ -28,7 +43,7 @@ PREPROCESSING = Preprocessing(32, 37, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch):
-    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+    monkeypatch.setitem(model_registry.MODELS, "tiny", TINY)
 
 
 def describe(**more):
@@ -38,9 +53,9 @@ def describe(**more):
 @pytest.fixture
 def saved(tmp_path):
     flow.manual_seed(1)
-    model = graph_util.place(Tiny(4), "cpu")
+    model = place(Tiny(4), "cpu")
     snapshot = describe(classes=("a", "b", "c", "d"), epoch=3, step=7, metrics={"val_top_1": 0.5})
-    path = checkpoint_util.save_snapshot(str(tmp_path), "epoch_3", model, snapshot)
+    path = save_snapshot(str(tmp_path), "epoch_3", model, snapshot)
     return Path(path), model, snapshot
 
 
@@ -48,10 +63,12 @@ def test_round_trip_is_exact(saved):
     path, model, snapshot = saved
     assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "snapshot.json"]
     assert path.name == "snapshot_epoch_3"
-    network, read, found = checkpoint_util.restore(str(path), model=None, num_classes=None)
+    network, read, found = restore(
+        str(path), model=None, num_classes=None, models=model_registry.MODELS
+    )
     assert (read, found) == (snapshot, str(path))
-    theirs = checkpoint_util.state_arrays(model)
-    mine = checkpoint_util.state_arrays(network)
+    theirs = state_arrays(model)
+    mine = state_arrays(network)
     assert mine.keys() == theirs.keys()
     for name, array in mine.items():
         assert array.dtype == np.float32
@@ -62,9 +79,9 @@ def test_round_trip_is_exact(saved):
     "name, count, tensors", [("resnet18", 11_689_512, 102), ("resnet50", 25_557_032, 267)]
 )
 def test_parameters_are_those_of_torchvision(name, count, tensors):
-    model = model_util.MODELS[name].build(1000)
+    model = model_registry.MODELS[name].build(1000)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
-    arrays = checkpoint_util.state_arrays(model)
+    arrays = state_arrays(model)
     # torchvision's state_dict has these and a num_batches_tracked for each batch norm.
     assert len(arrays) == tensors
     expected = {
@@ -80,7 +97,7 @@ def test_parameters_are_those_of_torchvision(name, count, tensors):
 
 
 def test_the_stride_is_on_the_3x3():
-    block = model_util.MODELS["resnet50"].build(10).layer2[0]
+    block = model_registry.MODELS["resnet50"].build(10).layer2[0]
     strides = [tuple(c.stride) for c in (block.conv1, block.conv2, block.conv3)]
     assert strides == [(1, 1), (2, 2), (1, 1)]
 
@@ -91,7 +108,7 @@ def test_snapshots_that_cannot_be_read(saved, tmp_path):
     def refuse(error, words, where=path, **flags):
         flags = {"model": None, "num_classes": None} | flags
         with pytest.raises(error, match=words):
-            checkpoint_util.restore(str(where), **flags)
+            restore(str(where), **flags, models=model_registry.MODELS)
 
     refuse(UsageError, "there is no file or directory", where=tmp_path / "none")
     refuse(RunError, "holds no snapshot.json", where=tmp_path)
@@ -131,25 +148,25 @@ def load_safely(data, tmp_path):
 def test_the_newest_snapshot_is_found(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no snapshot under"):
-        checkpoint_util.find_snapshot(None)
+        find_snapshot(None, models=model_registry.MODELS)
     _, model, snapshot = saved
     for i, run in enumerate(("model_save-2", "model_save-1")):
-        save_dir = os.path.join(checkpoint_util.SNAPSHOT_ROOT, run)
+        save_dir = os.path.join(SNAPSHOT_ROOT, run)
         os.makedirs(save_dir)
-        path = checkpoint_util.save_snapshot(save_dir, "epoch_0", model, snapshot)
+        path = save_snapshot(save_dir, "epoch_0", model, snapshot)
         os.utime(os.path.join(path, "snapshot.json"), (i, i))
-    half = os.path.join(checkpoint_util.SNAPSHOT_ROOT, "model_save-1", ".snapshot_x.tmp-1")
+    half = os.path.join(SNAPSHOT_ROOT, "model_save-1", ".snapshot_x.tmp-1")
     os.makedirs(half)
     Path(half, "snapshot.json").touch()
-    assert checkpoint_util.find_snapshot(None) == path
-    assert checkpoint_util.find_snapshot("output") == "output"
+    assert find_snapshot(None, models=model_registry.MODELS) == path
+    assert find_snapshot("output", models=model_registry.MODELS) == "output"
 
 
 @pytest.mark.parametrize("fails_at", ["model.safetensors", "snapshot.json", "rename"])
 def test_a_full_disk_leaves_what_was_there(saved, tmp_path, monkeypatch, fails_at):
     path, model, snapshot = saved
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    write, rename = checkpoint_util.write_durably, os.rename
+    write, rename = snapshot_module.write_durably, os.rename
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -160,10 +177,10 @@ def test_a_full_disk_leaves_what_was_there(saved, tmp_path, monkeypatch, fails_a
             full()
         write(file_path, data)
 
-    monkeypatch.setattr(checkpoint_util, "write_durably", write_some)
+    monkeypatch.setattr(snapshot_module, "write_durably", write_some)
     monkeypatch.setattr(os, "rename", full if fails_at == "rename" else rename)
     with pytest.raises(RunError, match="No space left on device"):
-        checkpoint_util.save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
+        save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
@@ -173,12 +190,14 @@ def test_a_file_size_limit_of_the_system_is_reported(tmp_path):
 import resource, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-import checkpoint_util, config, test_checkpoint, small
-checkpoint_util.save_snapshot(sys.argv[2], "a", small.Tiny(4), test_checkpoint.describe())
+import test_checkpoint, small
+from cnns.checkpoint.snapshot import save_snapshot
+from cnns.errors import run_main
+save_snapshot(sys.argv[2], "a", small.Tiny(4), test_checkpoint.describe())
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-save = lambda: checkpoint_util.save_snapshot(
+save = lambda: save_snapshot(
     sys.argv[2], "b", small.Tiny(4), test_checkpoint.describe())
-sys.exit(config.run_main(save))
+sys.exit(run_main(save))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(ROOT), str(tmp_path)], capture_output=True, text=True
@@ -186,7 +205,7 @@ sys.exit(config.run_main(save))
     assert done.returncode == 1, done.stderr
     assert "cannot save the model" in done.stderr and "File too large" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["snapshot_a"]
-    checkpoint_util.read_weights(str(tmp_path / "snapshot_a"))
+    read_weights(str(tmp_path / "snapshot_a"))
 
 
 def test_runs_of_one_second_get_directories_of_their_own(tmp_path, monkeypatch):
@@ -203,19 +222,19 @@ def test_weights_of_another_number_format_are_refused(saved):
     arrays = load_file(weights)
     save_file(arrays | {"fc.bias": arrays["fc.bias"].astype(np.float16)}, weights)
     with pytest.raises(RunError, match="fc.bias is float16"):
-        checkpoint_util.read_weights(str(path))
+        read_weights(str(path))
     data = weights.read_bytes().replace(b'"F16"', b'"BF16"')
     size = int.from_bytes(data[:8], "little") + 1
     weights.write_bytes(size.to_bytes(8, "little") + data[8:])
     with pytest.raises(RunError, match="model.safetensors"):
-        checkpoint_util.read_weights(str(path))
+        read_weights(str(path))
 
 
 def test_flags_that_are_no_text_can_be_kept(saved, tmp_path):
     _, model, snapshot = saved
     snapshot.flags = {"log_dir": "bad\udcff"}
-    path = checkpoint_util.save_snapshot(str(tmp_path), "x", model, snapshot)
-    assert checkpoint_util.read_description(path).flags == snapshot.flags
+    path = save_snapshot(str(tmp_path), "x", model, snapshot)
+    assert read_description(path).flags == snapshot.flags
 
 
 def test_save_directories(tmp_path, saved):
@@ -245,7 +264,7 @@ def test_a_resumed_run_writes_beside_its_snapshot(tmp_path, saved):
         assert os.path.samefile(save_dir, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "snapshot_epoch_3"]
     snapshot.epoch, snapshot.step = 4, 9
-    checkpoint_util.save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
+    save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
     with (
         pytest.raises(UsageError, match="holds snapshot_epoch_4, which is later"),
         open_save_dir(None, resumed=str(path)),
@@ -259,7 +278,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, saved):
     _, model, snapshot = saved
     model.fc.bias.data.fill_(float("nan"))
     with pytest.raises(RunError, match="fc.bias is no longer finite"):
-        checkpoint_util.save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
+        save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
     assert [p.name for p in tmp_path.iterdir()] == ["snapshot_epoch_3"]
 
 
@@ -267,26 +286,26 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, saved):
 def test_a_snapshot_is_replaced_by_a_whole_one(tmp_path, saved, monkeypatch, can_exchange):
     path, model, snapshot = saved
     if not can_exchange:
-        monkeypatch.setattr(file_util, "exchange", lambda first, second: False)
+        monkeypatch.setattr(files, "exchange", lambda first, second: False)
     for step in (8, 9):
         snapshot.step = step
-        checkpoint_util.save_snapshot(str(tmp_path), "last", model, snapshot, replace=True)
-        assert checkpoint_util.read_description(str(tmp_path / "snapshot_last")).step == step
-    checkpoint_util.link_snapshot(str(path), "last")
+        save_snapshot(str(tmp_path), "last", model, snapshot, replace=True)
+        assert read_description(str(tmp_path / "snapshot_last")).step == step
+    link_snapshot(str(path), "last")
     assert tree(tmp_path / "snapshot_last") == tree(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["snapshot_epoch_3", "snapshot_last"]
     shutil.rmtree(path)
-    checkpoint_util.read_weights(str(tmp_path / "snapshot_last"))
+    read_weights(str(tmp_path / "snapshot_last"))
 
 
 def test_names_are_exchanged_in_one_step(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    assert file_util.exchange(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert exchange(str(tmp_path / "a"), str(tmp_path / "b"))
     assert list(tree(tmp_path)) == ["a/b", "b/a"]
     with pytest.raises(OSError):
-        file_util.exchange(str(tmp_path / "a"), str(tmp_path / "none"))
+        exchange(str(tmp_path / "a"), str(tmp_path / "none"))
 
 
 def test_files_are_copied_where_links_are_not_to_be_had(tmp_path, saved, monkeypatch):
@@ -295,20 +314,20 @@ def test_files_are_copied_where_links_are_not_to_be_had(tmp_path, saved, monkeyp
 
     path, _, _ = saved
     monkeypatch.setattr(os, "link", link)
-    checkpoint_util.link_snapshot(str(path), "best")
+    link_snapshot(str(path), "best")
     assert tree(tmp_path / "snapshot_best") == tree(path)
 
 
 def test_only_old_snapshots_of_epochs_are_pruned(tmp_path, saved):
     path, model, snapshot = saved
     for number in (0, 2, 10, 9):
-        checkpoint_util.save_snapshot(str(tmp_path), f"epoch_{number}", model, snapshot)
+        save_snapshot(str(tmp_path), f"epoch_{number}", model, snapshot)
     others = ["snapshot_best", "snapshot_epoch_x", "snapshot_initial_model", "epoch_1"]
     for name in others:
         (tmp_path / name).mkdir()
-    checkpoint_util.prune_snapshots(str(tmp_path), 9)
+    prune_snapshots(str(tmp_path), 9)
     assert len(list(tmp_path.iterdir())) == 5 + len(others)
-    checkpoint_util.prune_snapshots(str(tmp_path), 2)
+    prune_snapshots(str(tmp_path), 2)
     kept = ["snapshot_epoch_10", "snapshot_epoch_9"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others + kept)
 

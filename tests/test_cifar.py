@@ -131,7 +131,7 @@ def test_cifar_refusals(tmp_path):
 
     refused(tmp_path / "nowhere", "nowhere: cannot be read: No such file", status=2)
     refused(archive(data_batch_3=None), "x.tar.gz: data_batch_3.bin is missing")
-    refused(archive(test_batch=b"x" * 3072), "3072 bytes, which is no multiple of 3073")
+    refused(archive(test_batch=b"x" * 3072), "3072 bytes, which is not a multiple of 3073")
     refused(archive(test_batch=b""), "test_batch.bin holds 0 bytes")
     refused(
         archive(test_batch=b"\x0a" + bytes(3072)),
@@ -142,6 +142,6 @@ def test_cifar_refusals(tmp_path):
     refused(python, "holds neither .* needs the binary version", status=2)
     whole = archive().read_bytes()
     (tmp_path / "x.tar.gz").write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path / "x.tar.gz", "is no whole tar archive")
+    refused(tmp_path / "x.tar.gz", "is not a whole tar archive")
     (tmp_path / "x.tar.gz").write_bytes(b"hello" * 300)
-    refused(tmp_path / "x.tar.gz", "is no whole tar archive")
+    refused(tmp_path / "x.tar.gz", "is not a whole tar archive")

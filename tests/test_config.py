@@ -4,19 +4,22 @@ import math
 import pytest
 
 import config
-import model_util
+import model_registry
 import optimizer_util
-from config import UsageError, epochs_to_steps
+from cnns.errors import UsageError, run_main
+from cnns.flags import number
+from cnns.models.model import default_resize_shorter
+from config import epochs_to_steps
 from small import call
 
 
 def parse(*argv: str) -> argparse.Namespace:
     parser = config.train_parser(
-        models=model_util.MODELS,
+        models=model_registry.MODELS,
         optimizers=optimizer_util.OPTIMIZERS,
         schedules=optimizer_util.SCHEDULES,
     )
-    return parser.parse_args(argv)
+    return parser.read(argv)
 
 
 def finish(*argv: str, device: str = "cuda") -> argparse.Namespace:
@@ -51,8 +54,8 @@ def test_recipe_is_the_default():
     assert (args.num_epochs, args.batch_size_per_device) == (90, 64)
     assert args.random_area == (0.08, 1.0)
     assert args.random_aspect_ratio == pytest.approx((0.75, 4 / 3))
-    assert config.default_resize_shorter(224) == 256
-    entry = model_util.MODELS["resnet50"]
+    assert default_resize_shorter(224) == 256
+    entry = model_registry.MODELS["resnet50"]
     assert entry.image_size == 224
     assert entry.rgb_mean == (123.68, 116.779, 103.939)
     assert entry.rgb_std == (58.393, 57.12, 57.375)
@@ -174,17 +177,17 @@ def test_run_main_turns_errors_into_one_line(capsys):
         raise OSError(28, "No space left on device", "x.log")
 
     for main, status in ((fail, 2), (interrupt, 130), (exhaust, 1), (fill_the_disk, 1)):
-        assert config.run_main(main) == status
+        assert run_main(main) == status
         assert capsys.readouterr().err.count("\n") == 1
     assert call(lambda argv: None).status == 0
 
 
 def test_numbers_have_bounds():
-    assert config.number(int, 1)("3") == 3
-    assert config.number(float, 0)("1e-3") == 1e-3
+    assert number(int, 1)("3") == 3
+    assert number(float, 0)("1e-3") == 1e-3
     for text in ("0", "-1", "x", "1.0"):
         with pytest.raises(argparse.ArgumentTypeError):
-            config.number(int, 1)(text)
+            number(int, 1)(text)
     for text in ("nan", "inf"):
         with pytest.raises(argparse.ArgumentTypeError):
-            config.number(float, 0, math.inf)(text)
+            number(float, 0, math.inf)(text)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import ofrecord_util
-from image_util import Preprocessing
-from ofrecord_util import Augmentation, open_train_dataset
+from cnns.data.crops import Augmentation, random_crop
+from cnns.data.datasets import open_train_dataset
+from cnns.data.images import Preprocessing
 from small import jpeg, record
 
 PICTURES = {"usual": (240, 180), "long": (240, 60)}  # width and height, at most 256 levels
@@ -162,7 +163,7 @@ def take(loader, num_batches: int) -> np.ndarray:
 def array_crops(picture: tuple[int, int], directory) -> np.ndarray:
     rng, pixels = np.random.default_rng(SEED), ramps(picture)
     settings = {"size": SIZE, "augmentation": Augmentation(), "rng": rng}
-    crops = [ofrecord_util.random_crop(pixels, **settings) for _ in range(DRAWS)]
+    crops = [random_crop(pixels, **settings) for _ in range(DRAWS)]
     return np.stack(crops).astype(np.float64)
 
 

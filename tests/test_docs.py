@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import config
-import model_util
+import model_registry
 import of_cnn_evaluate
 import of_cnn_inference
 import of_cnn_train_val
@@ -118,7 +118,7 @@ def check(words: list[str], root: Path) -> str:
         assert exit_.code == 0 and argv == ["--help"], words
     else:
         if script == "of_cnn_train_val.py":  # flags that contradict one another
-            config.finish_train_args(args, device="cpu")
+            config.finish_train_args(of_cnn_train_val.make_parser().complete(args), device="cpu")
     return "script"
 
 
@@ -250,7 +250,7 @@ def test_every_page_is_within_two_clicks(readme):
 
 def test_the_readme_is_short_and_has_every_network():
     assert README.stat().st_size <= 12_000
-    assert column(README)["`--model`"] == {f"`{name}`" for name in model_util.MODELS}
+    assert column(README)["`--model`"] == {f"`{name}`" for name in model_registry.MODELS}
 
 
 def column(path: Path) -> dict[str, set[str]]:
@@ -279,7 +279,7 @@ def test_the_chinese_readme_says_what_the_readme_says():
 def messages() -> list[str]:
     """Every string of the program and of its wrappers, `...` where a value is filled in."""
     found = []
-    for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("cnns/**/*.py"), *ROOT.glob("tools/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)

@@ -18,13 +18,17 @@ import pytest
 from oneflow import nn
 from safetensors.numpy import load_file, save_file
 
-import checkpoint_util
-import foreign_checkpoint
-import model_util
+import model_registry
 import of_cnn_evaluate
 import of_cnn_inference
 import of_cnn_train_val
-from config import PUBLISHED_FOLDER, RunError, UsageError
+from cnns.checkpoint.find import restore
+from cnns.checkpoint.foreign import from_timm, read
+from cnns.checkpoint.snapshot import state_arrays
+from cnns.checkpoint.weights import open_checkpoint
+from cnns.errors import RunError, UsageError
+from cnns.models.model import Model
+from config import PUBLISHED_FOLDER
 from small import MODELS, ROOT, Tiny, ballast, call, script, write_parts
 from tools import convert_snapshot
 
@@ -34,7 +38,7 @@ INFERENCE = of_cnn_inference.main
 @pytest.fixture(autouse=True)
 def _small_models(monkeypatch):
     for name, model in MODELS.items():
-        monkeypatch.setitem(model_util.MODELS, name, model)
+        monkeypatch.setitem(model_registry.MODELS, name, model)
 
 
 # Files by hand.
@@ -181,9 +185,9 @@ def folder_of_2020(
 def resnet50():
     """Weights of a ResNet-50 with 7 classes, and images."""
     flow.manual_seed(5)
-    network = model_util.MODELS["resnet50"].build(7)
+    network = model_registry.MODELS["resnet50"].build(7)
     rng = np.random.default_rng(5)
-    arrays = checkpoint_util.state_arrays(network)
+    arrays = state_arrays(network)
     for name, array in arrays.items():
         if array.ndim == 1:
             arrays[name] = rng.uniform(0.5, 1.5, array.shape).astype(np.float32)
@@ -198,9 +202,9 @@ def reference(resnet50, tmp_path_factory):
 
 
 def logits(path, image, *, layout=None) -> bytes:
-    checkpoint = checkpoint_util.open_checkpoint(str(path), layout=layout)
+    checkpoint = open_checkpoint(str(path), layout=layout, models=model_registry.MODELS)
     assert (checkpoint.snapshot.model, checkpoint.snapshot.num_classes) == ("resnet50", 7)
-    network = model_util.MODELS["resnet50"].build(7)
+    network = model_registry.MODELS["resnet50"].build(7)
     checkpoint.load(network)
     network.eval()
     return network(flow.tensor(image)).numpy().tobytes()
@@ -243,11 +247,11 @@ def test_files_of_pytorch_give_the_same_logits(resnet50, reference, tmp_path):
 @pytest.fixture(scope="module")
 def small_weights():
     flow.manual_seed(1)
-    return checkpoint_util.state_arrays(Tiny(4))
+    return state_arrays(Tiny(4))
 
 
 def same(path, arrays) -> None:
-    found = foreign_checkpoint.read(str(path)).arrays
+    found = read(str(path)).arrays
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         assert found[name].dtype == np.float32
@@ -304,7 +308,7 @@ def test_names_of_timm():
         "blocks.6.0.bn3.weight": np.zeros(3),
         "classifier.bias": np.zeros(4),
     }
-    assert list(foreign_checkpoint.from_timm(arrays)) == [
+    assert list(from_timm(arrays)) == [
         "features.0.0.weight",
         "features.1.conv.1.weight",
         "features.5.conv.3.bias",
@@ -316,7 +320,7 @@ def test_names_of_timm():
         "pre_logits.fc1.weight": np.zeros((5, 2, 7, 7)),
         "head.fc.bias": np.zeros(4),
     }
-    renamed = foreign_checkpoint.from_timm(arrays)
+    renamed = from_timm(arrays)
     assert list(renamed) == ["features.0.weight", "classifier.0.weight", "classifier.6.bias"]
     assert renamed["classifier.0.weight"].shape == (5, 98)
 
@@ -396,7 +400,11 @@ def spoiled(tmp_path, small_weights):
     for cut in (20, 100, len(old) // 2, len(old) - 1):
         yield f"cutold{cut}.pth", old[:cut], ""
     deep = b"\x80\x02])" + b"\x85" * 1_000_000 + b"a."  # a tuple in a tuple, a million times
-    yield "deep.pth", old_pth(tmp_path / "o", small_weights, keys=deep).read_bytes(), "no dict of"
+    yield (
+        "deep.pth",
+        old_pth(tmp_path / "o", small_weights, keys=deep).read_bytes(),
+        "not a dict of",
+    )
     for cut in (0, 5, 1000, len(safe) - 1):
         yield f"cut{cut}.safetensors", safe[:cut], ""
     yield "text.pth", b"some text that is long enough", "of no known format"
@@ -426,9 +434,9 @@ def spoiled(tmp_path, small_weights):
             ({"shape": (5,)}, "beyond its storage"),
             ({"offset": 1}, "beyond its storage"),
             ({"shape": (10**9,), "strides": (0,)}, "beyond its storage"),
-            ({"strides": (-1,)}, "no whole number"),
-            ({"offset": -1}, "no whole number"),
-            ({"shape": (2, 2)}, "a shape that is none"),
+            ({"strides": (-1,)}, "not a whole number"),
+            ({"offset": -1}, "not a whole number"),
+            ({"shape": (2, 2)}, "an impossible shape"),
             ({"kind": "QInt8Storage"}, "QInt8Storage"),
         ]
     ):
@@ -444,7 +452,7 @@ def spoiled(tmp_path, small_weights):
     yield "list.pth", pth(tmp_path / "n", nan, lambda s: [1]).read_bytes(), "no dict of tensors"
     yield "empty.pth", pth(tmp_path / "n", {}).read_bytes(), "holds no tensors"
     mixed = pth(tmp_path / "n", nan, lambda s: s | {"x": [1]})
-    yield "mixed.pth", mixed.read_bytes(), "x in it is no tensor"
+    yield "mixed.pth", mixed.read_bytes(), "x in it is not a tensor"
 
 
 def test_damaged_files_and_files_that_lie(tmp_path, small_weights, monkeypatch):
@@ -466,7 +474,7 @@ def test_damaged_files_and_files_that_lie(tmp_path, small_weights, monkeypatch):
 def test_damaged_folders(tmp_path, small_weights):
     def refuse(words):
         with pytest.raises(RunError, match=words):
-            foreign_checkpoint.read(str(path))
+            read(str(path))
 
     path = tmp_path / "flow"
     flow.save(Tiny(4).state_dict(), str(path))
@@ -485,7 +493,7 @@ def test_damaged_folders(tmp_path, small_weights):
     (first / "meta").write_text("shape {")
     refuse("meta is damaged")
     (first / "meta").write_text("shape { dim: -4 } data_type: kFloat")
-    refuse("no whole number")
+    refuse("not a whole number")
     (first / "meta").write_text("shape { dim: 4 } data_type: kOFRecord")
     refuse("kOFRecord")
     (first / "out").unlink()
@@ -508,8 +516,8 @@ def test_an_auxiliary_classifier_may_be_missing(tmp_path, monkeypatch):
         def forward(self, image):
             return self.fc(image.mean(dim=(2, 3))) + ballast(image.placement)
 
-    entry = model_util.Model(WithAuxiliary, image_size=32)
-    monkeypatch.setitem(model_util.MODELS, "inceptionv3", entry)
+    entry = Model(WithAuxiliary, image_size=32)
+    monkeypatch.setitem(model_registry.MODELS, "inceptionv3", entry)
     monkeypatch.chdir(tmp_path)
     arrays = {"fc.weight": np.ones((4, 3), np.float32), "fc.bias": np.zeros(4, np.float32)}
     save_file(arrays, "without.safetensors")
@@ -526,15 +534,15 @@ def test_a_mismatch_names_the_first_of_each_kind(tmp_path, small_weights):
     del arrays["bn1.weight"]
     path = str(pth(tmp_path / "a.pth", arrays))
     with pytest.raises(UsageError) as caught:
-        checkpoint_util.restore(path, model="tiny", num_classes=None)
+        restore(path, model="tiny", num_classes=None, models=model_registry.MODELS)
     assert (
         "1 missing, first bn1.weight; 1 unexpected, first x.a; 1 wrongly shaped, first bn1.b"
         in (str(caught.value))
     )
     with pytest.raises(UsageError, match="tell of no network here"):
-        checkpoint_util.restore(path, model=None, num_classes=None)
+        restore(path, model=None, num_classes=None, models=model_registry.MODELS)
     with pytest.raises(UsageError, match="--num_classes=5, but .* has 4 classes$"):
-        checkpoint_util.restore(path, model="tiny", num_classes=5)
+        restore(path, model="tiny", num_classes=5, models=model_registry.MODELS)
 
 
 # The scripts.
@@ -572,7 +580,7 @@ def train(tmp_path, *flags, to="run"):
 def test_finetune_takes_all_but_the_last_layer(tmp_path, kind):
     flow.manual_seed(3)
     network = MODELS["toy"].build(4)
-    weights = checkpoint_util.state_arrays(network)
+    weights = state_arrays(network)
     source = tmp_path / "toy.pth"
     pth(source, weights)
     if kind == "ours":

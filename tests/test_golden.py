@@ -19,12 +19,12 @@ import oneflow as flow
 import pytest
 from oneflow import nn
 
-import checkpoint_util
-import graph_util
 import optimizer_util
 import resnet_model
+from cnns.checkpoint.snapshot import state_arrays
+from cnns.distributed import place, to_device
+from cnns.graphs import Predictor, TrainGraph
 from golden import seeded
-from ofrecord_util import to_device
 from small import Tiny
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -43,12 +43,12 @@ def part(golden: dict, prefix: str) -> dict:
 
 def build(network: nn.Module, weights: dict) -> tuple[nn.Module, dict[str, np.ndarray]]:
     """The network with seeded weights, placed, and those weights."""
-    shapes = {name: array.shape for name, array in checkpoint_util.state_arrays(network).items()}
+    shapes = {name: array.shape for name, array in state_arrays(network).items()}
     arrays = seeded.state(shapes, **weights)
     state = network.state_dict()
     for name, array in arrays.items():
         state[name].copy_(flow.tensor(array))
-    return graph_util.place(network, "cpu"), arrays
+    return place(network, "cpu"), arrays
 
 
 class Given(nn.Module):
@@ -101,7 +101,7 @@ def test_logits_in_evaluation(golden, batch, resnet50):
 
 
 def test_the_graph_that_predicts(golden, batch, resnet50):
-    probabilities = graph_util.Predictor(resnet50[0], device="cpu")(batch[0])
+    probabilities = Predictor(resnet50[0], device="cpu")(batch[0])
     exponential = np.exp(golden["eval_logits"] - golden["eval_logits"].max(axis=1, keepdims=True))
     theirs = exponential / exponential.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(probabilities, theirs, rtol=1e-4, atol=1e-9)
@@ -118,11 +118,11 @@ def test_a_step(golden, batch, resnet50):
     optimizer = optimizer_util.build_optimizer(
         model, "sgd", learning_rate=rate, weight_decay=0.0, momentum=0.0
     )
-    graph = graph_util.TrainGraph(
+    graph = TrainGraph(
         model.train(), Given(), optimizer, label_smoothing=golden["label_smoothing"], top_k=5
     )
     loss = float(graph(*on_device(*batch))[0].numpy())
-    after = checkpoint_util.state_arrays(model)
+    after = state_arrays(model)
     names = [name for name, _ in model.named_parameters()]
     gradients = {name: (before[name].astype(np.float64) - after[name]) / rate for name in names}
     running = {name: after[name] for name in after.keys() - gradients.keys()}
@@ -170,17 +170,17 @@ def train(training: dict, weight_decay: float) -> tuple[np.ndarray, dict[str, np
         weight_decay=weight_decay,
         momentum=training["momentum"],
     )
-    schedule = optimizer_util.build_schedule(
-        optimizer,
+    schedule = optimizer_util.Schedule(
         "cosine",
-        total_steps=training["steps"],
-        warmup_steps=training["warmup_steps"],
+        learning_rate=float(training["peak_rate"]),
+        total_steps=int(training["steps"]),
+        warmup_steps=int(training["warmup_steps"]),
     )
-    graph = graph_util.TrainGraph(
+    graph = TrainGraph(
         model.train(),
         Given(),
         optimizer,
-        schedule,
+        schedule.build(optimizer),
         label_smoothing=training["label_smoothing"],
         top_k=5,
     )
@@ -192,7 +192,7 @@ def train(training: dict, weight_decay: float) -> tuple[np.ndarray, dict[str, np
         )
         for step in range(training["steps"])
     ]
-    return np.array(losses), checkpoint_util.state_arrays(model)
+    return np.array(losses), state_arrays(model)
 
 
 STATE_TOLERANCE = 1e-3  # of an array's norm; summing as OneFlow does makes 2e-4 of it

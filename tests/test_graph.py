@@ -7,21 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oneflow import nn
 
-import graph_util
-import metric_util
 import ofrecord_util
 import optimizer_util
-from config import RunError
-from graph_util import Evaluator, TrainGraph
-from image_util import Preprocessing
-from ofrecord_util import SyntheticLoader, SyntheticValLoader
+from cnns.data.datasets import open_val_dataset
+from cnns.data.images import Preprocessing
+from cnns.data.synthetic import SyntheticLoader, SyntheticValLoader
+from cnns.distributed import choose_device, place, to_device
+from cnns.errors import RunError, UsageError
+from cnns.evaluation import Evaluator
+from cnns.graphs import Predictor, TrainGraph, hits
+from cnns.log import limit_run_ahead
 from small import Tiny, ballast, write_parts
 
 PREPROCESSING = Preprocessing(32, 32, (123.0, 117.0, 104.0), (58.0, 57.0, 57.0))
 
 
 def global_tensor(array):
-    return ofrecord_util.to_device(np.asarray(array), flow.env.all_device_placement("cpu"))
+    return to_device(np.asarray(array), flow.env.all_device_placement("cpu"))
 
 
 def rank_of_label(logits, label):
@@ -31,9 +33,7 @@ def rank_of_label(logits, label):
 
 
 def graph_hits(logits, label, top_k):
-    top_1, top_k = graph_util.hits(
-        global_tensor(np.float32(logits)), global_tensor(np.int32(label)), top_k
-    )
+    top_1, top_k = hits(global_tensor(np.float32(logits)), global_tensor(np.int32(label)), top_k)
     return top_1.numpy(), top_k.numpy()
 
 
@@ -139,9 +139,9 @@ def test_every_example_counts_once_in_every_round(batch_size, num_examples):
 @pytest.mark.parametrize("batch_size", [3, 5, 14, 30])
 def test_evaluation_of_parts_does_not_depend_on_the_batch_size(tmp_path, batch_size):
     directory = write_parts(tmp_path / "val", [[0, 1, 2, 3, 3], [1, 2, 0], [3, 0, 1, 2], [2, 2]])
-    data = ofrecord_util.open_val_dataset(str(directory))
+    data = open_val_dataset(str(directory))
     flow.manual_seed(3)
-    model = graph_util.place(Tiny(4), "cpu")
+    model = place(Tiny(4), "cpu")
     loader = ofrecord_util.val_loader(
         data, batch_size=batch_size, preprocessing=PREPROCESSING, device="cpu"
     )
@@ -153,7 +153,7 @@ def test_evaluation_of_parts_does_not_depend_on_the_batch_size(tmp_path, batch_s
     )
     rounds = [evaluator.round()[0] for _ in range(3)]
     assert rounds[0] == rounds[1] == rounds[2]
-    predict = graph_util.Predictor(model, device="cpu")
+    predict = Predictor(model, device="cpu")
     images, labels = read_all(data)
     ranks = rank_of_label(predict(images), labels)
     assert (rounds[0].top_1, rounds[0].top_k) == ((ranks < 1).sum(), (ranks < 2).sum())
@@ -173,7 +173,7 @@ def training(model, *, seed=0, steps=100, lr=0.05, name="sgd", **optimizer):
     built = optimizer_util.build_optimizer(
         model, name, learning_rate=lr, weight_decay=1e-4, **settings, **optimizer
     )
-    schedule = optimizer_util.build_schedule(built, "cosine", total_steps=steps)
+    schedule = optimizer_util.Schedule("cosine", learning_rate=lr, total_steps=steps).build(built)
     loader = SyntheticLoader(batch_size=8, num_classes=10, image_size=32, seed=seed, device="cpu")
     graph = TrainGraph(model, loader, built, schedule, label_smoothing=0.1, top_k=5)
     return graph, loader.batches()
@@ -182,7 +182,7 @@ def training(model, *, seed=0, steps=100, lr=0.05, name="sgd", **optimizer):
 def learn(*, evaluate):
     """Losses of 60 steps, and the hits of an evaluation after every 12 of them."""
     flow.manual_seed(0)
-    model = graph_util.place(Tiny(10), "cpu")
+    model = place(Tiny(10), "cpu")
     graph, batches = training(model)
     loader = SyntheticValLoader(
         num_examples=16, batch_size=8, num_classes=10, image_size=32, seed=0, device="cpu"
@@ -209,7 +209,7 @@ def test_training_learns_and_evaluation_beside_it_disturbs_nothing():
 
 def test_the_step_counts_hits_and_bad_labels():
     flow.manual_seed(0)
-    model = graph_util.place(Tiny(10), "cpu")
+    model = place(Tiny(10), "cpu")
 
     class Bad(SyntheticLoader):
         def batches(self, step=0):
@@ -242,7 +242,7 @@ def test_evaluation_refuses_labels_outside_the_classes():
 def test_label_smoothing_is_that_of_the_formula():
     """Frozen weights: the loss of a step against the cross entropy with smoothed labels."""
     flow.manual_seed(0)
-    model = graph_util.place(Tiny(10), "cpu")
+    model = place(Tiny(10), "cpu")
     graph, batches = training(model, lr=0.0)
     image, label = next(batches)
     model.train()
@@ -265,13 +265,13 @@ def test_the_host_does_not_run_far_ahead():
     waited, outputs = [], []
     for number in range(5):
         outputs.append([Output(number)])
-        metric_util.limit_run_ahead(outputs)
+        limit_run_ahead(outputs)
     assert waited == [0, 1, 2]  # when step 4 has been asked for, step 2 is done
 
 
 def test_choose_device(capsys):
     assert not flow.cuda.is_available()
-    assert graph_util.choose_device("auto") == "cpu"
+    assert choose_device("auto") == "cpu"
     assert "cpu" in capsys.readouterr().err
-    with pytest.raises(graph_util.UsageError, match="--device=cuda"):
-        graph_util.choose_device("cuda")
+    with pytest.raises(UsageError, match="--device=cuda"):
+        choose_device("cuda")

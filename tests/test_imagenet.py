@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import model_util
+import model_registry
 import of_cnn_train_val
-from config import RunError
+from cnns.errors import RunError
 from small import LINE, ROOT, TINY, Result, call, read_manifest, tree
 from tools import imagenet, make_ofrecord, ofrecord_message, verify_ofrecord
 from tools.jpeg_util import BrokenJpeg, decode_jpeg, passed_through, walk_jpeg
@@ -151,7 +151,7 @@ def parts_of(directory: Path) -> dict[str, bytes]:
 
 def test_official_shape_to_training(tmp_path, monkeypatch):
     """1000 wnids in a tar of tars and a flat validation tar, with nothing to count by hand."""
-    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+    monkeypatch.setitem(model_registry.MODELS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
     downloads = tmp_path / "downloads"
     downloads.mkdir()
@@ -558,8 +558,10 @@ def test_archives_that_are_cut_off_or_none(source):
     for length in (end - 40, end - 1000, len(whole) // 2, 700, 512, 100):
         refused(with_train(source, whole[:length]), "train.tar.*is cut off; copy or download it")
     refused(with_train(source, b""), "ends at byte 0 without tar's end mark")
-    refused(with_train(source, b"\x1f\x8b" + whole), "is no tar archive: it is compressed; gunzip")
-    refused(with_train(source, photo(1) * 9), "is no tar archive$|is no tar archive\n")
+    refused(
+        with_train(source, b"\x1f\x8b" + whole), "is not a tar archive: it is compressed; gunzip"
+    )
+    refused(with_train(source, photo(1) * 9), "is not a tar archive$|is not a tar archive\n")
     noise = bytearray(whole)
     at = 512 + 512 + -(-len(files[TINY_WNIDS[0]][0][1]) // 512) * 512
     noise[at : at + 20] = b"?" * 20
@@ -580,7 +582,7 @@ def test_inputs_that_are_not_there_or_ambiguous(source, tmp_path):
     refused(source, "4 of 4 classes missing")
     (source / "train").rmdir()
     refused(source, "holds neither ILSVRC2012_img_train.tar nor train/", status=2)
-    refused(source, "--input=.*: is no folder", f"--input={source / 'labels.txt'}", status=2)
+    refused(source, "--input=.*: is not a folder", f"--input={source / 'labels.txt'}", status=2)
     result = call(make_ofrecord.main, "imagenet", f"--output={tmp_path / 'x'}")
     assert result.status == 2 and "give --input, or --train, --validation" in result.stderr
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import graph_util
 import of_cnn_inference
 import resnet_to_onnx
+from cnns import graphs
+from cnns.graphs import PredictGraph
 from small import ROOT, TINY, call, script, solid
 from test_onnx import NAMES, save
 
@@ -24,12 +25,12 @@ FILES = ["photos/a.png", "photos/b.jpg", "photos/c.png", "photos/d.png", "photos
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with a snapshot, its export and five pictures; made once."""
-    import model_util
+    import model_registry
 
     root = tmp_path_factory.mktemp("inference")
     before = os.getcwd()
     os.chdir(root)
-    model_util.MODELS["tiny"] = TINY
+    model_registry.MODELS["tiny"] = TINY
     try:
         save("tiny", seed=1)
         os.mkdir("photos")
@@ -39,17 +40,17 @@ def place(tmp_path_factory):
         result = call(resnet_to_onnx.main, "--image_path", "photos")
         assert result.status == 0, result.stderr
     finally:
-        del model_util.MODELS["tiny"]
+        del model_registry.MODELS["tiny"]
         os.chdir(before)
     return root
 
 
 @pytest.fixture(autouse=True)
 def _there(place, monkeypatch):
-    import model_util
+    import model_registry
 
     monkeypatch.chdir(place)
-    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+    monkeypatch.setitem(model_registry.MODELS, "tiny", TINY)
 
 
 def classify(*argv: str):
@@ -63,12 +64,12 @@ def rows(text: str) -> list[dict]:
 def test_a_folder_in_batches_gives_what_single_images_give(monkeypatch):
     compiled = []
 
-    class Counting(graph_util.PredictGraph):
+    class Counting(PredictGraph):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             compiled.append(self)
 
-    monkeypatch.setattr(graph_util, "PredictGraph", Counting)
+    monkeypatch.setattr(graphs, "PredictGraph", Counting)
     results = [classify("--image_path", "photos", f"--batch_size={n}") for n in (1, 2, 8)]
     assert all(result.status == 0 for result in results), results[0].stderr
     assert len(compiled) == 3  # the last, partial batch is filled up

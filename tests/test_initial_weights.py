@@ -4,8 +4,8 @@ import numpy as np
 import oneflow as flow
 import pytest
 
-import checkpoint_util
-import model_util
+import model_registry
+from cnns.checkpoint.snapshot import state_arrays
 
 # Of normal deviations; beyond are 6 of 10,000,000. Some 170 figures are looked at.
 SIGMAS = 5
@@ -14,7 +14,7 @@ SIGMAS = 5
 @pytest.mark.parametrize("name, last_bn", [("resnet18", "bn2"), ("resnet50", "bn3")])
 def test_initial_weights(name, last_bn):
     flow.manual_seed(0)
-    arrays = checkpoint_util.state_arrays(model_util.MODELS[name].build(1000))
+    arrays = state_arrays(model_registry.MODELS[name].build(1000))
     kinds = {"weight": 0, "zero": 0, "one": 0}
     for key, array in arrays.items():
         if array.ndim > 1:  # a convolution or the fc layer

@@ -12,31 +12,37 @@ from pathlib import Path
 
 import pytest
 
-import launch_util
+import cnns.launch.job as job_module
 import netns
-from config import UsageError
-from launch_util import find_node_rank, make_job
+from cnns.errors import UsageError
+from cnns.launch import limits
+from cnns.launch.channel import MAGIC, PROTOCOL
+from cnns.launch.job import find_node_rank, is_own_address, make_job
+from cnns.launch.worker import WORKER_MARK, is_worker, worker_local_rank, worker_rank
 
 ROOT = Path(__file__).resolve().parent.parent
 # Shorter than the real ones where a test does not look at them.
 LIMITS = {"GATHER_SECONDS": 0.6, "TERM_SECONDS": 0.4}
-REAL = {name: getattr(launch_util, name) for name in LIMITS}
+REAL = {name: getattr(limits, name) for name in LIMITS}
 LOOPBACK = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 PROMISE = 15.0  # seconds until all has ended when one process dies
 
 PARENT = """
 import json, os, sys
 sys.path.insert(0, os.environ["ROOT"])
-import config, launch_util
+from cnns.errors import UsageError, run_main
+from cnns.launch import limits
+from cnns.launch.job import make_job
+from cnns.launch.nodes import launch
 
 options = json.loads(sys.argv[1])
 for name, value in options["limits"].items():
-    assert hasattr(launch_util, name)
-    setattr(launch_util, name, value)
+    assert hasattr(limits, name)
+    setattr(limits, name, value)
 
 def facts():
     if options["error"]:
-        raise config.UsageError(options["error"])
+        raise UsageError(options["error"])
     return options["facts"]
 
 def explain(local_rank, words):
@@ -44,11 +50,11 @@ def explain(local_rank, words):
         return f"what device {local_rank} said is known"
 
 def main():
-    job = launch_util.make_job(**options["job"])
+    job = make_job(**options["job"])
     command = [sys.executable, "-S", os.environ["WORKER"], json.dumps(options["parts"])]
-    sys.exit(launch_util.launch(command, job=job, facts=facts, explain=explain))
+    sys.exit(launch(command, job=job, facts=facts, explain=explain))
 
-sys.exit(config.run_main(main))
+sys.exit(run_main(main))
 """
 # Each worker notes that it lives, and then runs the lines of its part.
 WORKER = r"""
@@ -279,7 +285,7 @@ def test_ranks_follow_nodes():
     ],
 )
 def test_flags_that_do_not_fit(monkeypatch, options, words):
-    monkeypatch.setattr(launch_util, "is_own_address", lambda host: host.startswith("127."))
+    monkeypatch.setattr(job_module, "is_own_address", lambda host: host.startswith("127."))
     with pytest.raises(UsageError) as error:
         job(**{"environ": {}} | options)
     for word in words:
@@ -288,7 +294,7 @@ def test_flags_that_do_not_fit(monkeypatch, options, words):
 
 def test_node_rank(monkeypatch):
     own = ("10.0.0.2", "node2")
-    monkeypatch.setattr(launch_util, "is_own_address", lambda host: host in own)
+    monkeypatch.setattr(job_module, "is_own_address", lambda host: host in own)
     assert find_node_rank(("10.0.0.1", "10.0.0.2"), environ={}) == 1
     assert find_node_rank(("node2", "node3"), environ={}) == 0
     assert find_node_rank(LOOPBACK, 2, environ={}) == 2
@@ -305,8 +311,8 @@ def test_node_rank(monkeypatch):
 
 
 def test_own_addresses():
-    assert launch_util.is_own_address("127.0.0.1") and launch_util.is_own_address("localhost")
-    assert not launch_util.is_own_address("no.such.invalid")
+    assert is_own_address("127.0.0.1") and is_own_address("localhost")
+    assert not is_own_address("no.such.invalid")
 
 
 def test_one_node_needs_no_address():
@@ -316,7 +322,7 @@ def test_one_node_needs_no_address():
 @needs_namespaces
 def test_each_namespace_knows_its_own_address(nodes):
     ips = [node.address for node in nodes]
-    code = f"import launch_util; print(launch_util.find_node_rank({ips}, environ={{}}))"
+    code = f"from cnns.launch.job import find_node_rank; print(find_node_rank({ips}, environ={{}}))"
     for i, node in enumerate(nodes):
         command = node.command(sys.executable, "-c", code)
         assert subprocess.check_output(command, cwd=ROOT, text=True) == f"{i}\n"
@@ -338,9 +344,9 @@ def test_one_node(cluster):
     assert (first["RANK"], first["LOCAL_RANK"]) == ("0", "0")
     assert (second["RANK"], second["LOCAL_RANK"]) == ("1", "1")
     assert int(first["OMP_NUM_THREADS"]) >= 1
-    assert launch_util.is_worker(second) and not launch_util.is_worker({"RANK": "1"})
-    assert launch_util.worker_rank(second) == launch_util.worker_local_rank(second) == 1
-    assert launch_util.worker_rank({}) == 0
+    assert is_worker(second) and not is_worker({"RANK": "1"})
+    assert worker_rank(second) == worker_local_rank(second) == 1
+    assert worker_rank({}) == 0
 
 
 def test_the_first_node_alone_has_output(cluster):
@@ -405,11 +411,11 @@ def test_a_paused_terminal_stops_nobody(cluster):
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 130, 143, "raise"])
-@pytest.mark.parametrize("mark", [{}, {launch_util.WORKER_MARK: "1", "RANK": "0"}])
+@pytest.mark.parametrize("mark", [{}, {WORKER_MARK: "1", "RANK": "0"}])
 def test_a_failed_worker_leaves_without_oneflows_end(status, mark):
-    end = "raise KeyError(1)" if status == "raise" else f"sys.exit(launch_util.leave({status}))"
-    code = "import atexit, sys, launch_util; atexit.register(print, 'end'); "
-    code += f"launch_util.prepare_worker(); {end}"
+    end = "raise KeyError(1)" if status == "raise" else f"sys.exit(worker.leave({status}))"
+    code = "import atexit, sys; from cnns.launch import worker; atexit.register(print, 'end'); "
+    code += f"worker.prepare_worker(); {end}"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -425,9 +431,9 @@ def test_a_failed_worker_leaves_without_oneflows_end(status, mark):
 def test_workers_wait_until_rank_0_listens():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        environ = {launch_util.WORKER_MARK: "1", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+        environ = {WORKER_MARK: "1", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}
         environ["MASTER_PORT"] = str(server.getsockname()[1])
-        code = "import launch_util; launch_util.prepare_worker()"
+        code = "from cnns.launch import worker; worker.prepare_worker()"
         command = [sys.executable, "-c", code]
         with subprocess.Popen(command, cwd=ROOT, env=os.environ | environ) as process:
             time.sleep(0.5)
@@ -444,7 +450,9 @@ def test_a_node_that_does_not_come(cluster):
     nodes = cluster.start(0, **options), cluster.start(1, **options)
     assert [node.status() for node in nodes] == [1, 1]
     for node in nodes:
-        one_line(node, f"node 2 (127.0.0.3) did not come to 127.0.0.1 port {cluster.port} within")
+        one_line(
+            node, f"node 2 (127.0.0.3) did not connect to 127.0.0.1 port {cluster.port} within"
+        )
 
 
 def test_node_0_does_not_come(cluster):
@@ -467,7 +475,7 @@ def test_a_port_in_use(cluster):
 
 
 def hello(**fields) -> bytes:
-    words = {"kind": "hello", "magic": launch_util.MAGIC, "protocol": launch_util.PROTOCOL}
+    words = {"kind": "hello", "magic": MAGIC, "protocol": PROTOCOL}
     data = json.dumps(words | fields).encode()
     return len(data).to_bytes(4, "big") + data
 
@@ -684,8 +692,8 @@ def test_workers_that_ignore_sigterm_and_have_children(cluster):
 def test_a_command_that_does_not_exist(tmp_path):
     command = [str(tmp_path / "none")]
     code = (
-        "import sys, launch_util as l; "
-        f"sys.exit(l.launch({command}, job=l.Job(processes_per_node=2), facts=dict))"
+        "import sys; from cnns.launch.job import Job; from cnns.launch.nodes import launch; "
+        f"sys.exit(launch({command}, job=Job(processes_per_node=2), facts=dict))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "FileNotFoundError" in done.stderr.splitlines()[0]
@@ -721,7 +729,7 @@ def test_a_parent_that_stands_still(cluster):
     cluster.worker(0), cluster.worker(1)
     nodes[1].signal(signal.SIGSTOP)
     assert nodes[0].status() == 1
-    one_line(nodes[0], "node 1 (127.0.0.2) was not heard of for 1.5 s")
+    one_line(nodes[0], "node 1 (127.0.0.2) was not heard from for 1.5 s")
     nodes[1].signal(signal.SIGCONT)
     assert nodes[1].status() == 1
     one_line(nodes[1], "node 0 (127.0.0.1) is gone")
@@ -737,8 +745,8 @@ def test_a_cable_that_is_cut(cluster, nodes):
     cluster.worker(0), cluster.worker(1)
     nodes[1].cut()
     assert [parent.status() for parent in parents] == [1, 1]
-    one_line(parents[0], "node 1 (10.77.0.2) was not heard of for 10 s")
-    one_line(parents[1], "node 0 (10.77.0.1) was not heard of for 10 s")
+    one_line(parents[0], "node 1 (10.77.0.2) was not heard from for 10 s")
+    one_line(parents[1], "node 0 (10.77.0.1) was not heard from for 10 s")
 
 
 @needs_namespaces

@@ -1,6 +1,6 @@
 """OFRecord messages without OneFlow's class: the same bytes, and the same values back."""
 
-import oneflow_setup  # noqa: F401
+import cnns.startup  # noqa: F401
 
 import struct
 
@@ -108,5 +108,5 @@ def test_kinds_that_are_refused():
         with pytest.raises(TypeError, match="feature height: .* is neither"):
             encode({"height": value})
     for value in (2**31, -(2**31) - 1, [0, 2**40]):
-        with pytest.raises(ValueError, match="is no int32"):
+        with pytest.raises(ValueError, match="is not an int32"):
             encode({"height": value})

@@ -1,6 +1,7 @@
 """Every network of the table: PyTorch's names and logits, and the whole way through the scripts."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +9,23 @@ import oneflow as flow
 import pytest
 from oneflow import nn
 
-import alexnet_model
-import checkpoint_util
-import config
-import foreign_checkpoint
-import graph_util
-import model_util
+import model_registry
 import of_cnn_evaluate
 import of_cnn_inference
 import of_cnn_train_val
 import resnet_to_onnx
 import small
-import vgg_model
+from cnns import graphs
+from cnns.checkpoint.find import find_snapshot
+from cnns.checkpoint.foreign import Foreign, count_classes, guess_model, is_last
+from cnns.checkpoint.snapshot import state_arrays
+from cnns.distributed import place, to_device
+from cnns.errors import UsageError
+from cnns.graphs import DropoutMasks, Predictor, TrainGraph
+from cnns.models.alexnet import AlexNet
+from cnns.models.layers import Dropout, Switches, adaptive_mean
+from cnns.models.vgg import VGG
 from golden import seeded
-from layer_util import Dropout, Switches, adaptive_mean
 from small import ROOT, call, losses, validation_figures
 from test_golden import Given, close, part, read
 
@@ -38,8 +42,8 @@ def golden():
 def test_names_shapes_and_logits_are_those_of_pytorch(golden, name):
     """At sizes that are odd on the way, so that paddings and poolings at the edges are seen."""
     theirs, seed = part(golden, f"{name}_"), golden["seed"]
-    network = model_util.MODELS[name].build(1000)
-    shapes = {k: array.shape for k, array in checkpoint_util.state_arrays(network).items()}
+    network = model_registry.MODELS[name].build(1000)
+    shapes = {k: array.shape for k, array in state_arrays(network).items()}
     assert seeded.listing(shapes).tolist() == theirs["listing"].tolist()
     assert sum(p.numel() for p in network.parameters()) == theirs["parameters"]
     arrays, state = seeded.any_state(shapes, seed), network.state_dict()
@@ -62,15 +66,17 @@ def test_the_network_and_its_classes_are_told_by_the_names(golden, name):
     """As where a file of PyTorch is loaded. Fine-tuning leaves out what depends on the classes."""
     listing = [line.split() for line in part(golden, f"{name}_")["listing"].tolist()]
     arrays = {key: np.broadcast_to(0.0, list(map(int, shape))) for key, *shape in listing}
-    weights = foreign_checkpoint.Foreign("a file", arrays)
-    assert foreign_checkpoint.guess_model(weights, model_util.MODELS, path="") == name
-    assert foreign_checkpoint.count_classes(weights, path="") == 1000
+    weights = Foreign("a file", arrays)
+    assert guess_model(weights, model_registry.MODELS, path="") == name
+    assert count_classes(weights, model_registry.MODELS[name].last_layer, path="") == 1000
     of_classes = {key for key, array in arrays.items() if 1000 in array.shape}
-    assert {key for key in arrays if foreign_checkpoint.is_last(key, arrays)} == of_classes
+    assert {
+        key for key in arrays if is_last(key, model_registry.MODELS[name].last_layer)
+    } == of_classes
 
 
 def test_pooling_to_a_fixed_size():
-    """Parts overlap where the size is no multiple, and repeat where it is smaller."""
+    """Parts overlap where the size is not a multiple, and repeat where it is smaller."""
     x = flow.arange(0, 5, dtype=flow.float32).reshape(1, 1, 1, 5) * flow.ones(1, 1, 4, 5)
     assert adaptive_mean(x, 2).numpy().tolist() == [[[[1.0, 3.0]] * 2]]
     rng = np.random.default_rng(0)
@@ -85,7 +91,7 @@ def test_pooling_to_a_fixed_size():
 
 def masks(step: int, *, rate: float, features: int, batch_size: int = 256, seed: int = 0):
     model = nn.Sequential(Dropout(rate, features), Dropout(rate, features))
-    drawn = graph_util.DropoutMasks(model, seed=seed, batch_size=batch_size, device="cpu")
+    drawn = DropoutMasks(model, seed=seed, batch_size=batch_size, device="cpu")
     return [mask.numpy() for mask in drawn.at(step)["masks"]]
 
 
@@ -110,18 +116,18 @@ def test_masks_are_of_seed_step_layer_and_row(monkeypatch):
         assert 0.3 < (first != other).mean() < 0.7
     assert len(np.unique(first, axis=0)) == 8  # the rows
     # A second process of two draws the lower half.
-    monkeypatch.setattr(graph_util, "own_rows", lambda batch_size: slice(4, 8))
+    monkeypatch.setattr(graphs, "own_rows", lambda batch_size: slice(4, 8))
     assert masks(3, **settings)[0].tolist() == first[4:].tolist()
 
 
 def test_the_graph_drops_what_the_masks_say():
     """In training; a step with the mask of a feature at 0 leaves that feature's weights alone."""
     flow.manual_seed(0)
-    model = graph_util.place(small.Dropping(5), "cpu")
+    model = place(small.Dropping(5), "cpu")
     model.train()
     placement = flow.env.all_device_placement("cpu")
     before = model.fc.weight.numpy().copy()
-    graph = graph_util.TrainGraph(
+    graph = TrainGraph(
         model,
         Given(),
         flow.optim.SGD(model.parameters(), lr=1.0),
@@ -129,21 +135,21 @@ def test_the_graph_drops_what_the_masks_say():
         top_k=1,
     )
     rng = np.random.default_rng(0)
-    image = graph_util.to_device(rng.standard_normal((2, 3, 32, 32)).astype(np.float32), placement)
-    label = graph_util.to_device(np.array([0, 1], np.int32), placement)
+    image = to_device(rng.standard_normal((2, 3, 32, 32)).astype(np.float32), placement)
+    label = to_device(np.array([0, 1], np.int32), placement)
     first = np.array([[0, 1, 1, 1], [0, 1, 1, 1]], np.float32)
     second = np.array([[1, 0, 1, 2], [1, 0, 1, 2]], np.float32)
-    given = tuple(graph_util.to_device(m, placement) for m in (first, second))
+    given = tuple(to_device(m, placement) for m in (first, second))
     graph(image, label, masks=given)[0].numpy()
     moved = (model.fc.weight.numpy() != before).any(axis=0)
     assert moved.tolist() == [False, False, True, True]
     model.eval()
-    probabilities = graph_util.Predictor(model, device="cpu")(image.numpy())
+    probabilities = Predictor(model, device="cpu")(image.numpy())
     assert np.isfinite(probabilities).all()
 
 
 def test_a_run_with_dropout_resumes_to_the_bit(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(model_util.MODELS, "dropping", small.MODELS["dropping"])
+    monkeypatch.setitem(model_registry.MODELS, "dropping", small.MODELS["dropping"])
     monkeypatch.chdir(tmp_path)
 
     def train(*argv: str) -> list[float]:
@@ -172,11 +178,11 @@ def test_a_run_with_dropout_resumes_to_the_bit(data, tmp_path, monkeypatch):
 
 
 def small_vgg(num_classes: int = 1000, switches: Switches = Switches()):
-    return vgg_model.VGG(num_classes, hidden=32)
+    return VGG(num_classes, hidden=32)
 
 
 def small_alexnet(num_classes: int = 1000, switches: Switches = Switches()):
-    return alexnet_model.AlexNet(num_classes, hidden=32)
+    return AlexNet(num_classes, hidden=32)
 
 
 # The hidden layers of these two hold up to 120 million weights.
@@ -190,12 +196,12 @@ def data(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("name", [n for n in model_util.MODELS if n != "resnet18"])
+@pytest.mark.parametrize("name", [n for n in model_registry.MODELS if n != "resnet18"])
 def test_the_whole_way(name, data, tmp_path, monkeypatch):
-    entry = model_util.MODELS[name]
+    entry = model_registry.MODELS[name]
     if name in NETWORKS:
-        entry = model_util.replace(entry, network=NETWORKS[name])
-        monkeypatch.setitem(model_util.MODELS, name, entry)
+        entry = replace(entry, network=NETWORKS[name])
+        monkeypatch.setitem(model_registry.MODELS, name, entry)
     monkeypatch.chdir(tmp_path)
     trained = call(
         of_cnn_train_val.main,
@@ -245,7 +251,7 @@ def test_the_whole_way(name, data, tmp_path, monkeypatch):
 def test_the_installed_weights_are_the_published_ones_and_know_a_cat(tmp_path, monkeypatch):
     """The probabilities were computed elsewhere, by PyTorch and with another resize."""
     monkeypatch.chdir(tmp_path)
-    with open(model_util.installed_weights("efficientnet_lite0"), "rb") as file:
+    with open(model_registry.MODELS["efficientnet_lite0"].installed_weights(), "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest() == (
             "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
         )
@@ -281,10 +287,10 @@ def test_installed_weights_are_fine_tuned_and_come_after_own_snapshots(data, tmp
     )
     assert result.status == 0, result.stderr
     assert "the last layer starts from random weights" in result.stderr
-    find = checkpoint_util.find_snapshot
+    find = find_snapshot
     assert find(None, model="efficientnet_lite0") == "output/snapshots/run/snapshot_epoch_0"
-    with pytest.raises(config.UsageError, match="no snapshot of vgg.*--model=efficientnet_lite0"):
+    with pytest.raises(UsageError, match="no snapshot of vgg.*--model=efficientnet_lite0"):
         find(None, model="vgg")
     Path("output/snapshots").rename("elsewhere")
-    installed = model_util.installed_weights("efficientnet_lite0")
+    installed = model_registry.MODELS["efficientnet_lite0"].installed_weights()
     assert find(None, model="efficientnet_lite0") == installed

@@ -16,17 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import image_util
 import ofrecord_util
-from config import RunError, UsageError
-from image_util import Preprocessing, center_crop
-from ofrecord_util import (
-    ArrayTrainLoader,
-    Augmentation,
-    check_shards,
-    open_train_dataset,
-    open_val_dataset,
-)
+from cnns.data import checks
+from cnns.data.arrays import ArrayTrainLoader, ArrayValLoader
+from cnns.data.checks import check_shards
+from cnns.data.crops import Augmentation, random_crop
+from cnns.data.datasets import check_labels, open_train_dataset, open_val_dataset
+from cnns.data.format import count_records
+from cnns.data.images import Preprocessing, center_crop, load_image
+from cnns.errors import RunError, UsageError
 from small import ROOT, jpeg, record, write_manifest, write_parts
 
 FLAG = "--train_data_dir"
@@ -56,15 +54,15 @@ def test_walking_finds_every_cut(tmp_path_factory, messages, data):
     path = tmp_path_factory.mktemp("walk") / "part-00000"
     whole = b"".join(struct.pack("<q", len(message)) + message for message in messages)
     path.write_bytes(whole)
-    assert ofrecord_util.count_records(str(path)) == len(messages)
+    assert count_records(str(path)) == len(messages)
     ends = set(np.cumsum([0] + [8 + len(message) for message in messages]).tolist())
     cut = data.draw(st.integers(1, len(whole) - 1))
     path.write_bytes(whole[:cut])
     if cut in ends:
-        assert ofrecord_util.count_records(str(path)) < len(messages)
+        assert count_records(str(path)) < len(messages)
     else:
         with pytest.raises(RunError, match="cut off"):
-            ofrecord_util.count_records(str(path))
+            count_records(str(path))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +73,7 @@ def test_a_garbage_length_is_named_with_its_place(tmp_path, length):
     first = record(b"x" * 20, 1)
     path.write_bytes(first + struct.pack("<q", length) + b"y" * 50)
     with pytest.raises(RunError, match=f"record 1, at byte {len(first)}, claims"):
-        ofrecord_util.count_records(str(path))
+        count_records(str(path))
 
 
 def test_faults_of_a_directory(parts):
@@ -163,7 +161,7 @@ GOOD = record(encoded("RGB", "JPEG"), 2)
         (record(encoded("RGB", "PNG"), 0), "holds RGB PNG"),
         (record(b"\xff\xd8 garbage", 0), "holds no image"),
         (record(b"", 0), "holds no image"),
-        (struct.pack("<q", 9) + b"text only", "is no OFRecord"),
+        (struct.pack("<q", 9) + b"text only", "is not an OFRecord"),
     ],
 )
 def test_records_that_the_decoder_cannot_read_are_found(tmp_path, bad, words, position):
@@ -174,7 +172,7 @@ def test_records_that_the_decoder_cannot_read_are_found(tmp_path, bad, words, po
 
 
 def test_large_data_are_looked_into_at_the_start_of_each_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(ofrecord_util, "ALWAYS_LOOK_BYTES", 100)
+    monkeypatch.setattr(checks, "ALWAYS_LOOK_BYTES", 100)
     bad = record(encoded("L", "JPEG"), 0)
     (tmp_path / "part-00000").write_bytes(GOOD + bad)
     (tmp_path / "part-00001").write_bytes(GOOD)
@@ -232,7 +230,7 @@ def test_parts_behind_the_first_examples_are_not_read(parts):
 
 
 def test_validation_equals_inference_and_pillow(tmp_path):
-    """The demo photographs through OneFlow, through `image_util`, and by Pillow alone."""
+    """The demo photographs through OneFlow, through `cnns.data.images`, and by Pillow alone."""
     directory = tmp_path / "val"
     directory.mkdir()
     names = ("cat.jpg", "coffee.jpg")
@@ -244,9 +242,9 @@ def test_validation_equals_inference_and_pillow(tmp_path):
     native = first_images(ofrecord_util.val_loader(data, batch_size=2, **settings))
     for name, theirs in zip(names, native, strict=True):
         path = ROOT / "data" / name
-        inference = image_util.load_image(str(path), preprocessing)
+        inference = load_image(str(path), preprocessing)
         picture = np.asarray(Image.open(path))
-        arrays = ofrecord_util.ArrayValLoader(
+        arrays = ArrayValLoader(
             picture[None], np.zeros(1), num_examples=1, batch_size=1, **settings
         )
         np.testing.assert_allclose(first_images(arrays)[0], inference, atol=1e-5)
@@ -407,9 +405,10 @@ def test_more_parts_than_files_may_be_open(tmp_path):
 import resource, sys
 sys.path[:0] = sys.argv[1:3]
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[4])))
-import oneflow_setup, config, test_ofrecord
+import cnns.startup, test_ofrecord
+from cnns.errors import run_main
 loader = lambda: test_ofrecord.numbered_loader(sys.argv[3], batch_size=150)
-sys.exit(config.run_main(lambda: print(len(test_ofrecord.epoch_of(loader(), 0, count=1)))))
+sys.exit(run_main(lambda: print(len(test_ofrecord.epoch_of(loader(), 0, count=1)))))
 """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     for limit, status in ((hard, 0), (300, 1)):
@@ -470,7 +469,7 @@ def test_arrays_are_normalised_in_the_graph():
 
 def test_random_crop_without_freedom_is_a_resize():
     picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    crop = ofrecord_util.random_crop(
+    crop = random_crop(
         picture,
         size=32,
         augmentation=Augmentation(area=(1, 1), aspect_ratio=(1, 1), flip=0),
@@ -478,7 +477,7 @@ def test_random_crop_without_freedom_is_a_resize():
     )
     expected = center_crop(Image.fromarray(picture), resize_shorter=32, size=32)
     np.testing.assert_array_equal(crop, expected)
-    flipped = ofrecord_util.random_crop(
+    flipped = random_crop(
         picture,
         size=32,
         augmentation=Augmentation(area=(1, 1), aspect_ratio=(1, 1), flip=1),
@@ -495,7 +494,7 @@ def test_random_crops_keep_their_bounds():
     augmentation = Augmentation(area=(0.3, 0.6), aspect_ratio=(0.8, 1.25), flip=0.5)
     flips, areas = 0, []
     for _ in range(300):
-        crop = ofrecord_util.random_crop(picture, size=100, augmentation=augmentation, rng=rng)
+        crop = random_crop(picture, size=100, augmentation=augmentation, rng=rng)
         crop = crop.astype(float)
         flips += crop[50, 0, 0] > crop[50, -1, 0]
         width = abs(crop[50, -1, 0] - crop[50, 0, 0]) * 100 / 99
@@ -549,9 +548,9 @@ def test_npz_files(tmp_path):
 
 def test_more_classes_than_the_network_has(parts):
     data = open_train_dataset(str(parts))
-    ofrecord_util.check_labels(data, num_classes=4, path=str(parts))
+    check_labels(data, num_classes=4, path=str(parts))
     with pytest.raises(UsageError, match="--num_classes=3"):
-        ofrecord_util.check_labels(data, num_classes=3, path=str(parts))
+        check_labels(data, num_classes=3, path=str(parts))
 
 
 def test_jpeg_of_the_tests_is_faithful():

@@ -12,13 +12,15 @@ import onnxruntime
 import pytest
 from oneflow import nn
 
-import checkpoint_util
-import config
-import model_util
+import model_registry
 import of_cnn_evaluate
-import onnx_util
 import resnet_to_onnx
 import small
+from cnns.checkpoint.find import restore
+from cnns.checkpoint.snapshot import Snapshot, save_snapshot
+from cnns.errors import RunError, UsageError
+from cnns.export import ExportedModel, find_export
+from cnns.models.model import Model
 from small import ROOT, TINY, call, tree
 
 SIZE = 64  # pixels; a run has to take some milliseconds, see `small.ballast`
@@ -50,18 +52,18 @@ class Odd(Flat):
 def save(model: str, *, num_classes: int = 3, name: str = "epoch_0", seed: int = 0) -> str:
     """A snapshot in ./output/snapshots/run of a network with random weights."""
     flow.manual_seed(seed)
-    network = model_util.MODELS[model].build(num_classes)
+    network = model_registry.MODELS[model].build(num_classes)
     for tensor in network.parameters():
         if tensor.ndim == 1:  # the last gamma of a block begins as 0, which would hide the block
             nn.init.uniform_(tensor, 0.2, 0.5)
-    snapshot = checkpoint_util.Snapshot(
+    snapshot = Snapshot(
         model,
         num_classes,
-        model_util.preprocessing(model, image_size=SIZE),
+        model_registry.MODELS[model].preprocessing(image_size=SIZE),
         classes=NAMES if num_classes == 3 else None,
     )
     os.makedirs("output/snapshots/run", exist_ok=True)
-    return checkpoint_util.save_snapshot("output/snapshots/run", name, network, snapshot)
+    return save_snapshot("output/snapshots/run", name, network, snapshot)
 
 
 def export(*argv: str):
@@ -71,8 +73,8 @@ def export(*argv: str):
 @pytest.fixture(autouse=True)
 def _here(monkeypatch, tmp_path):
     for name, build in (("flat", Flat), ("odd", Odd)):
-        monkeypatch.setitem(model_util.MODELS, name, model_util.Model(build, image_size=SIZE))
-    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+        monkeypatch.setitem(model_registry.MODELS, name, Model(build, image_size=SIZE))
+    monkeypatch.setitem(model_registry.MODELS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
 
 
@@ -103,7 +105,7 @@ def test_the_newest_snapshot_is_exported_and_equal():
     assert (image.name, image.shape) == ("images", ["batch", 3, SIZE, SIZE])
     assert (logits.name, logits.shape) == ("logits", ["batch", 3])
     held = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
-    fields = vars(model_util.preprocessing("tiny", image_size=SIZE)).items()
+    fields = vars(model_registry.MODELS["tiny"].preprocessing(image_size=SIZE)).items()
     assert held == {
         "format_version": 1,
         "model": "tiny",
@@ -125,8 +127,8 @@ def test_opsets_external_data_and_any_batch(opset, external, tmp_path):
     onnx.checker.check_model("a/b.onnx")
     model = onnx.load("a/b.onnx")
     assert model.opset_import[0].version == opset
-    network, *_ = checkpoint_util.restore(snapshot, model=None, num_classes=None)
-    exported = onnx_util.ExportedModel("a/b.onnx")
+    network, *_ = restore(snapshot, model=None, num_classes=None, models=model_registry.MODELS)
+    exported = ExportedModel("a/b.onnx")
     for batch in (1, 3, 8):
         ours = resnet_to_onnx.Reference(network).logits(images(batch))
         np.testing.assert_allclose(exported.logits(images(batch)), ours, rtol=1e-4, atol=1e-5)
@@ -219,8 +221,8 @@ def test_files_that_are_damaged_or_lie_are_one_line():
         spoiled[place] ^= int(rng.integers(1, 256))
         Path("spoiled.onnx").write_bytes(spoiled)
         try:
-            onnx_util.ExportedModel("spoiled.onnx")
-        except config.RunError:
+            ExportedModel("spoiled.onnx")
+        except RunError:
             refused += 1
     assert refused > 20
     for changes in (
@@ -235,8 +237,8 @@ def test_files_that_are_damaged_or_lie_are_one_line():
         {"classes": [1, 2, 3]},
         {"format_version": 2},
     ):
-        with pytest.raises(config.RunError):
-            onnx_util.ExportedModel(with_metadata("whole.onnx", **changes))
+        with pytest.raises(RunError):
+            ExportedModel(with_metadata("whole.onnx", **changes))
 
 
 def test_a_file_that_cannot_be_replaced_stays(monkeypatch, tmp_path):
@@ -269,11 +271,11 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path):
     del model.metadata_props[:]
     onnx.save(model, "other.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"no model")
-    for path, words in (("other", "no file of resnet_to_onnx.py"), ("broken", "cannot read")):
-        with pytest.raises(config.RunError, match=words):
-            onnx_util.ExportedModel(f"{path}.onnx")
-    with pytest.raises(config.UsageError, match="there is no file"):
-        onnx_util.find_export("nowhere.onnx")
+    for path, words in (("other", "not a file of resnet_to_onnx.py"), ("broken", "cannot read")):
+        with pytest.raises(RunError, match=words):
+            ExportedModel(f"{path}.onnx")
+    with pytest.raises(UsageError, match="there is no file"):
+        find_export("nowhere.onnx")
     save("tiny", num_classes=4, name="epoch_1")
     result = export("--check_only", "--onnx_path=onnx/model/run_epoch_0.onnx")
     assert result.status == 1 and "another classes" in result.stderr
@@ -322,4 +324,8 @@ def test_flags_that_contradict_the_backend(flag):
 
 def test_onnx_path_needs_its_backend():
     result = evaluate("--val_data_dir=x", "--onnx_path=x.onnx")
-    assert result.status == 2 and "--onnx_path needs --backend=onnxruntime" in result.stderr
+    assert (
+        result.status == 2
+        and "--onnx_path has no effect with --backend=oneflow; it belongs to --backend=onn"
+        in result.stderr
+    )

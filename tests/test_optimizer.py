@@ -8,10 +8,12 @@ import pytest
 from oneflow import nn
 
 import config
-import graph_util
 import optimizer_util
 import resnet_model
-from ofrecord_util import SyntheticLoader
+from cnns.data.synthetic import SyntheticLoader
+from cnns.distributed import place
+from cnns.graphs import TrainGraph
+from optimizer_util import Schedule
 from small import ballast
 
 LR, WD, EPS = 0.1, 0.05, 1e-3
@@ -54,7 +56,7 @@ def everywhere(array):
 def run(name, gradients, *, clip=0.0, **settings):
     """Weights and gammas after each step."""
     weight, gamma = np.float32([1.0, -2.0, 3.0]), np.float32([0.5, 2.0])
-    model = graph_util.place(Toy(weight, gamma), "cpu")
+    model = place(Toy(weight, gamma), "cpu")
     optimizer = optimizer_util.build_optimizer(
         model,
         name,
@@ -126,7 +128,7 @@ def test_updates_follow_the_formula(name, clip):
 @pytest.mark.parametrize("name, num_decaying, total", [("resnet18", 22, 62), ("resnet50", 55, 161)])
 def test_only_batch_norms_do_not_decay(name, num_decaying, total):
     """Every parameter, in the model and in the graph that OneFlow would compile from it."""
-    model = graph_util.place(getattr(resnet_model, name)(), "cpu").train()
+    model = place(getattr(resnet_model, name)(), "cpu").train()
     parameters = dict(model.named_parameters())
     # Convolution and fc weights are the ones of more than one dimension.
     decaying = {key for key, value in parameters.items() if value.ndim > 1} | {"fc.bias"}
@@ -139,7 +141,7 @@ def test_only_batch_norms_do_not_decay(name, num_decaying, total):
         model, "sgd", learning_rate=LR, weight_decay=decay, momentum=0.875
     )
     loader = SyntheticLoader(batch_size=2, num_classes=9, image_size=32, seed=0, device="cpu")
-    graph = graph_util.TrainGraph(model, loader, optimizer, label_smoothing=0.1, top_k=5)
+    graph = TrainGraph(model, loader, optimizer, label_smoothing=0.1, top_k=5)
     graph.build_graph(*next(loader.batches()))
     updates = [op for op in graph._full_graph_proto.net.op if op.name.endswith("_optimizer")]
     found = {
@@ -152,11 +154,11 @@ def test_only_batch_norms_do_not_decay(name, num_decaying, total):
 
 def rates(name, *, steps, base=1.0, **settings):
     """The learning rate of every step, seen from outside: gradient 1, no momentum, no decay."""
-    model = graph_util.place(Toy(np.zeros(1, np.float32), np.zeros(1, np.float32)), "cpu")
+    model = place(Toy(np.zeros(1, np.float32), np.zeros(1, np.float32)), "cpu")
     optimizer = optimizer_util.build_optimizer(
         model, "sgd", learning_rate=base, weight_decay=0.0, momentum=0.0
     )
-    schedule = optimizer_util.build_schedule(optimizer, name, **settings)
+    schedule = Schedule(name, learning_rate=base, **settings).build(optimizer)
     graph = ToyGraph(model, optimizer, schedule)
     positions = [0.0]
     for _ in range(steps):
@@ -219,13 +221,13 @@ def imagenet_rates(name: str) -> np.ndarray:
     return np.where(epoch < 5, PEAK * epoch / 5, after)
 
 
-def imagenet_schedule(model, name: str):
+def imagenet_schedule(model, name: str) -> tuple[flow.optim.Optimizer, Schedule]:
     optimizer = optimizer_util.build_optimizer(
         model, "sgd", learning_rate=PEAK, weight_decay=0.0, momentum=0.0
     )
-    schedule = optimizer_util.build_schedule(
-        optimizer,
+    schedule = Schedule(
         name,
+        learning_rate=PEAK,
         total_steps=IMAGENET.total_steps,
         warmup_steps=IMAGENET.warmup_steps,
         step_milestones=IMAGENET.step_milestones,
@@ -236,18 +238,20 @@ def imagenet_schedule(model, name: str):
 
 
 def toy(size: int):
-    return graph_util.place(Toy(np.zeros(size, np.float32), np.zeros(1, np.float32)), "cpu")
+    return place(Toy(np.zeros(size, np.float32), np.zeros(1, np.float32)), "cpu")
 
 
 @pytest.mark.parametrize("name", optimizer_util.SCHEDULES)
 def test_the_rate_of_every_step_of_90_epochs(name):
     optimizer, schedule = imagenet_schedule(toy(1), name)
+    built = schedule.build(optimizer)
     (group,) = optimizer.param_groups
-    seen = np.empty(IMAGENET.total_steps)
+    seen, said = np.empty((2, IMAGENET.total_steps))
     for step in range(IMAGENET.total_steps):
-        seen[step] = group["lr"]
-        schedule.step()
-    np.testing.assert_allclose(seen, imagenet_rates(name), rtol=1e-9, atol=1e-15)
+        seen[step], said[step] = group["lr"], schedule.rate(step)
+        built.step()
+    for rates in (seen, said):
+        np.testing.assert_allclose(rates, imagenet_rates(name), rtol=1e-9, atol=1e-15)
 
 
 def native_rates(name: str, first: int, count: int) -> np.ndarray:
@@ -256,7 +260,8 @@ def native_rates(name: str, first: int, count: int) -> np.ndarray:
     The gradient of step i is 1 for weight i and 0 for the others, which all start at 0.
     """
     model = toy(count)
-    graph = ToyGraph(model, *imagenet_schedule(model, name))
+    optimizer, schedule = imagenet_schedule(model, name)
+    graph = ToyGraph(model, optimizer, schedule.build(optimizer))
     counter = flow.tensor([first], dtype=flow.int64)
     placement = flow.env.all_device_placement("cpu")
     state = graph.state_dict()

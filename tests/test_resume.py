@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import checkpoint_util
-import graph_util
-import interrupt_util
-import model_util
+import model_registry
 import of_cnn_train_val
-from metric_util import Counts
+from cnns.checkpoint.find import find_resume
+from cnns.evaluation import Evaluator
+from cnns.interrupts import Interrupts
+from cnns.log import Counts
 from small import ROOT, TINY, call, tree, write_sets
 
 NUM_CLASSES = 4
@@ -27,7 +27,7 @@ EPOCHS = 3
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch, tmp_path):
-    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+    monkeypatch.setitem(model_registry.MODELS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
 
 
@@ -74,9 +74,9 @@ def stop_at(monkeypatch):
                 self.received = signal.SIGTERM
             return original(self)
 
-        monkeypatch.setattr(interrupt_util.Interrupts, "check", check)
+        monkeypatch.setattr(Interrupts, "check", check)
 
-    original = interrupt_util.Interrupts.check
+    original = Interrupts.check
     return stop
 
 
@@ -120,7 +120,7 @@ def test_stopped_and_resumed_equals_never_stopped(data, stop_at, kind, optimizer
         stop_at(count)
         stopped = train(*flags, "--model_save_dir=run", "--resume=auto")
         assert stopped.status == 143, stopped.stderr
-        assert "interrupted by SIGTERM; go on with --resume=run/snapshot_" in stopped.stderr
+        assert "interrupted by SIGTERM; resume with --resume=run/snapshot_" in stopped.stderr
         lines += figures(stopped.stdout)
     stop_at(None)
     resumed = train(*flags, "--model_save_dir=run", "--resume=auto")
@@ -227,7 +227,7 @@ def stopped(data, tmp_path_factory):
     """The directory of a run that was stopped after epoch 1 of 3."""
     root = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model_util.MODELS, "tiny", TINY)
+        patch.setitem(model_registry.MODELS, "tiny", TINY)
         result = train(*recipe(data, "arrays"), f"--model_save_dir={root}", "--num_epochs=2")
     assert result.status == 0, result.stderr
     return root
@@ -295,7 +295,7 @@ def test_damaged_snapshots_are_passed_over(run):
     shutil.rmtree(run / "snapshot_best")
     (run / "snapshot_epoch_1" / "training.safetensors").write_bytes(b"half")
     (run / "snapshot_last" / "snapshot.json").write_text("{")
-    assert checkpoint_util.find_resume("auto", "run") == "run/snapshot_epoch_0"
+    assert find_resume("auto", "run", models=model_registry.MODELS).path == "run/snapshot_epoch_0"
 
 
 def test_damaged_snapshots_do_not_stand_in_the_way(run):
@@ -331,7 +331,7 @@ def test_where_there_is_nothing_to_go_on_from(run, tmp_path):
     refuse(2, "--resume=auto needs --model_save_dir", "--resume=auto")
     refuse(2, "--resume: there is no directory none", "--resume=none")
     (tmp_path / "empty").mkdir()
-    refuse(2, "--resume: empty holds no snapshot to go on from", "--resume=empty")
+    refuse(2, "--resume: empty holds no snapshot to resume", "--resume=empty")
     (run / "snapshot_epoch_0" / "training.safetensors").unlink()
     refuse(1, "holds weights only, no training.safetensors", "--resume=run/snapshot_epoch_0")
 
@@ -340,7 +340,7 @@ def test_best_is_kept_between_the_intervals(data, monkeypatch):
     """Validation top-1 of 2, 3, 3, 1 of 14: the first of two equal ones is the best."""
     hits = iter((2, 3, 3, 1))
     monkeypatch.setattr(
-        graph_util.Evaluator, "round", lambda self, agreement: (Counts(next(hits), 14, 14), 1.0)
+        Evaluator, "round", lambda self, agreement: (Counts(next(hits), 14, 14), 1.0)
     )
     flags = (*recipe(data, "arrays"), "--num_epochs=4", "--save_epoch_interval=3")
     result = train(*flags, "--model_save_dir=run", "--save_last=False")
@@ -365,7 +365,7 @@ def test_a_signal_ends_the_run_with_a_snapshot_and_a_second_one_at_once(name, st
     assert run.returncode == status
     assert f"{name}: ending after this iteration" in errors
     last = errors.splitlines()[-1]
-    assert f"error: interrupted by {name}; go on with --resume=run/snapshot_last" in last
+    assert f"error: interrupted by {name}; resume with --resume=run/snapshot_last" in last
     assert lines[-1] == "Saving model to run/snapshot_last.\n"
     iteration = description("run/snapshot_last")["iteration"]
     assert lines[-2].startswith(f"train: epoch 0, iter {iteration}, ")
@@ -378,7 +378,7 @@ def test_a_signal_ends_the_run_with_a_snapshot_and_a_second_one_at_once(name, st
         run.send_signal(number)
         run.communicate()
     assert run.returncode in (-number, status)
-    assert checkpoint_util.find_resume("auto", "run") == "run/snapshot_last"
+    assert find_resume("auto", "run", models=model_registry.MODELS).path == "run/snapshot_last"
 
 
 def test_a_full_disk_leaves_the_last_good_snapshot(tmp_path):

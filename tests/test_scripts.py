@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import model_util
+import model_registry
 import of_cnn_evaluate
 import of_cnn_inference
 import of_cnn_train_val
-import ofrecord_util
 import optimizer_util
-from checkpoint_util import read_description
+from cnns.checkpoint.snapshot import read_description
+from cnns.data import checks
+from cnns.data.crops import Augmentation
 from small import (
     LINE,
     TINY,
@@ -30,7 +31,7 @@ NUM_CLASSES = 4
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch, tmp_path):
-    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+    monkeypatch.setitem(model_registry.MODELS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
 
 
@@ -228,9 +229,9 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
 
         monkeypatch.setattr(module, name, record)
 
-    for name in ("build_optimizer", "build_schedule"):
-        spy(of_cnn_train_val.optimizer_util, name)
-    spy(of_cnn_train_val.graph_util, "TrainGraph")
+    spy(of_cnn_train_val.optimizer_util, "build_optimizer")
+    spy(of_cnn_train_val, "Schedule")
+    spy(of_cnn_train_val, "TrainGraph")
     spy(of_cnn_train_val.ofrecord_util, "train_loader")
     result = train(
         f"--train_data_dir={data / 'train'}",
@@ -263,8 +264,8 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
         "decay_rate": None,
         "epsilon": None,
     }
-    (_, schedule), settings = seen["build_schedule"]
-    assert schedule == "step"
+    (schedule,), settings = seen["Schedule"]
+    assert (schedule, settings["learning_rate"]) == ("step", 0.02)
     assert (settings["total_steps"], settings["warmup_steps"]) == (80, 16)
     assert settings["step_milestones"] == (24, 48)
     assert seen["TrainGraph"][1] == {
@@ -274,7 +275,7 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
         "num_nodes": 1,
     }
     settings = seen["train_loader"][1]
-    assert settings["augmentation"] == ofrecord_util.Augmentation((0.4, 0.9), (0.8, 1.2), 0.25, 16)
+    assert settings["augmentation"] == Augmentation((0.4, 0.9), (0.8, 1.2), 0.25, 16)
     assert (settings["batch_size"], settings["seed"]) == (8, 9)
 
 
@@ -308,7 +309,7 @@ def test_every_optimizer_and_schedule_trains(optimizer, lr_decay):
 
 
 def test_labels_outside_the_classes_end_the_run_before_a_snapshot(tmp_path, monkeypatch):
-    monkeypatch.setattr(ofrecord_util, "ALWAYS_LOOK_BYTES", 0)  # as for large data
+    monkeypatch.setattr(checks, "ALWAYS_LOOK_BYTES", 0)  # as for large data
     write_parts(tmp_path / "train", [[3] * 8])  # no manifest to tell
     result = train(
         "--train_data_dir=train",

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import checkpoint_util
+import model_registry
 import netns
-from ofrecord_util import split_evenly
+from cnns.checkpoint.find import find_resume
+from cnns.checkpoint.snapshot import read_arrays, read_description, read_weights
+from cnns.data.datasets import split_evenly
 from small import (
     ROOT,
     jpeg,
@@ -123,8 +125,8 @@ def test_each_process_normalises_by_its_own_share(runs):
     np.testing.assert_allclose(
         losses(done["toy", 2]), losses(done["ghost", 1]), rtol=1e-4, atol=2e-6
     )
-    two = checkpoint_util.read_weights(str(root / "toy-2" / "snapshot_epoch_1"))
-    one = checkpoint_util.read_weights(str(root / "ghost-1" / "snapshot_epoch_1"))
+    two = read_weights(str(root / "toy-2" / "snapshot_epoch_1"))
+    one = read_weights(str(root / "ghost-1" / "snapshot_epoch_1"))
     for name, array in two.items():
         if "running" not in name:
             np.testing.assert_allclose(array, one[name], rtol=1e-3, atol=1e-5)
@@ -165,7 +167,7 @@ def test_no_image_goes_to_two_processes(tmp_path):
     code = """
 import sys
 sys.path[:0] = sys.argv[1:3]
-import oneflow_setup, json, os, test_ofrecord
+import cnns.startup, json, os, test_ofrecord
 loader = test_ofrecord.numbered_loader("data", shuffle_buffer_size=1, batch_size=3)
 epochs = []
 for epoch in range(3):
@@ -178,10 +180,11 @@ open(f"rank-{os.environ['RANK']}", "w").write(json.dumps(epochs))
     driver = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import launch_util
-job = launch_util.make_job(num_nodes=1, node_ips=None, processes_per_node=3, ctrl_port=50051)
+from cnns.launch.job import make_job
+from cnns.launch.nodes import launch
+job = make_job(num_nodes=1, node_ips=None, processes_per_node=3, ctrl_port=50051)
 command = [sys.executable, "-c", {code!r}, {str(ROOT)!r}, {str(ROOT / "tests")!r}]
-sys.exit(launch_util.launch(command, job=job, facts=dict))
+sys.exit(launch(command, job=job, facts=dict))
 """
     done = subprocess.run([sys.executable, "-c", driver], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -204,15 +207,13 @@ def test_stopped_and_resumed_with_two_processes(data, tmp_path):
     rest, errors = run.stdout.read(), run.stderr.read()
     assert run.wait(60) == 143, errors
     assert "Saving model to run/snapshot_last.\n" in rest
-    stopped = checkpoint_util.read_description(str(tmp_path / "run" / "snapshot_last"))
+    stopped = read_description(str(tmp_path / "run" / "snapshot_last"))
     # The line of iteration 2 was there; by 4 both processes know.
     assert stopped.epoch == 0 and stopped.iteration in (2, 3, 4, 5)
     finish(start(*flags, "--model_save_dir=run", "--resume=auto", cwd=tmp_path))
     for state in ("model", "training"):
         one, other = (
-            checkpoint_util.read_arrays(
-                str(tmp_path / run / "snapshot_epoch_2"), f"{state}.safetensors"
-            )
+            read_arrays(str(tmp_path / run / "snapshot_epoch_2"), f"{state}.safetensors")
             for run in ("whole", "run")
         )
         for name, array in one.items():
@@ -243,7 +244,7 @@ def workers(pid):
     for child in children(pid):
         environ = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         ranks = [int(entry[5:]) for entry in environ if entry.startswith(b"RANK=")]
-        if ranks and b"OF_CNN_WORKER=1" in environ:
+        if ranks and b"CNNS_WORKER=1" in environ:
             found[ranks[0]] = child
     return found
 
@@ -388,7 +389,8 @@ def test_sigterm_to_either_parent_ends_both_with_a_snapshot(tmp_path):
         runs[1].send_signal(signal.SIGTERM)
         ends = [finish(run, 143, timeout=60) for run in runs]
     assert "Saving model to run/snapshot_last.\n" in ends[0][0]
-    assert checkpoint_util.find_resume("auto", str(tmp_path / "run")).endswith("snapshot_last")
+    found = find_resume("auto", str(tmp_path / "run"), models=model_registry.MODELS)
+    assert found.path.endswith("snapshot_last")
 
 
 @needs_namespaces
@@ -423,4 +425,4 @@ def test_nodes_that_do_not_agree_or_do_not_come(tmp_path, data):
         )
         _, errors = finish(alone, 1)
         (line,) = errors.splitlines()
-        assert "node 1 (10.77.0.2) did not come to 10.77.0.1 port 50051 within 2 s" in line
+        assert "node 1 (10.77.0.2) did not connect to 10.77.0.1 port 50051 within 2 s" in line

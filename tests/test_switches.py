@@ -7,17 +7,21 @@ import numpy as np
 import oneflow as flow
 import pytest
 
-import checkpoint_util
 import config
-import graph_util
-import model_util
+import model_registry
 import of_cnn_evaluate
 import of_cnn_train_val
 import ofrecord_util
 import optimizer_util
-from checkpoint_util import load_weights, state_arrays
-from image_util import Preprocessing
-from layer_util import Switches, from_standard
+from cnns.checkpoint.snapshot import read_arrays, read_training_state, state_arrays
+from cnns.checkpoint.weights import load_weights
+from cnns.data.crops import Augmentation
+from cnns.data.datasets import open_train_dataset
+from cnns.data.images import Preprocessing
+from cnns.data.synthetic import SyntheticLoader
+from cnns.distributed import place, set_communication
+from cnns.graphs import EvalGraph, PredictGraph, TrainGraph
+from cnns.models.layers import Switches, from_standard
 from small import TINY, Tiny, call, losses, tree, validation_figures, write_parts
 
 LAYOUTS = [
@@ -125,14 +129,12 @@ def test_fused_kernels_are_where_they_belong(switches, fused):
 
 
 def make_train_graph(*, use_fp16, num_nodes=1):
-    model = graph_util.place(initial(Switches()), "cpu")
+    model = place(initial(Switches()), "cpu")
     optimizer = optimizer_util.build_optimizer(
         model, "sgd", learning_rate=0.1, weight_decay=0.0, momentum=0.9
     )
-    loader = ofrecord_util.SyntheticLoader(
-        batch_size=4, num_classes=10, image_size=32, seed=0, device="cpu"
-    )
-    graph = graph_util.TrainGraph(
+    loader = SyntheticLoader(batch_size=4, num_classes=10, image_size=32, seed=0, device="cpu")
+    graph = TrainGraph(
         model,
         loader,
         optimizer,
@@ -159,10 +161,10 @@ def test_what_graphs_are_configured_to():
     heuristic = [g.config.proto.cudnn_conv_heuristic_search_algo for g in (plain, half)]
     assert heuristic == [False, True]
     for use_fp16 in (False, True):
-        model = graph_util.place(initial(Switches()), "cpu")
+        model = place(initial(Switches()), "cpu")
         for graph in (
-            graph_util.EvalGraph(model, loader, top_k=5, use_fp16=use_fp16),
-            graph_util.PredictGraph(model, use_fp16=use_fp16),
+            EvalGraph(model, loader, top_k=5, use_fp16=use_fp16),
+            PredictGraph(model, use_fp16=use_fp16),
         ):
             assert graph.config.proto.enable_auto_mixed_precision == use_fp16
 
@@ -173,17 +175,15 @@ def test_the_settings_of_nccl(monkeypatch):
         monkeypatch.setattr(
             flow.boxing.nccl, name, lambda value, name=name: called.update({name: value})
         )
-    graph_util.set_communication(use_fp16=True)
+    set_communication(use_fp16=True)
     assert called == {}
-    graph_util.set_communication(
-        use_fp16=False, nccl_fusion_threshold_mb=16, nccl_fusion_max_ops=24
-    )
+    set_communication(use_fp16=False, nccl_fusion_threshold_mb=16, nccl_fusion_max_ops=24)
     assert called == {"set_fusion_threshold_mbytes": 16, "set_fusion_max_ops_num": 24}
 
 
 @pytest.fixture
 def _tiny_model(monkeypatch, tmp_path):
-    monkeypatch.setitem(model_util.MODELS, "tiny", TINY)
+    monkeypatch.setitem(model_registry.MODELS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
 
 
@@ -207,7 +207,7 @@ def test_half_precision_on_a_cpu_is_float32(tmp_path):
     for name in ("model.safetensors", "training.safetensors"):
         path = f"snapshot_epoch_1/{name}"
         assert tree(tmp_path / "resumed")[path] == tree(tmp_path / "half")[path]
-    state = checkpoint_util.read_training_state("half/snapshot_epoch_1")
+    state = read_training_state("half/snapshot_epoch_1")
     assert any("loss" in key.lower() for key in state), sorted(state)
 
 
@@ -226,8 +226,8 @@ def test_training_goes_on_in_another_layout(tmp_path, monkeypatch):
     assert other.status == 0, other.stderr
     np.testing.assert_allclose(losses(other.stdout), losses(whole.stdout)[4:], rtol=1e-4)
     for name in ("model", "training"):
-        one = checkpoint_util.read_arrays("whole/snapshot_epoch_1", f"{name}.safetensors")
-        two = checkpoint_util.read_arrays("other/snapshot_epoch_1", f"{name}.safetensors")
+        one = read_arrays("whole/snapshot_epoch_1", f"{name}.safetensors")
+        two = read_arrays("other/snapshot_epoch_1", f"{name}.safetensors")
         assert one.keys() == two.keys()
         for key, array in one.items():
             assert array.shape == two[key].shape
@@ -268,10 +268,10 @@ def test_the_reader_of_the_gpu_decoder_begins_anew_where_a_run_goes_on(tmp_path)
 
     def make(first_step):
         loader = ofrecord_util.train_loader(
-            ofrecord_util.open_train_dataset(str(directory)),
+            open_train_dataset(str(directory)),
             batch_size=4,
             preprocessing=Preprocessing(32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-            augmentation=ofrecord_util.Augmentation(area=(0.5, 1.0), shuffle_buffer_size=1),
+            augmentation=Augmentation(area=(0.5, 1.0), shuffle_buffer_size=1),
             seed=0,
             device="cpu",
             gpu_image_decoder=True,

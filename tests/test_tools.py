@@ -1,6 +1,6 @@
 """Making data: the OFRecord writer, the tools on it, and what data/ ships."""
 
-import oneflow_setup  # noqa: F401
+import cnns.startup  # noqa: F401
 
 import fcntl
 import gzip
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
-from config import RunError, UsageError
+from cnns.errors import RunError, UsageError
 from small import read_manifest, tree
 from tools import make_mini_imagenet, make_ofrecord
 from tools.ofrecord_writer import (
@@ -678,7 +678,7 @@ def test_folder_refusals(photos, tmp_path):
     (photos / "train" / "empty").rmdir()
 
     dog = save(picture(1), photos / "validation" / "dog" / "x.jpg")
-    refused(RunError, "'dog' is no class of .*train; rename or remove")
+    refused(RunError, "'dog' is not a class of .*train; rename or remove")
     dog.unlink()
     dog.parent.rmdir()
 
@@ -712,7 +712,7 @@ def test_class_list_gives_the_labels(tmp_path, capsys):
     "folders, match",
     [
         (["crane"], "'crane' may be class 134 or 517 .*WordNet id"),
-        (["n00000000"], "'n00000000' is no class of"),
+        (["n00000000"], "'n00000000' is not a class of"),
         (["n01440764", "tench"], "'n01440764'; join the folders"),
     ],
 )
@@ -730,7 +730,7 @@ def test_class_list_refusals(tmp_path, folders, match):
         (b"cat\n\ndog\n", "line 2 is empty"),
         (b"cat\ndog\ncat\n", "'cat' stands in line 1 and line 3"),
         (b"n01440764 tench\ngoldfish\n", "line 2 .'goldfish'. has no WordNet id"),
-        (b"\xff\xfe\x00", "is no UTF-8 text"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
         (None, "No such file"),
     ],
 )

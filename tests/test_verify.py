@@ -212,7 +212,7 @@ def test_records_that_oneflow_cannot_read(tmp_path):
         encode({"encoded": rgb, "class/label": -1}): "label -1 is outside of 0 to 999999",
         encode({"encoded": rgb, "class/label": 0, "height": 11}): "`height` is [11], and the image "
         "has 10",
-        b"hello": "is no OFRecord: byte 2 of the message",
+        b"hello": "is not an OFRecord: byte 2 of the message",
     }
     (tmp_path / "part-00000").write_bytes(
         b"".join(LENGTH.pack(len(message)) + message for message in messages)
@@ -221,7 +221,7 @@ def test_records_that_oneflow_cannot_read(tmp_path):
     starts = offsets(tmp_path / "part-00000")
     for i, (line, what) in enumerate(zip(found, messages.values(), strict=True)):
         if i == len(messages) - 1:
-            what = "is no OFRecord: "
+            what = "is not an OFRecord: "
         assert line.startswith(f"part-00000: record {i}, at byte {starts[i]}: {what}"), line
 
 

@@ -5,20 +5,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import oneflow_setup  # noqa: F401  (first, see there)
+import cnns.startup  # noqa: F401  (first, see there)
 
-import config
-import launch_util
-import model_util
+import model_registry
 import of_cnn_evaluate
 import of_cnn_train_val
 import small
+from cnns.errors import run_main
+from cnns.launch.worker import leave
 
-model_util.MODELS.update(small.MODELS)
+model_registry.MODELS.update(small.MODELS)
 script = of_cnn_evaluate if sys.argv[1:2] == ["evaluate"] else of_cnn_train_val
 if script is of_cnn_evaluate:
     argv = sys.argv[2:]
-    launch_util.command = lambda script, argv: [sys.executable, *sys.argv]  # with `evaluate`
+    # With `evaluate`.
+    of_cnn_evaluate.command = lambda script, argv: [sys.executable, *sys.argv]
 else:
     argv = None
-sys.exit(config.run_main(lambda: script.main(argv), leave=launch_util.leave))
+sys.exit(run_main(lambda: script.main(argv), leave=leave))

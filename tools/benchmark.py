@@ -27,23 +27,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import oneflow_setup  # noqa: F401  (first, see there)
+import cnns.startup  # noqa: F401  (first, see there)
 
 import numpy as np
 import onnxruntime
 from PIL import Image
 
-import checkpoint_util
-import config
-import graph_util
-import model_util
+import model_registry
 import of_cnn_train_val as script
 import ofrecord_util
-import onnx_util
 import resnet_to_onnx
-from config import Parser, RunError, UsageError, add_switch, number
-from layer_util import Switches
-from metric_util import limit_run_ahead
+from cnns.checkpoint.snapshot import Snapshot, versions
+from cnns.data.crops import Augmentation
+from cnns.data.datasets import open_train_dataset
+from cnns.distributed import choose_device
+from cnns.errors import RunError, UsageError, run_main
+from cnns.export import ExportedModel
+from cnns.flags import Parser, add_switch, number
+from cnns.graphs import Predictor
+from cnns.log import limit_run_ahead
+from cnns.models.layers import Switches
 from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
 from tools.ofrecord_writer import BLOCK_BYTES, read_classes
 
@@ -55,7 +58,7 @@ CONVERSION_PARTS = 4  # of 130 MB; those of ImageNet have 560
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    device = graph_util.choose_device(args.device)
+    device = choose_device(args.device)
     report = {"date": date.today().isoformat(), "machine": describe_machine(device)}
     if args.conversion:
         report["conversion"] = benchmark_conversion(args)
@@ -81,7 +84,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where")
     parser.add_argument(
-        "--model", choices=sorted(model_util.MODELS), default="resnet50", help="network"
+        "--model", choices=sorted(model_registry.MODELS), default="resnet50", help="network"
     )
     parser.add_argument(
         "--image_size", type=number(int, 8), default=64, help="height and width, pixels"
@@ -129,7 +132,7 @@ def describe_machine(device: str) -> dict:
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)),
         "device": device,
-        **checkpoint_util.versions(),
+        **versions(),
     }
 
 
@@ -141,7 +144,7 @@ def timed(function: Callable[[], None]) -> float:
 
 def benchmark_training_loop(args: Namespace, device: str) -> dict:
     """samples/s of `of_cnn_train_val.Run.train_epoch` and of a loop that calls the same graph."""
-    train_args = script.parse_args(
+    given = script.parse_args(
         [
             f"--device={device}",
             f"--model={args.model}",
@@ -152,46 +155,28 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
             f"--num_examples={args.steps * args.batch_size_per_device}",
         ]
     )
-    config.finish_train_args(train_args, device=device)
-    snapshot = script.describe_run(train_args, None, None, None)
-    script.choose_learning_rate(train_args, model=snapshot.model)
-    plan = script.make_plan(train_args, None)
-    script.go_on(train_args, snapshot, plan, None)
-    model = graph_util.place(script.build_model(train_args, snapshot, None), device)
-    model.train()
-    graph, loader = script.build_training(
-        train_args, None, model, snapshot, plan, device, lambda line: None
-    )
-    run = script.Run(
-        train_args,
-        model=model,
-        graph=graph,
-        loader=loader,
-        evaluator=None,
-        plan=plan,
-        snapshot=snapshot,
-        save_dir="",  # nothing is saved
-        log=lambda line: print(line, file=sink),
-        device=device,
-    )
+    spec = script.make_spec(given)
+    lines: list[str] = []
+    run = script.build_run(spec, save_dir="", log=lines.append)  # nothing is saved
+    graph, loader = run.parts.graph, run.parts.loader
+    run.parts.model.train()
 
     def own_loop():
         run.train_epoch()
-        snapshot.iteration = 0
+        run.progress.iteration = 0
 
-    masks = run.masks.at(0)
+    masks = run.parts.masks.at(0)
 
     def bare_loop():
         for batch in itertools.islice(loader.batches(0), args.steps):
             outputs = graph(*batch, **masks)
         outputs[0].numpy()  # waits for all steps
 
-    with open(os.devnull, "w") as sink:
-        bare_loop()  # compiles, and warms up
-        seconds = {"own": [], "bare": []}
-        for _ in range(args.rounds):
-            seconds["own"].append(timed(own_loop))
-            seconds["bare"].append(timed(bare_loop))
+    bare_loop()  # compiles, and warms up
+    seconds = {"own": [], "bare": []}
+    for _ in range(args.rounds):
+        seconds["own"].append(timed(own_loop))
+        seconds["bare"].append(timed(bare_loop))
     samples = args.steps * args.batch_size_per_device
     own, bare = (samples / statistics.median(seconds[kind]) for kind in ("own", "bare"))
     pairs = zip(seconds["own"], seconds["bare"], strict=True)
@@ -213,10 +198,10 @@ def benchmark_inference(args: Namespace, device: str) -> dict:
 
     Images are there already: reading and resizing them is left out.
     """
-    preprocessing = model_util.preprocessing(args.model, image_size=args.image_size)
+    preprocessing = model_registry.MODELS[args.model].preprocessing(image_size=args.image_size)
     classes = 1000
-    network = model_util.MODELS[args.model].build(classes, Switches())
-    snapshot = checkpoint_util.Snapshot(args.model, classes, preprocessing)
+    network = model_registry.MODELS[args.model].build(classes, Switches())
+    snapshot = Snapshot(args.model, classes, preprocessing)
     shape = (args.batch_size_per_device, 3, args.image_size, args.image_size)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     with tempfile.TemporaryDirectory() as place:
@@ -224,8 +209,8 @@ def benchmark_inference(args: Namespace, device: str) -> dict:
         reference = resnet_to_onnx.Reference(network)
         model = resnet_to_onnx.convert(reference, snapshot, "random", opset=12)
         resnet_to_onnx.write(model, path, external_data=False)
-        exported = onnx_util.ExportedModel(path)
-        predictor = graph_util.Predictor(graph_util.place(network, device), device=device)
+        exported = ExportedModel(path)
+        predictor = Predictor(place(network, device), device=device)
         backends = {"oneflow": predictor, "onnxruntime": exported.probabilities}
         seconds = {name: [] for name in backends}
         for predict in backends.values():
@@ -337,12 +322,12 @@ def benchmark_loader(args: Namespace, device: str) -> dict:
     """images/s of reading, decoding and augmenting OFRecord parts, without a network."""
     if args.train_data_dir.endswith(".npz"):
         raise UsageError(f"--train_data_dir={args.train_data_dir}: a directory of parts is needed")
-    data = ofrecord_util.open_train_dataset(args.train_data_dir)
+    data = open_train_dataset(args.train_data_dir)
     loader = ofrecord_util.train_loader(
         data,
         batch_size=args.batch_size_per_device,
-        preprocessing=model_util.preprocessing(args.model, image_size=args.image_size),
-        augmentation=ofrecord_util.Augmentation(),
+        preprocessing=model_registry.MODELS[args.model].preprocessing(image_size=args.image_size),
+        augmentation=Augmentation(),
         seed=0,
         device=device,
     )
@@ -473,4 +458,4 @@ def benchmark_conversion(args: Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(config.run_main(main))
+    sys.exit(run_main(main))

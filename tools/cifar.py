@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import RunError, UsageError
+from cnns.errors import RunError, UsageError
 
 PLANES = (3, 32, 32)
 FILES_10 = {
@@ -38,10 +38,10 @@ def read_files(path: Path) -> dict[str, bytes]:
                 if member.isfile() and os.path.basename(member.name) in wanted
             }
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise RunError(f"{path}: is no whole tar archive: {error}") from None
+        raise RunError(f"{path}: is not a whole tar archive: {error}") from None
     except OSError as error:
         if error.strerror is None:  # gzip's own
-            raise RunError(f"{path}: is no whole tar archive: {error}") from None
+            raise RunError(f"{path}: is not a whole tar archive: {error}") from None
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
 
 
@@ -49,7 +49,7 @@ def read_names(files: dict[str, bytes], name: str, path: Path) -> list[str]:
     try:
         names = [line.strip() for line in files[name].decode().splitlines()]
     except UnicodeDecodeError:
-        raise RunError(f"{path}: {name} is no UTF-8 text") from None
+        raise RunError(f"{path}: {name} is not UTF-8 text") from None
     names = [name for name in names if name]
     if not names:
         raise RunError(f"{path}: {name} is empty")
@@ -90,8 +90,8 @@ def read_cifar(
             data = np.frombuffer(files[part], np.uint8)
             if not len(data) or len(data) % width:
                 raise RunError(
-                    f"{path}: {part} holds {len(data)} bytes, which is no multiple of {width}, the "
-                    "bytes of an image and its label"
+                    f"{path}: {part} holds {len(data)} bytes, which is not a multiple of {width}, "
+                    "the bytes of an image and its label"
                 )
             records = data.reshape(-1, width)
             wrong = np.flatnonzero(records[:, at] >= len(classes))

@@ -9,15 +9,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import oneflow_setup  # noqa: F401  (before oneflow, see there)
+import cnns.startup  # noqa: F401  (before oneflow, see there)
 
 import os
 
-import checkpoint_util
-import foreign_checkpoint
-import model_util
-from config import Parser, UsageError, run_main
-from metric_util import notice
+import model_registry
+from cnns.checkpoint.find import find_snapshot
+from cnns.checkpoint.foreign import LAYOUTS
+from cnns.checkpoint.snapshot import write_snapshot
+from cnns.checkpoint.weights import check_fits, open_checkpoint
+from cnns.errors import UsageError, run_main
+from cnns.flags import Parser
+from cnns.log import notice
 
 
 def make_parser() -> Parser:
@@ -26,12 +29,12 @@ def make_parser() -> Parser:
     parser.add_argument("target", metavar="DST", help="directory to make")
     parser.add_argument(
         "--model",
-        choices=sorted(model_util.MODELS),
+        choices=sorted(model_registry.MODELS),
         help="network; unless given, the one that the names of the weights tell of",
     )
     parser.add_argument(
         "--layout",
-        choices=foreign_checkpoint.LAYOUTS,
+        choices=LAYOUTS,
         help="of the convolutions in a OneFlow folder of 2020 without meta files; unless given, "
         "OIHW",
     )
@@ -40,18 +43,21 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    path = checkpoint_util.find_snapshot(args.source)
+    path = find_snapshot(args.source, models=model_registry.MODELS)
     if os.path.lexists(args.target):
         raise UsageError(f"DST: {args.target} exists; nothing is overwritten, so name another")
-    checkpoint = checkpoint_util.open_checkpoint(path, model=args.model, layout=args.layout)
+    checkpoint = open_checkpoint(
+        path, models=model_registry.MODELS, model=args.model, layout=args.layout
+    )
     snapshot = checkpoint.snapshot
-    checkpoint_util.check_fits(snapshot, model=args.model, num_classes=None, path=path)
-    network = model_util.MODELS[snapshot.model].build(snapshot.num_classes)
-    checkpoint.load(network)
-    for text in checkpoint.notices():
+    check_fits(
+        snapshot, models=model_registry.MODELS, model=args.model, num_classes=None, path=path
+    )
+    network = model_registry.MODELS[snapshot.model].build(snapshot.num_classes)
+    for text in [*checkpoint.notices(), *checkpoint.load(network)]:
         notice(text)
     os.makedirs(os.path.dirname(os.path.abspath(args.target)), exist_ok=True)
-    checkpoint_util.write_snapshot(args.target, network, snapshot)
+    write_snapshot(args.target, network, snapshot)
     print(f"{path} -> {args.target}: {snapshot.model}, {snapshot.num_classes} classes")
 
 

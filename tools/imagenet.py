@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import RunError, UsageError
-from image_util import IMAGE_SUFFIXES
+from cnns.data.images import IMAGE_SUFFIXES
+from cnns.errors import RunError, UsageError
 from tools.jpeg_util import passed_through
 from tools.ofrecord_writer import BadImage, Example, file_stamp, read_classes
 
@@ -166,7 +166,7 @@ def walk_tar(handle: int, begin: int, end: int, where: str) -> Iterator[tuple[st
         except tarfile.HeaderError as error:
             if at == begin:
                 gzip = ": it is compressed; gunzip it first" if block[:2] == b"\x1f\x8b" else ""
-                raise RunError(f"{where}: is no tar archive{gzip}") from None
+                raise RunError(f"{where}: is not a tar archive{gzip}") from None
             raise RunError(
                 f"{where}: no tar header at byte {at} ({error}): the archive is damaged; copy or "
                 "download it again"
@@ -288,7 +288,7 @@ def read_val_labels(path: Path, wordnet_ids: list[str]) -> np.ndarray:
     try:
         lines = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is no UTF-8 text"
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UsageError(f"{path}: cannot read the labels: {reason}") from None
     label_of = {name: label for label, name in enumerate(wordnet_ids)}
     label_of |= {str(label): label for label in range(len(wordnet_ids))}
@@ -517,7 +517,7 @@ def find_sources(root: Path | None, train: Path | None, validation: Path | None)
             sources[split] = path
         elif root is not None:
             if not root.is_dir():
-                raise UsageError(f"--input={root}: is no folder")
+                raise UsageError(f"--input={root}: is not a folder")
             sources[split] = find_source(root, split)
     return sources
 

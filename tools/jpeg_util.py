@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from image_util import to_rgb
+from cnns.data.images import to_rgb
 from tools.ofrecord_writer import BadImage, Example, encode_jpeg
 
 # Within compressed data 0xFF is followed by 0 (a data byte), D0-D7 (restart) or more 0xFF (fill).

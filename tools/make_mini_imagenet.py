@@ -14,7 +14,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Parser, RunError, number, run_main
+from cnns.errors import RunError, run_main
+from cnns.flags import Parser, number
 from tools.ofrecord_writer import Example, Split, encode_jpeg, read_classes, write_dataset
 
 DATA = Path(__file__).resolve().parents[1] / "data"

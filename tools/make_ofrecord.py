@@ -21,8 +21,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Parser, RunError, UsageError, add_switch, number, run_main
-from image_util import IMAGE_SUFFIXES
+from cnns.data.images import IMAGE_SUFFIXES
+from cnns.errors import RunError, UsageError, run_main
+from cnns.flags import Parser, add_switch, number
 from tools import cifar, imagenet
 from tools.imagenet import some
 from tools.jpeg_util import jpeg_example
@@ -181,7 +182,8 @@ def folder_labels(folders, lookup: dict[str, set[int]], *, root: Path, source: s
         found = sorted(lookup.get(folder, ()))
         if not found:
             raise RunError(
-                f"{root / folder}: {folder!r} is no class of {source}; rename or remove the folder"
+                f"{root / folder}: {folder!r} is not a class of {source}; rename or remove the "
+                "folder"
             )
         if len(found) > 1:
             raise RunError(

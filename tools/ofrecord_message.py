@@ -56,7 +56,7 @@ def _feature(name: str, value) -> bytes:
     if values and all(isinstance(v, int) for v in values):
         for v in values:
             if not -(2**31) <= v < 2**31:
-                raise ValueError(f"feature {name}: {v} is no int32")
+                raise ValueError(f"feature {name}: {v} is not an int32")
         # A negative number is ten bytes, as if it had 64 bits.
         return _field(4, _field(1, b"".join(_varint(v & 0xFFFFFFFFFFFFFFFF) for v in values)))
     if values and all(isinstance(v, (int, float)) for v in values):
@@ -187,5 +187,5 @@ def decode(data: bytes) -> dict[str, tuple[str, list]]:
         try:
             features[key.decode()] = feature
         except UnicodeDecodeError:
-            raise MessageError(f"a name at byte {start} of the message is no UTF-8") from None
+            raise MessageError(f"a name at byte {start} of the message is not UTF-8") from None
     return features

@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from config import RunError, UsageError
-from file_util import sync_directory, write_durably
+from cnns.checkpoint.files import sync_directory, write_durably
+from cnns.errors import RunError, UsageError
 from tools import ofrecord_message
 from tools.worker_pool import Advance, Progress, run_tasks
 
@@ -696,7 +696,7 @@ def read_classes(path: Path) -> tuple[list[str], list[str]]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is no UTF-8 text"
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UsageError(f"{path}: cannot read the class list: {reason}") from None
     while lines and not lines[-1]:
         lines.pop()

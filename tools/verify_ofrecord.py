@@ -17,7 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import MAX_CLASSES, Parser, RunError, UsageError, add_switch, number, run_main
+from cnns.data.format import MAX_CLASSES
+from cnns.errors import RunError, UsageError, run_main
+from cnns.flags import Parser, add_switch, number
 from tools import ofrecord_message
 from tools.jpeg_util import BrokenJpeg, decode_jpeg, walk_jpeg
 from tools.ofrecord_writer import BLOCK_BYTES, LENGTH, MANIFEST, default_num_workers
@@ -26,7 +28,7 @@ from tools.worker_pool import Advance, Progress, run_tasks
 PART_NAME = re.compile(r"part-(\d+)")
 SPLITS = ("train", "validation")
 BYTES_PER_IMAGE = 100_000  # or so, to tell how much there is to do
-# What OneFlow 0.9's decoders do with an image that is no RGB JPEG.
+# What OneFlow 0.9's decoders do with an image that is not an RGB JPEG.
 CONSEQUENCE = {
     "greyscale JPEG": "which OneFlow decodes to noise without a word",
     "no JPEG": "and OneFlow's decoder reads nothing else",
@@ -93,7 +95,7 @@ def record_faults(message: bytes, num_classes: int | None, decode: bool) -> tupl
     try:
         features = ofrecord_message.decode(message)
     except ofrecord_message.MessageError as error:
-        return [f"is no OFRecord: {error}"], label
+        return [f"is not an OFRecord: {error}"], label
     try:
         label = one(features, "class/label", "int32")
         if not 0 <= label < (num_classes or MAX_CLASSES):
@@ -196,7 +198,7 @@ def read_manifest(directory: Path) -> tuple[dict | None, list[Fault]]:
             if not isinstance(part["name"], str):
                 raise ValueError("a part without a name")
         if not isinstance(manifest.get("num_classes"), int | None):
-            raise ValueError("num_classes is no number")
+            raise ValueError("num_classes is not a number")
     except FileNotFoundError:
         return None, []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
 
-from config import RunError
+from cnns.errors import RunError
 
 REPORT_SECONDS = 0.1  # between a worker's reports of progress
 LINE_SECONDS = 30.0  # between lines of progress in a log

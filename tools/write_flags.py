@@ -8,13 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import oneflow_setup  # noqa: F401  (before oneflow, see there)
-
-import argparse
+import cnns.startup  # noqa: F401  (before oneflow, see there)
 
 import config
-import model_util
+import model_registry
 import optimizer_util
+from cnns.flags import Flag, FlagParser
 
 INTRODUCTION = """\
 # Flags
@@ -23,8 +22,7 @@ INTRODUCTION = """\
 
 Every flag of the four scripts; `--help` of a script prints its own. The names are those of
 OneFlow-Benchmark. A flag that belongs to another optimizer, schedule or kind of data is refused,
-not ignored. A switch takes `--save_init`, `--save_init=True` and `--save_init=False`. Where the
-column "default" is empty, the text says what happens without the flag.
+not ignored. A switch takes `--save_init`, `--save_init=True` and `--save_init=False`.
 
 On a CPU, synthetic data bring smaller defaults of `--image_size`, `--batch_size_per_device` and
 `--num_epochs`, which the script prints.
@@ -54,9 +52,9 @@ between scripts has a row for each.
 """
 
 
-def make_parsers() -> dict[str, argparse.ArgumentParser]:
+def make_parsers() -> dict[str, FlagParser]:
     """The parser of each script, by the word for it in the tables."""
-    models = model_util.MODELS
+    models = model_registry.MODELS
     return {
         "train": config.train_parser(
             models=models,
@@ -69,41 +67,33 @@ def make_parsers() -> dict[str, argparse.ArgumentParser]:
     }
 
 
-def describe_default(value: object) -> str:
-    """A default as it would be given on the command line; empty where there is none."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list):  # several values of one flag
-        return " ".join(describe_default(each) for each in value)
-    if isinstance(value, tuple):  # one value, joined by commas
-        return "`" + ",".join(f"{each:g}" for each in value) + "`"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
-
-
-def describe(action: argparse.Action) -> tuple[str, str, str]:
+def describe(flag: Flag) -> tuple[str, str, str]:
     """The cells flag, default and text of one flag."""
-    flag, *aliases = (f"`{option}`" for option in action.option_strings if option.startswith("--"))
-    if aliases:
-        flag += f" (also {', '.join(aliases)})"
-    text = action.help or ""
-    if action.choices:
-        text += "; one of " + ", ".join(f"`{choice}`" for choice in action.choices)
+    name = f"`--{flag.name}`"
+    if flag.aliases:
+        name += f" (also {', '.join(f'`{alias}`' for alias in flag.aliases)})"
+    text = flag.whole_text
+    if flag.choices:
+        text += "; one of " + ", ".join(f"`{choice}`" for choice in flag.choices)
+    default = flag.unless_given
+    if default and not (flag.otherwise or flag.switch):
+        default = f"`{default}`"
+    return name, escape(default), escape(text)
+
+
+def escape(text: str) -> str:
     for character, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):  # Markdown's own
         text = text.replace(character, escaped)
-    return flag, describe_default(action.default), text
+    return text
 
 
-def collect(parsers: dict) -> dict[str, dict[tuple[str, str, str], list[str]]]:
+def collect(parsers: dict[str, FlagParser]) -> dict[str, dict[tuple[str, str, str], list[str]]]:
     """For each title of a group, its rows and the scripts that have each, in the parsers' order."""
     groups: dict = {}
     for script, parser in parsers.items():
-        for group in parser._action_groups:
-            for action in group._group_actions:
-                if action.option_strings and action.dest != "help":
-                    rows = groups.setdefault(group.title, {})
-                    rows.setdefault(describe(action), []).append(script)
+        for title, flags in parser.groups.items():
+            for flag in flags:
+                groups.setdefault(title, {}).setdefault(describe(flag), []).append(script)
     return groups
 
 
@@ -111,7 +101,7 @@ def make_page(parsers: dict) -> str:
     lines = [INTRODUCTION]
     for title, rows in collect(parsers).items():
         lines += [f"## {title[0].upper()}{title[1:]}", ""]
-        lines += ["| flag | default | scripts | what |", "|---|---|---|---|"]
+        lines += ["| flag | unless given | scripts | what |", "|---|---|---|---|"]
         # Rows of one flag stand together, whichever script they come from.
         flags = list(dict.fromkeys(flag for flag, _, _ in rows))
         for row in sorted(rows, key=lambda row: flags.index(row[0])):

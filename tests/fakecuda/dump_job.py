@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import oneflow_setup  # noqa: F401, E402  (first, see there)
+import cnns.startup  # noqa: F401, E402  (first, see there)
 
 import heapq  # noqa: E402
 import re  # noqa: E402
@@ -26,7 +26,6 @@ from collections import Counter  # noqa: E402
 
 import oneflow.core.common.data_type_pb2 as data_types  # noqa: E402
 
-import graph_util  # noqa: E402
 import of_cnn_train_val  # noqa: E402
 from golden import plans  # noqa: E402
 
@@ -84,16 +83,11 @@ SETTINGS = (
 
 def compile_job(flags: list[str]):
     """The job (a protobuf message) of the training step that these flags of the script make."""
-    setup = of_cnn_train_val.prepare(flags)
-    args, device, snapshot = setup.args, setup.device, setup.snapshot
-    graph_util.set_communication(use_fp16=args.use_fp16)
-    model = graph_util.place(of_cnn_train_val.build_model(args, snapshot, None), device)
-    graph, loader = of_cnn_train_val.build_training(
-        args, setup.train_data, model, snapshot, setup.plan, device, lambda line: None
-    )
-    model.train()
-    graph(*next(loader.batches(0, 0)))[0].numpy()
-    return graph._compiled_graph_proto
+    spec = of_cnn_train_val.make_spec(of_cnn_train_val.parse_args(flags))
+    parts = of_cnn_train_val.build_parts(spec, lambda line: None)
+    parts.model.train()
+    parts.graph(*next(parts.loader.batches(0, 0)))[0].numpy()
+    return parts.graph._compiled_graph_proto
 
 
 def without_counters(name: str) -> str:

@@ -158,14 +158,15 @@ def run(commands: list[list[str]]) -> list[tuple[dict, dict]]:
     """What `Session.finish` reads, of commands that run here."""
     sys.path.insert(0, str(TESTS.parent))
     sys.path.insert(0, str(TESTS))
-    import launch_util
+    from cnns.launch.job import Job, reserve_port
+    from cnns.launch.worker import worker_environ
 
     # As the only worker of a job, for on CUDA the scripts start others to do the work.
-    with launch_util.reserve_port(None) as port:
-        os.environ |= launch_util.worker_environ(launch_util.Job(), 0, port.getsockname())
-    import oneflow_setup  # noqa: F401
+    with reserve_port(None) as port:
+        os.environ |= worker_environ(Job(), 0, port.getsockname())
+    import cnns.startup  # noqa: F401
 
-    import model_util
+    import model_registry
     import of_cnn_evaluate
     import of_cnn_inference
     import of_cnn_train_val
@@ -176,7 +177,7 @@ def run(commands: list[list[str]]) -> list[tuple[dict, dict]]:
         "evaluate": of_cnn_evaluate,
         "inference": of_cnn_inference,
     }
-    model_util.MODELS.update(small.MODELS)
+    model_registry.MODELS.update(small.MODELS)
     jobs: dict[str, list] = {}
 
     def rows(blobs: tuple[Blob, ...]) -> list[tuple]:

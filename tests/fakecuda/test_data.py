@@ -6,8 +6,8 @@ import pytest
 
 import fake
 import jobs
-import metric_util
 import small
+from cnns.log import RUN_AHEAD
 
 NUM_CLASSES = 4
 BATCH_SIZE = 3
@@ -94,7 +94,7 @@ def test_a_step_copies_its_batch_and_scalars(data, tmp_path, suffix, use_fp16):
     copies = [(way, int(size)) for way, size in COPY.findall(text)]
     batches = [i for i, copy in enumerate(copies) if copy == ("HD", image)][: STEPS[1]]
     # The last batches may still be on their way when the line is printed.
-    before_printing = copies[: batches[-1 - metric_util.RUN_AHEAD]]
+    before_printing = copies[: batches[-1 - RUN_AHEAD]]
     assert before_printing.count(("DH", 8)) <= (STEPS[1] if use_fp16 else 0)
 
 

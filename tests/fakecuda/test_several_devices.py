@@ -12,7 +12,7 @@ import pytest
 
 import fake
 import jobs
-import model_util
+import model_registry
 import netns
 import small
 from small import ROOT
@@ -91,7 +91,7 @@ def check_gradients(log: jobs.Log, *, model: str, use_fp16: bool) -> None:
     # "allreduce COUNT type TYPE op sum"
     reduced = [(int(call[1]), call[3]) for call in asked if "reduce" in call[0]]
     assert (1, float32) in reduced and (1, float16) not in reduced
-    network = (model_util.MODELS | small.MODELS)[model].build(10)
+    network = (model_registry.MODELS | small.MODELS)[model].build(10)
     statistics = sum(b.numel() for name, b in network.named_buffers() if "running" in name)
     gradients = [(n, dtype) for n, dtype in reduced if n not in (1, statistics)]
     parameters = [parameter.numel() for parameter in network.parameters()]

@@ -13,9 +13,9 @@ from PIL import Image
 
 import fake
 import jobs
-import model_util
+import model_registry
 import small
-from layer_util import Dropout
+from cnns.models.layers import Dropout
 
 NUM_CLASSES = 4
 BATCH_SIZE = 2
@@ -29,7 +29,7 @@ VARIANTS = {
     "all": (*FUSED_NHWC, "--pad_output"),
 }
 # The networks of the project, and a small one that has all switches as well.
-NETWORKS = model_util.MODELS | {"tiny": small.TINY}
+NETWORKS = model_registry.MODELS | {"tiny": small.TINY}
 QUICK = [("tiny", False, "plain"), ("tiny", True, "all")]
 LINE = re.compile(  # as small.LINE, whatever the figures
     r"(?:train|validation): epoch (\d+), iter (\d+),(?: loss: \S+,)? top_1: \S+, top_k: \S+, "

@@ -2,7 +2,7 @@
 
 from oneflow import nn
 
-from layer_util import Dropout, Switches, draw_fan_out
+from cnns.models.layers import Dropout, Switches, draw_fan_out
 
 # Expansion, channels, blocks and stride of the first of them: table 2 of the paper.
 STAGES = (

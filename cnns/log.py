@@ -9,7 +9,7 @@ from datetime import datetime
 
 import numpy as np
 
-from config import UsageError
+from cnns.errors import UsageError
 
 RUN_AHEAD = 2  # steps; enough for the next to be there when one ends
 
@@ -57,7 +57,7 @@ def is_first_rank() -> bool:
 
 
 def notice(text: str) -> None:
-    """Something worth knowing that is no result: on stderr, as it is not one of the log's lines."""
+    """Something worth knowing that is not a result: on stderr, so not one of the log's lines."""
     if is_first_rank():
         print(text, file=sys.stderr, flush=True)
 

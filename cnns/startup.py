@@ -6,7 +6,7 @@
   warnings stay, for there they mean something.
 - The OpenBLAS in OneFlow's wheel does not know AMD's processors since Zen 3 and takes kernels from
   2007 for them. Those that it has for Zen are asked for instead: forward passes take half the time.
-- A worker of a job of several processes prepares itself, see launch_util.
+- A worker of a job of several processes prepares itself, see cnns.launch.worker.
 - OneFlow installs a handler for SIGINT that ends the process in the middle of native code. Python's
   own is put back, so that Ctrl-C is an exception that clean-up can follow.
 """
@@ -17,8 +17,8 @@ import sys
 import tempfile
 import threading
 
-import config
-import launch_util
+from cnns.errors import report
+from cnns.launch.worker import is_worker, prepare_worker
 
 NVIDIA_DRIVER = "/dev/nvidiactl"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,8 +70,8 @@ def import_quietly() -> None:
 def refuse_other_launchers() -> None:
     """End where the environment makes OneFlow wait for processes that nobody starts."""
     size = os.environ.get("WORLD_SIZE", "1")
-    if size not in ("", "1") and not launch_util.is_worker():
-        config.report(
+    if size not in ("", "1") and not is_worker():
+        report(
             f"WORLD_SIZE={size} is set, as another launcher does; call the script itself, with "
             "--num_nodes and --gpu_num_per_node, without that variable"
         )
@@ -79,6 +79,6 @@ def refuse_other_launchers() -> None:
 
 
 refuse_other_launchers()
-launch_util.prepare_worker()
+prepare_worker()
 choose_blas_kernels()
 import_quietly()

@@ -4,7 +4,7 @@ import os
 import signal
 from types import FrameType
 
-from config import RunError
+from cnns.errors import RunError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -7,7 +7,7 @@ A file of resnet_to_onnx.py takes `images` (batch, 3, H, W) float32, RGB, normal
     model           name in the table of models
     snapshot        name of the snapshot that it was made from
     classes         names of the classes, in the order of the logits
-    image_size, resize_shorter, rgb_mean, rgb_std, interpolation   of image_util.Preprocessing
+    image_size, resize_shorter, rgb_mean, rgb_std, interpolation   of cnns.data.images.Preprocessing
 """
 
 import json
@@ -17,8 +17,9 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-from config import ONNX_ROOT, RunError, UsageError
-from image_util import Preprocessing, read_preprocessing
+from cnns.data.images import Preprocessing, read_preprocessing
+from cnns.errors import RunError, UsageError
+from cnns.places import ONNX_ROOT
 
 INPUT, OUTPUT = "images", "logits"
 FORMAT_VERSION = 1
@@ -101,7 +102,7 @@ class ExportedModel:
             raise RunError(f"ONNX Runtime cannot read {path}: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(
-                f"{path} is no file of resnet_to_onnx.py, or a damaged one "
+                f"{path} is not a file of resnet_to_onnx.py, or a damaged one "
                 f"({type(error).__name__}: {error})"
             ) from None
 

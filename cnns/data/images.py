@@ -2,11 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from config import RunError, UsageError
+from cnns.errors import RunError, UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 MAX_RESIZED_PIXELS = 1 << 26  # 200 MB
@@ -15,7 +16,7 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-CLASSES_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data/imagenet_classes.txt")
+CLASSES_FILE = Path(__file__).resolve().parents[2] / "data" / "imagenet_classes.txt"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def open_image(path: str) -> Image.Image:
 
     Grey, palette, CMYK and 16-bit pictures are converted; transparency is laid on white.
 
-    Raises RunError where the file is no image or is damaged.
+    Raises RunError where the file is not an image or is damaged.
     """
     try:
         with Image.open(path) as image:

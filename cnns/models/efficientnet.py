@@ -6,7 +6,7 @@ Parameters are named as in the file of the package efficientnet-lite0-pytorch-mo
 
 from oneflow import nn
 
-from layer_util import Dropout, Switches, draw_fan_out
+from cnns.models.layers import Dropout, Switches, draw_fan_out
 
 # Blocks, kernel, stride of the first block, expansion, channels: table 1 of the paper.
 STAGES = (

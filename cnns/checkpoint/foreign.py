@@ -5,7 +5,7 @@
     a folder with `pickled_data`    of OneFlow's flow.save
     a folder of folders with `out`  of OneFlow in 2020, and of flow.save of a graph
 
-Nothing in these files is run or imported (see tensor_pickle.py), no path in them leaves its folder,
+Nothing in these files is run or imported (see pickles.py), no path in them leaves its folder,
 and nothing is read that is larger than the file it is in.
 """
 
@@ -22,9 +22,18 @@ from google.protobuf import text_format
 from oneflow.core.framework.variable_meta_info_pb2 import VariableMetaInfo
 from safetensors import SafetensorError, deserialize
 
-import tensor_pickle
-from config import RunError, UsageError
-from tensor_pickle import Refused, Stub, printable
+from cnns.checkpoint.pickles import (
+    MAX_BYTES,
+    Name,
+    Reader,
+    Refused,
+    Stub,
+    expect,
+    ordered_dict,
+    printable,
+)
+from cnns.errors import RunError, UsageError
+from cnns.models.model import Models
 
 PICKLE_NAME = "pickled_data"  # of flow.save
 LEGACY_DATA, LEGACY_META = "out", "meta"
@@ -94,8 +103,8 @@ def read_folder(path: str) -> Foreign:
     if is_legacy_folder(path):
         return read_legacy(path)
     raise RunError(
-        f"{path} is no snapshot, or only part of one: it holds no snapshot.json, and no weights in "
-        "another known format either"
+        f"{path} is not a snapshot, or only part of one: it holds no snapshot.json, and no weights "
+        "in another known format either"
     )
 
 
@@ -214,27 +223,27 @@ class Tensor:
 
 def whole(value) -> int:
     if type(value) is not int or value < 0:
-        raise Refused("a size in it is no whole number")
+        raise Refused("a size in it is not a whole number")
     return value
 
 
 def make_storage(persistent_id) -> Storage:
-    tag, name, key, _, count, *view = tensor_pickle.expect(persistent_id, tuple)
-    module, _, kind = tensor_pickle.expect(name, tensor_pickle.Name).text.rpartition(".")
+    tag, name, key, _, count, *view = expect(persistent_id, tuple)
+    module, _, kind = expect(name, Name).text.rpartition(".")
     if tag != "storage" or module != "torch" or kind not in STORAGES:
         raise Refused(f"its numbers are a {printable(f'{module}.{kind}')}, and floats are needed")
     if any(view):
         raise Refused("its storages are views of others, as only very old files have them")
-    if not re.fullmatch("[0-9]{1,20}", tensor_pickle.expect(key, str)):
+    if not re.fullmatch("[0-9]{1,20}", expect(key, str)):
         raise Refused(f"its storage {printable(key)} has no number for a name")
     return Storage(key, STORAGES[kind], whole(count))
 
 
 def make_tensor(storage, offset, shape, strides, *_) -> Tensor:
-    storage = tensor_pickle.expect(storage, Storage)
+    storage = expect(storage, Storage)
     shape, strides = tuple(map(whole, shape)), tuple(map(whole, strides))
     if len(shape) != len(strides) or len(shape) > 8:
-        raise Refused("a tensor in it has a shape that is none")
+        raise Refused("a tensor in it has an impossible shape")
     last = whole(offset) + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     count = math.prod(shape)
     if count and last >= storage.count or count > storage.count:
@@ -242,9 +251,9 @@ def make_tensor(storage, offset, shape, strides, *_) -> Tensor:
     return Tensor(storage, offset, shape, strides)
 
 
-PYTORCH = tensor_pickle.Reader(
+PYTORCH = Reader(
     calls={
-        "collections.OrderedDict": tensor_pickle.ordered_dict,
+        "collections.OrderedDict": ordered_dict,
         "torch._utils._rebuild_tensor_v2": make_tensor,
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     },
@@ -265,7 +274,7 @@ def find_weights(value, kind: type, *, depth: int = 3) -> dict:
             return find_weights(value[wrapper], kind, depth=depth - 1)
     for name, item in value.items():
         if not isinstance(item, kind):
-            raise Refused(f"{printable(str(name))} in it is no tensor")
+            raise Refused(f"{printable(str(name))} in it is not a tensor")
     raise Refused("it holds no tensors")
 
 
@@ -296,7 +305,7 @@ def read_archive(archive: zipfile.ZipFile, *, size: int) -> dict[str, np.ndarray
 
     if root + "byteorder" in members and member("byteorder", 100) != b"little":
         raise Refused("its numbers are big-endian")
-    value, _ = PYTORCH.read(member("data.pkl", tensor_pickle.MAX_BYTES))
+    value, _ = PYTORCH.read(member("data.pkl", MAX_BYTES))
     tensors = find_weights(value, Tensor)
 
     def data_of(storage: Storage) -> bytes:
@@ -330,18 +339,18 @@ def read_old_pth(path: str) -> dict[str, np.ndarray]:
     """The format that torch.save wrote before 1.6: pickles in a row, then the storages."""
     with open(path, "rb") as file:
         data = file.read()
-    plain = tensor_pickle.Reader(calls={})
+    plain = Reader(calls={})
     version, at = plain.read(data, len(OLD_PTH_MAGIC))
     system, at = plain.read(data, at)
-    if version != 1001 or not tensor_pickle.expect(system, dict).get("little_endian"):
+    if version != 1001 or not expect(system, dict).get("little_endian"):
         raise Refused("it is of an unknown version, or big-endian")
     value, at = PYTORCH.read(data, at)
     tensors = find_weights(value, Tensor)
     keys, at = plain.read(data, at)
     places = {}
     known = {tensor.storage.key: tensor.storage for tensor in all_tensors(value)}
-    for key in tensor_pickle.expect(keys, list):
-        storage = known.get(tensor_pickle.expect(key, str))
+    for key in expect(keys, list):
+        storage = known.get(expect(key, str))
         if storage is None or at + 8 > len(data):
             raise Refused(f"it is damaged or cut off at storage {printable(key)}")
         (count,) = struct.unpack_from("<q", data, at)
@@ -374,16 +383,16 @@ def all_tensors(value) -> Iterable[Tensor]:
 # Folders of OneFlow.
 
 META_TYPES = {"kFloat": "<f4", "kDouble": "<f8", "kFloat16": "<f2", "kInt64": "<i8"}
-FLOW_SAVE = tensor_pickle.Reader(
-    calls={"collections.OrderedDict": tensor_pickle.ordered_dict},
+FLOW_SAVE = Reader(
+    calls={"collections.OrderedDict": ordered_dict},
     classes=frozenset({"oneflow.Tensor", "oneflow.nn.Parameter"}),
 )
 
 
 def read_flow_save(path: str) -> Foreign:
     with open(os.path.join(path, PICKLE_NAME), "rb") as file:
-        value, _ = FLOW_SAVE.read(file.read(tensor_pickle.MAX_BYTES))
-    content = tensor_pickle.expect(value, dict)
+        value, _ = FLOW_SAVE.read(file.read(MAX_BYTES))
+    content = expect(value, dict)
     if content.get("protocol_version") != 1:
         raise Refused("it is of an unknown version of flow.save")
     arrays = {}
@@ -557,47 +566,30 @@ def timm_mobilenetv2(name: str) -> str:
 
 # Which network it is, and whether it fits.
 
-# A parameter and its shape that tell a network from the others; the first that is there.
-SIGNATURES = {
-    "resnext50": ("layer1.0.conv2.weight", (128, 4, 3, 3)),
-    "resnet50": ("layer1.0.conv1.weight", (64, 64, 1, 1)),
-    "resnet18": ("layer1.0.conv1.weight", (64, 64, 3, 3)),
-    "vgg": ("features.40.weight", (512, 512, 3, 3)),
-    "alexnet": ("features.0.weight", (64, 3, 11, 11)),
-    "inceptionv3": ("Mixed_7c.branch_pool.conv.weight", (192, 2048, 1, 1)),
-    "mobilenetv2": ("features.18.0.weight", (1280, 320, 1, 1)),
-    "efficientnet_lite0": ("_conv_head.weight", (1280, 320, 1, 1)),
-}
-# Last layers, of networks that have one; the first that is there.
-LAST_LAYERS = ("fc", "_fc", "classifier.6", "classifier.1", "classifier")
 AUXILIARY = "AuxLogits"  # Inception's second head
 
 
-def guess_model(foreign: Foreign, models: Iterable[str], *, path: str) -> str:
+def guess_model(foreign: Foreign, models: Models, *, path: str) -> str:
     """The network that names and shapes tell of. Raises UsageError where they do not."""
     if foreign.from_2020:
         return "resnet50"
-    for model, (name, shape) in SIGNATURES.items():
+    for model, entry in models.items():
+        if entry.signature is None:
+            continue
+        name, shape = entry.signature
         array = foreign.arrays.get(name)
-        fits = array is not None and (
+        if array is not None and (
             array.shape == shape or (foreign.flat and array.size == math.prod(shape))
-        )
-        if fits and model in models:
+        ):
             return model
     raise UsageError(
         f"{path} is {foreign.kind}, and its names tell of no network here; name it with --model"
     )
 
 
-def last_layer(names: Iterable[str]) -> str | None:
-    """The layer whose rows are the classes, by the names of parameters."""
-    names = set(names)
-    return next((layer for layer in LAST_LAYERS if f"{layer}.weight" in names), None)
-
-
-def is_last(name: str, names: Iterable[str]) -> bool:
+def is_last(name: str, last_layer: str) -> bool:
     """Whether the parameter `name` has a row for each class."""
-    return name.rpartition(".")[0] in (last_layer(names), f"{AUXILIARY}.fc")
+    return name.rpartition(".")[0] in (last_layer, f"{AUXILIARY}.fc")
 
 
 def is_auxiliary(name: str) -> bool:
@@ -605,14 +597,13 @@ def is_auxiliary(name: str) -> bool:
     return name.startswith(f"{AUXILIARY}.")
 
 
-def count_classes(foreign: Foreign, *, path: str) -> int:
+def count_classes(foreign: Foreign, last_layer: str, *, path: str) -> int:
     """Rows of the last layer. Raises UsageError where there is none."""
-    layer = last_layer(foreign.arrays)
-    array = foreign.arrays.get(f"{layer}.{'bias' if foreign.flat else 'weight'}")
+    array = foreign.arrays.get(f"{last_layer}.{'bias' if foreign.flat else 'weight'}")
     if array is None or not array.size:
         raise UsageError(
-            f"{path} is {foreign.kind}, and it has no last layer ({' or '.join(LAST_LAYERS)}) to "
-            "tell the number of classes"
+            f"{path} is {foreign.kind}, and it has no last layer ({last_layer}) to tell the number "
+            "of classes"
         )
     return len(array)
 

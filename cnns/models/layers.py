@@ -79,7 +79,7 @@ def pad_input(module: nn.Conv2d, switches: Switches) -> None:
 
 
 class Dropout(nn.Module):
-    """Dropout by a mask that the training graph hands in at each step (`graph_util.DropoutMasks`).
+    """Dropout by a mask that the training graph hands in at each step (`cnns.graphs.DropoutMasks`).
 
     OneFlow's own, inside a graph, heeds no seed and draws the same mask in all layers of one shape.
     """
@@ -98,7 +98,7 @@ def adaptive_mean(x, size: int):
     """(N, C, H, W) to (N, C, size, size): means over `size` parts of each side, as even as can be.
 
     Part i goes from floor(i H / size) to ceil((i + 1) H / size), as in PyTorch, so that neighbours
-    overlap where H is no multiple. OneFlow's own has no form that exports to ONNX for any size.
+    overlap where H is not a multiple. OneFlow's own has no form that exports to ONNX for any size.
     """
     for dim in (2, 3):
         length = x.shape[dim]

@@ -132,7 +132,7 @@ class Reader:
         if isinstance(value, Stub):
             value.state = expect(state, dict)
         elif not isinstance(value, dict):  # of an ordered dict it is what PyTorch notes beside it
-            raise Refused("it sets the state of something that is no tensor")
+            raise Refused("it sets the state of something that is not a tensor")
 
 
 CONSTANTS = {
@@ -167,7 +167,7 @@ def printable(text: str) -> str:
 
 def expect(value: Any, kind) -> Any:
     if not isinstance(value, kind):
-        raise Refused("its pickle is no dict of tensors")
+        raise Refused("its pickle is not a dict of tensors")
     return value
 
 

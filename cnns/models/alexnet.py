@@ -2,7 +2,7 @@
 
 from oneflow import nn
 
-from layer_util import Dropout, Switches, adaptive_mean, draw_uniform
+from cnns.models.layers import Dropout, Switches, adaptive_mean, draw_uniform
 
 POOLED = 6  # pixels a side of what the classifier sees; at 224 px the last pooling gives just that
 

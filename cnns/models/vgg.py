@@ -2,7 +2,7 @@
 
 from oneflow import nn
 
-from layer_util import Dropout, Switches, adaptive_mean, draw_fan_out
+from cnns.models.layers import Dropout, Switches, adaptive_mean, draw_fan_out
 
 # Convolutions in each stage, and their channels: configuration D of the paper.
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))

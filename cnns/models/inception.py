@@ -3,7 +3,7 @@
 import oneflow as flow
 from oneflow import nn
 
-from layer_util import BATCH_NORMS, Dropout, Switches, adaptive_mean, draw_uniform
+from cnns.models.layers import BATCH_NORMS, Dropout, Switches, adaptive_mean, draw_uniform
 
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.1}  # running = 0.9 old + 0.1 new
 

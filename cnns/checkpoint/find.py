@@ -1,0 +1,311 @@
+"""Where snapshots are: the directory of a run, the one to read, the one to resume."""
+
+import fcntl
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+from oneflow import nn
+
+from cnns.checkpoint.files import link_files
+from cnns.checkpoint.snapshot import (
+    DESCRIPTION,
+    EPOCH_NAME,
+    PREFIX,
+    Snapshot,
+    check_files,
+    put,
+    read_description,
+    writing,
+)
+from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint
+from cnns.errors import RunError, UsageError
+from cnns.log import is_first_rank, notice
+from cnns.models.layers import Switches
+from cnns.models.model import Models, check_switches
+from cnns.places import PUBLISHED_FOLDER, SNAPSHOT_ROOT
+
+
+@contextmanager
+def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterator[str]:
+    """The directory that snapshots go to, made, seen to be writable, and locked for this process.
+
+    Unless one is given it is that of the snapshot `resumed`, else a new one under SNAPSHOT_ROOT,
+    named after the time; of two runs that start within one second the later has `-2` behind it.
+    Only the first process of a job does anything.
+
+    Raises UsageError where it cannot be written, another process is using it, or it holds snapshots
+    that this run does not go on from.
+    """
+    if save_dir is None and resumed is not None:
+        save_dir = os.path.dirname(os.path.abspath(resumed))
+    if not is_first_rank():
+        yield save_dir or "the directory of the first process"
+        return
+    try:
+        if save_dir is None:
+            save_dir = make_timed_dir()
+        os.makedirs(save_dir, exist_ok=True)
+        probe = os.path.join(save_dir, f".{PREFIX}probe.tmp-{os.getpid()}")
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+        handle = os.open(save_dir, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(
+            f"--model_save_dir: cannot write to {error.filename}: {error.strerror}; give another"
+        ) from None
+    try:
+        lock(handle, save_dir)
+        check_held(save_dir, resumed)
+        yield save_dir
+    finally:
+        os.close(handle)
+
+
+def lock(handle: int, save_dir: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"--model_save_dir: another run is writing to {save_dir}; wait for its end, or give "
+            "another directory"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def check_held(save_dir: str, resumed: str | None) -> None:
+    """Refuse a directory with snapshots that this run would overwrite.
+
+    Where it goes on in a directory, what a killed process left there half-written is removed, and
+    damaged snapshots get another name.
+    """
+    names = sorted(os.listdir(save_dir))
+    held = [name for name in names if name.startswith(PREFIX)]
+    if resumed is None or not os.path.samefile(os.path.dirname(os.path.abspath(resumed)), save_dir):
+        if held:
+            raise UsageError(
+                f"--model_save_dir: {save_dir} already holds {held[0]} of another run; nothing is "
+                "overwritten, so give another directory, or resume with --resume"
+            )
+        return
+    start = position(read_description(resumed))
+    for name in held:
+        path = os.path.join(save_dir, name)
+        if os.path.samefile(path, resumed):
+            continue
+        try:
+            later = position(read_description(path)) > start
+            check_files(path)
+        except RunError:  # it must not stand in the way of a whole one
+            aside = os.path.join(save_dir, f"damaged_{name}_{os.getpid()}")
+            os.rename(path, aside)
+            notice(f"{path} is damaged; it is now called {aside}.")
+            continue
+        if later:
+            raise UsageError(
+                f"--resume={resumed}: {save_dir} holds {name}, which is later and would be "
+                "overwritten; give another --model_save_dir, or resume from the later one"
+            )
+    for name in names:
+        if name.startswith(f".{PREFIX}") and ".tmp-" in name:  # of a run that was killed
+            shutil.rmtree(os.path.join(save_dir, name), ignore_errors=True)
+
+
+def position(snapshot: Snapshot) -> tuple[int, int]:
+    """How far a run had got, for comparisons: updates, then finished epochs."""
+    return snapshot.step, -1 if snapshot.epoch is None else snapshot.epoch
+
+
+def make_timed_dir() -> str:
+    """A new directory under SNAPSHOT_ROOT, named after the time."""
+    first = f"./{SNAPSHOT_ROOT}/model_save-{datetime.now().strftime('%Y%m%d%H%M%S')}"
+    for number in itertools.count(1):
+        path = first if number == 1 else f"{first}-{number}"
+        try:
+            os.makedirs(path)
+            return path
+        except FileExistsError:  # another run that started within this second
+            continue
+
+
+def link_snapshot(path: str, name: str) -> None:
+    """Let `snapshot_<name>`, beside the snapshot `path`, be the same as it, from now on.
+
+    The files are shared, and are there as long as one of the two is. Raises as `save_snapshot`.
+    """
+    target = os.path.join(os.path.dirname(path), PREFIX + name)
+    with writing(target) as temporary:
+        link_files(path, temporary)
+        put(temporary, target, replace=True)
+
+
+def prune_snapshots(save_dir: str, keep: int) -> None:
+    """Remove the oldest `snapshot_epoch_<n>`, all but the newest `keep`, and nothing else."""
+    numbers = sorted(
+        int(match[1]) for match in map(EPOCH_NAME.fullmatch, os.listdir(save_dir)) if match
+    )
+    for number in numbers[:-keep]:
+        path = os.path.join(save_dir, f"{PREFIX}epoch_{number}")
+        temporary = os.path.join(save_dir, f".{PREFIX}epoch_{number}.tmp-{os.getpid()}")
+        try:
+            os.rename(path, temporary)  # a snapshot is whole or is not there
+            shutil.rmtree(temporary)
+        except OSError as error:
+            raise RunError(f"--keep_snapshots: cannot remove {path}: {error.strerror}") from None
+
+
+def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | None = None) -> str:
+    """The weights to read: those named, else the first of these that is there and is of `model`:
+
+    the published folder in the working directory, the newest snapshot under SNAPSHOT_ROOT, and,
+    where `model` is given, the weights that were installed with it.
+
+    Raises UsageError where there is none, with the ways to get one.
+    """
+    if model_load_dir is not None:
+        if not (os.path.isdir(model_load_dir) or os.path.isfile(model_load_dir)):
+            raise UsageError(
+                f"--model_load_dir: there is no file or directory {model_load_dir}; check the path"
+            )
+        return model_load_dir
+    if model in (None, "resnet50") and os.path.isdir(PUBLISHED_FOLDER):
+        return PUBLISHED_FOLDER
+    found = []
+    for directory, names, _ in os.walk(SNAPSHOT_ROOT):
+        names[:] = [name for name in names if not name.startswith(".")]
+        for name in names:
+            path = os.path.join(directory, name)
+            description = os.path.join(path, DESCRIPTION)
+            if (
+                name.startswith(PREFIX)
+                and os.path.isfile(description)
+                and (model is None or is_of(path, model))
+            ):
+                # `last` shares its files with an epoch's snapshot, whose name says more.
+                is_epoch = EPOCH_NAME.fullmatch(name) is not None
+                found.append((os.stat(description).st_mtime_ns, is_epoch, path))
+    if found:
+        return max(found)[-1]
+    installed = None if model is None else models[model].installed_weights()
+    if installed is not None:
+        return installed
+    what, flag = ("", "") if model is None else (f" of {model}", f" --model={model}")
+    with_weights = [name for name, entry in models.items() if entry.weights is not None]
+    raise UsageError(
+        f"no snapshot{what} under {SNAPSHOT_ROOT}, and no folder {PUBLISHED_FOLDER}: train one "
+        f"first (sh train.sh{flag}), name weights with --model_load_dir, or take those that were "
+        f"installed, of --model={' or '.join(with_weights)}"
+    )
+
+
+def is_of(path: str, model: str) -> bool:
+    """Whether a snapshot says that it is of this network. A damaged one says nothing."""
+    try:
+        return read_description(path).model == model
+    except RunError:
+        return False
+
+
+def find_resume(resume: str | None, save_dir: str | None, *, models: Models) -> Checkpoint | None:
+    """The snapshot that --resume means, read and whole; None for a fresh start.
+
+    Args:
+        resume: a snapshot, a directory of snapshots of which the newest whole one is taken, `auto`
+            for that of `save_dir`, or None.
+        save_dir: --model_save_dir.
+
+    Raises UsageError where there is no such directory, or `auto` has no --model_save_dir; RunError
+    where the snapshot cannot be resumed.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        if save_dir is None:
+            raise UsageError("--resume=auto needs --model_save_dir: the directory of the run")
+        if not os.path.isdir(save_dir):
+            return None
+        found = newest_whole(save_dir, models)
+        if found is None and any(name.startswith(PREFIX) for name in os.listdir(save_dir)):
+            raise RunError(
+                f"none of the snapshots in {save_dir} is whole, see above; move them away for a "
+                "fresh start"
+            )
+        return found
+    if not os.path.isdir(resume):
+        raise UsageError(f"--resume: there is no directory {resume}; check the path")
+    resume = os.path.normpath(resume)
+    if os.path.isfile(os.path.join(resume, DESCRIPTION)):
+        checkpoint = open_checkpoint(resume, models=models)
+        checkpoint.read_whole()
+        return checkpoint
+    found = newest_whole(resume, models)
+    if found is None:
+        raise UsageError(f"--resume: {resume} holds no snapshot to resume")
+    return found
+
+
+def newest_whole(save_dir: str, models: Models) -> Checkpoint | None:
+    """The snapshot in `save_dir` that got furthest; damaged ones are named and passed over."""
+    found = []
+    for path, _ in sorted(held_snapshots(save_dir)):
+        try:
+            checkpoint = open_checkpoint(path, models=models)
+        except RunError as error:
+            notice(f"Passed over: {error}.")
+            continue
+        is_epoch = EPOCH_NAME.fullmatch(os.path.basename(path)) is not None  # not its twin, `last`
+        found.append((position(checkpoint.snapshot), is_epoch, path, checkpoint))
+    for *_, checkpoint in sorted(found, key=lambda each: each[:3], reverse=True):
+        try:
+            checkpoint.read_whole()
+            return checkpoint
+        except RunError as error:
+            notice(f"Passed over: {error}.")
+    return None
+
+
+def held_snapshots(save_dir: str | None) -> frozenset[tuple[str, int]]:
+    """Path and inode of each snapshot in a directory, to see whether others come."""
+    if save_dir is None or not os.path.isdir(save_dir):
+        return frozenset()
+    with os.scandir(save_dir) as entries:
+        return frozenset(
+            (os.path.join(save_dir, entry.name), entry.inode())
+            for entry in entries
+            if entry.name.startswith(PREFIX) and entry.is_dir()
+        )
+
+
+def restore(
+    model_load_dir: str | None,
+    *,
+    models: Models,
+    model: str | None,
+    num_classes: int | None,
+    switches: Switches = Switches(),
+    **preprocessing,
+) -> tuple[nn.Module, Snapshot, str]:
+    """The network of a snapshot, on the host, with what the snapshot says and its path.
+
+    Args:
+        model_load_dir: as in `find_snapshot`; of any format.
+        model, num_classes: refused where they contradict the snapshot.
+        switches: how the network is to compute; a snapshot fits any.
+        preprocessing: fields of Preprocessing; what is not None replaces the snapshot's.
+    """
+    path = find_snapshot(model_load_dir, models=models, model=model)
+    checkpoint = open_checkpoint(path, models=models, model=model)
+    snapshot = checkpoint.snapshot
+    check_fits(snapshot, models=models, model=model, num_classes=num_classes, path=path)
+    entry = models[snapshot.model]
+    snapshot.preprocessing = entry.override(snapshot.preprocessing, **preprocessing)
+    check_switches(models, snapshot.model, switches)
+    network = entry.build(snapshot.num_classes, switches)
+    for text in [*checkpoint.notices(), *checkpoint.load(network)]:
+        notice(text)
+    return network, snapshot, path

@@ -1,0 +1,294 @@
+"""Snapshots: write, find and read them.
+
+A snapshot is a directory `snapshot_<name>` that holds
+
+    model.safetensors     parameters and buffers, float32, named as in torchvision
+    training.safetensors  the rest of what a run needs to go on as if it had never stopped
+    snapshot.json         what they belong to: model, classes, preprocessing, epoch, figures, flags
+
+It is written under a temporary name beside its place, flushed to disk and renamed, so that it is
+whole or is not there. Nothing of it is a pickle. foreign.py reads weights of others.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
+
+from cnns.checkpoint.files import replace_directory, sync_directory, write_durably
+from cnns.data.images import Preprocessing, read_preprocessing
+from cnns.errors import RunError
+from cnns.models.layers import from_standard, to_standard
+
+FORMAT_VERSION = 1
+PREFIX = "snapshot_"
+EPOCH_NAME = re.compile(f"{PREFIX}epoch_([0-9]+)")
+WEIGHTS = "model.safetensors"
+TRAINING_STATE = "training.safetensors"
+GRAPH_NAME = "TrainGraph"  # in names of what belongs to a graph; OneFlow numbers its graphs
+DESCRIPTION = "snapshot.json"
+
+
+@dataclass
+class Snapshot:
+    """What snapshot.json says."""
+
+    model: str
+    num_classes: int
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None = None  # names, in label order
+    epoch: int | None = None  # last finished epoch, validation included; None before the first
+    iteration: int = 0  # iterations done in the epoch behind that
+    step: int = 0  # updates made
+    steps_per_epoch: int | None = None
+    global_batch_size: int | None = None
+    train_data: dict | None = None  # Dataset.fingerprint(); None: synthetic
+    metrics: dict = field(default_factory=dict)  # of the last finished epoch
+    best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
+    flags: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a snapshot."""
+    return {
+        "python": platform.python_version(),
+        "oneflow": flow.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """Parameters and buffers of a model as float32 arrays, by name, in the standard layout.
+
+    `num_batches_tracked` is left out: nothing counts it inside a graph, and PyTorch fills it in.
+    """
+    return {
+        name: to_standard(model, name, local(tensor).numpy().astype(np.float32))
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def checksum(model: nn.Module) -> int:
+    """A number by which two processes see whether they hold the same weights."""
+    total = 0
+    for array in state_arrays(model).values():
+        total = zlib.crc32(array.tobytes(), total)
+    return total
+
+
+def local(tensor) -> flow.Tensor:
+    """The whole of a tensor, one that every process holds, as an ordinary one of this process."""
+    if tensor.is_global:
+        if tensor.sbp != (flow.sbp.broadcast,):
+            tensor = tensor.to_global(sbp=flow.sbp.broadcast)
+        tensor = tensor.to_local()
+    return tensor
+
+
+def training_arrays(graph: nn.Graph, model: nn.Module) -> dict[str, np.ndarray]:
+    """What a training graph remembers beside its model, named as OneFlow does.
+
+    The optimizer's buffers (`model.fc.weight-momentum`), float32, in the layout of snapshots, and
+    the step counter of the schedule (`System-Train-TrainStep`), int64; in half precision the loss
+    scale and its counter as well. Empty before the graph's first call.
+    """
+    return {
+        name.replace(graph.name, GRAPH_NAME): to_standard(
+            model, parameter_of(name), local(value).numpy()
+        )
+        for name, value in graph.state_dict().items()
+        if isinstance(value, flow.Tensor)
+    }
+
+
+def parameter_of(buffer: str) -> str:
+    """`fc.weight` of `model.fc.weight-momentum`."""
+    return buffer.removeprefix("model.").rpartition("-")[0]
+
+
+def load_training_state(
+    graph: nn.Graph, model: nn.Module, arrays: dict[str, np.ndarray], *, device: str
+) -> None:
+    """Hand `training_arrays` of another process to a graph that has not been called yet."""
+    placement = flow.env.all_device_placement(device)
+    state = {}
+    for name, array in arrays.items():
+        array = from_standard(model, parameter_of(name), array)
+        name = name.replace(GRAPH_NAME, graph.name)
+        state[name] = flow.tensor(array).to_global(placement, flow.sbp.broadcast)
+    graph.load_state_dict(state, strict=False)
+
+
+def save_snapshot(
+    save_dir: str,
+    name: str,
+    model: nn.Module,
+    snapshot: Snapshot,
+    *,
+    graph: nn.Graph | None = None,
+    replace: bool = False,
+) -> str:
+    """Write `<save_dir>/snapshot_<name>` and return its path.
+
+    Args:
+        graph: the training graph, if the run is to go on from here.
+        replace: put it in the place of one of the same name, which is whole until then.
+
+    Raises RunError where it cannot be written, with the disk as it was before, or where a weight is
+    not finite.
+    """
+    path = os.path.join(save_dir, PREFIX + name)
+    write_snapshot(path, model, snapshot, graph=graph, replace=replace)
+    return path
+
+
+def write_snapshot(
+    path: str,
+    model: nn.Module,
+    snapshot: Snapshot,
+    *,
+    graph: nn.Graph | None = None,
+    replace: bool = False,
+) -> None:
+    """As `save_snapshot`, under any path."""
+    arrays = state_arrays(model)
+    for parameter, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise RunError(f"{parameter} is no longer finite, so {path} is not written")
+    with writing(path) as temporary:
+        os.makedirs(temporary)
+        write_durably(os.path.join(temporary, WEIGHTS), save(arrays))
+        if graph is not None:
+            state = save(training_arrays(graph, model))
+            write_durably(os.path.join(temporary, TRAINING_STATE), state)
+        text = json.dumps(asdict(snapshot), indent=2) + "\n"
+        write_durably(os.path.join(temporary, DESCRIPTION), text.encode())
+        put(temporary, path, replace=replace)
+
+
+@contextmanager
+def writing(path: str) -> Iterator[str]:
+    """A temporary name beside `path`; nothing is left under it."""
+    directory, name = os.path.split(path)
+    temporary = os.path.join(directory, f".{name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+    except OSError as error:
+        raise RunError(
+            f"cannot save the model to {path}: {error.strerror}; earlier snapshots are untouched"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put(temporary: str, path: str, *, replace: bool) -> None:
+    sync_directory(temporary)
+    if replace:
+        replace_directory(temporary, path)
+    else:
+        os.rename(temporary, path)
+    sync_directory(os.path.dirname(path) or ".")
+
+
+def read_description(path: str) -> Snapshot:
+    """Read snapshot.json of the snapshot directory `path`.
+
+    Raises RunError where it is missing or damaged.
+    """
+    file_path = os.path.join(path, DESCRIPTION)
+    try:
+        with open(file_path, encoding="utf-8") as file:
+            content = json.load(file)
+        if content["format_version"] != FORMAT_VERSION:
+            raise RunError(
+                f"{file_path} is of format {content['format_version']}, and this version reads "
+                f"{FORMAT_VERSION}"
+            )
+        content["preprocessing"] = read_preprocessing(content["preprocessing"])
+        if content.get("classes") is not None:
+            content["classes"] = tuple(content["classes"])
+        snapshot = Snapshot(**content)
+        snapshot.num_classes = int(snapshot.num_classes)
+        kinds = {"epoch": int | None, "iteration": int, "step": int}
+        kinds |= {"flags": dict, "metrics": dict, "best": dict}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(snapshot, name), kind):
+                raise TypeError(f"{name} is {getattr(snapshot, name)!r}")
+        return snapshot
+    except FileNotFoundError:
+        raise RunError(
+            f"{path} is not a snapshot, or only part of one: it holds no {DESCRIPTION}"
+        ) from None
+    except OSError as error:
+        raise RunError(f"cannot read {file_path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{file_path} is damaged ({type(error).__name__}: {error}); use another snapshot"
+        ) from None
+
+
+def read_weights(path: str) -> dict[str, np.ndarray]:
+    """Read model.safetensors of the snapshot directory `path`: float32 arrays by name.
+
+    Raises RunError where it is missing or damaged.
+    """
+    weights = read_arrays(path, WEIGHTS)
+    for name, array in weights.items():
+        if array.dtype != np.float32:
+            raise RunError(
+                f"{os.path.join(path, WEIGHTS)}: {name} is {array.dtype}, and float32 is needed"
+            )
+    return weights
+
+
+def read_training_state(path: str) -> dict[str, np.ndarray]:
+    """Read training.safetensors of the snapshot directory `path`, as `training_arrays` gave it.
+
+    Raises RunError where it is missing or damaged.
+    """
+    return read_arrays(path, TRAINING_STATE)
+
+
+def check_files(path: str) -> None:
+    """Raise RunError where a file of arrays of the snapshot `path` is missing or cut off.
+
+    Looks at the headers and sizes only, so a flipped bit in a weight is not seen.
+    """
+    for name in (WEIGHTS, TRAINING_STATE):
+        file_path = os.path.join(path, name)
+        if name == WEIGHTS or os.path.exists(file_path):
+            try:
+                with safe_open(file_path, framework="numpy"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise RunError(f"{file_path} is damaged or cut off ({error})") from None
+
+
+def read_arrays(path: str, name: str) -> dict[str, np.ndarray]:
+    file_path = os.path.join(path, name)
+    try:
+        return load_file(file_path)
+    except FileNotFoundError:
+        raise RunError(
+            f"{path} is not a snapshot, or only part of one: it holds no {name}"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise RunError(
+            f"{file_path} is damaged or cut off ({error}); use another snapshot"
+        ) from None
+    except (TypeError, KeyError) as error:  # a number format that numpy has not
+        raise RunError(f"{file_path} is not of float32: {error}") from None

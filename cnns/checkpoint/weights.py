@@ -1,0 +1,197 @@
+"""Weights to start from, of any known format, and how they get into a network."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+
+from cnns.checkpoint.foreign import (
+    Foreign,
+    count_classes,
+    fit,
+    guess_model,
+    is_auxiliary,
+    is_last,
+    read,
+)
+from cnns.checkpoint.snapshot import (
+    DESCRIPTION,
+    TRAINING_STATE,
+    Snapshot,
+    read_description,
+    read_training_state,
+    read_weights,
+    state_arrays,
+    versions,
+)
+from cnns.errors import RunError, UsageError
+from cnns.models.layers import from_standard, to_standard
+from cnns.models.model import Models
+
+MAX_NAMES = 3  # of a kind, in one line
+
+
+def mismatch(kind: str, names: list[str]) -> str:
+    """`2 missing, first fc.bias, fc.weight`."""
+    return f"{len(names)} {kind}, first {', '.join(names[:MAX_NAMES])}"
+
+
+def standard_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters and buffers by name, as snapshots hold them."""
+    return {
+        name: to_standard(model, name, np.empty(tuple(tensor.shape), np.bool_)).shape
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def load_weights(
+    model: nn.Module,
+    weights: dict[str, np.ndarray],
+    *,
+    path: str,
+    without: str | None = None,
+) -> None:
+    """Copy arrays into a model that has not been moved to its placement yet.
+
+    Args:
+        without: a last layer that is left as it is.
+
+    Raises UsageError where names or shapes differ, with the first of each kind; RunError where a
+    weight is not float32.
+    """
+    shapes = standard_shapes(model)
+    if without is not None:
+        fresh = {name for name in shapes if is_last(name, without)}
+        shapes = {name: shape for name, shape in shapes.items() if name not in fresh}
+        weights = {name: array for name, array in weights.items() if name not in fresh}
+    missing, unexpected = sorted(shapes.keys() - weights), sorted(weights.keys() - shapes)
+    wrong = [
+        f"{name} is {weights[name].shape}, not {shape}"
+        for name, shape in sorted(shapes.items())
+        if name in weights and weights[name].shape != shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong}
+    faults = [mismatch(kind, names) for kind, names in kinds.items() if names]
+    if faults:
+        raise UsageError(f"the weights of {path} do not fit the network: {'; '.join(faults)}")
+    state = model.state_dict()
+    for name in shapes:
+        if weights[name].dtype != np.float32:
+            raise RunError(f"{path}: {name} is {weights[name].dtype}, and floats are needed")
+        state[name] = flow.tensor(from_standard(model, name, weights[name]))
+    model.load_state_dict(state)
+
+
+@dataclass
+class Checkpoint:
+    """Weights to start from, a snapshot of ours or of others, with what is known of them."""
+
+    path: str
+    snapshot: Snapshot
+    foreign: Foreign | None = None  # None: one of ours
+    last_layer: str = "fc"  # of its network
+    weights: dict[str, np.ndarray] | None = None  # of one of ours, where they have been read
+    state: dict[str, np.ndarray] | None = None  # its training state, where that has been read
+
+    def read_whole(self) -> None:
+        """Read all that a run needs to be resumed. Raises RunError where it is not there, whole."""
+        if self.snapshot.step > 0:
+            if not os.path.exists(os.path.join(self.path, TRAINING_STATE)):
+                raise RunError(
+                    f"{self.path} holds weights only, no {TRAINING_STATE}; start a new run from "
+                    f"them with --model_load_dir={self.path}"
+                )
+            self.state = read_training_state(self.path)
+        self.weights = read_weights(self.path)
+
+    def load(self, network: nn.Module, *, finetune: bool = False) -> list[str]:
+        """Copy the weights into a network, and let go of them. Returns notices for the user.
+
+        Raises as `load_weights` and `read_weights`.
+        """
+        notices = []
+        if self.foreign is None:
+            weights = read_weights(self.path) if self.weights is None else self.weights
+        else:
+            shapes = standard_shapes(network)
+            weights = fit(self.foreign, shapes)
+            auxiliary = {name for name in shapes if is_auxiliary(name)}
+            if auxiliary and not auxiliary & weights.keys():
+                own = state_arrays(network)
+                weights = weights | {name: own[name] for name in auxiliary}
+                notices.append(
+                    "It has no auxiliary classifier, which only training uses; that one has random "
+                    "weights."
+                )
+        self.weights = None
+        load_weights(
+            network, weights, path=self.path, without=self.last_layer if finetune else None
+        )
+        if finetune:
+            notices.append("--finetune: the last layer starts from random weights.")
+        return notices
+
+    def notices(self) -> list[str]:
+        """What the user should know of weights of others."""
+        if self.foreign is None:
+            return []
+        snapshot = self.snapshot
+        text = (
+            f"{self.path} is {self.foreign.kind}: taken as {snapshot.model} with "
+            f"{snapshot.num_classes} classes"
+        )
+        return [text + ".", *self.foreign.notices]
+
+
+def open_checkpoint(
+    path: str, *, models: Models, model: str | None = None, layout: str | None = None
+) -> Checkpoint:
+    """Weights of any known format. Only a snapshot of ours says what it is of.
+
+    Args:
+        model: the network of weights of others; unless given, it is guessed by their names.
+        layout: see `foreign.read`.
+
+    Raises RunError where it cannot be read, UsageError where the network cannot be told.
+    """
+    if os.path.exists(os.path.join(path, DESCRIPTION)):
+        snapshot = read_description(path)
+        known = models.get(snapshot.model)
+        return Checkpoint(path, snapshot, last_layer=known.last_layer if known else "fc")
+    foreign = read(path, layout=layout)
+    model = model or guess_model(foreign, models, path=path)
+    snapshot = Snapshot(
+        model=model,
+        num_classes=count_classes(foreign, models[model].last_layer, path=path),
+        preprocessing=models[model].preprocessing(),
+        versions=versions(),
+    )
+    return Checkpoint(path, snapshot, foreign, models[model].last_layer)
+
+
+def check_fits(
+    snapshot: Snapshot,
+    *,
+    models: Models,
+    model: str | None,
+    num_classes: int | None,
+    path: str,
+    finetune: bool | None = None,
+) -> None:
+    """Raise UsageError where flags ask for another network or class count than the snapshot's.
+
+    Args:
+        finetune: whether the class count may differ; None where there is no such flag.
+    """
+    if snapshot.model not in models:
+        raise UsageError(f"{path} holds a {snapshot.model}, which this version does not know")
+    if model is not None and model != snapshot.model:
+        raise UsageError(f"--model={model}, but {path} holds a {snapshot.model}")
+    if num_classes is not None and num_classes != snapshot.num_classes and not finetune:
+        way = "" if finetune is None else "; --finetune takes all of it but the last layer"
+        raise UsageError(
+            f"--num_classes={num_classes}, but {path} has {snapshot.num_classes} classes{way}"
+        )

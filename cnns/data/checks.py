@@ -1,0 +1,223 @@
+"""Checks of OFRecord directories: the native reader aborts the process on any fault in them."""
+
+import io
+import itertools
+import os
+import re
+import struct
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from google.protobuf.message import DecodeError
+from oneflow.core.record.record_pb2 import OFRecord
+from PIL import Image
+
+from cnns.data.format import PART_PREFIX, count_records, read_manifest
+from cnns.errors import RunError, UsageError
+
+# Walking length fields costs microseconds a record from a warm cache, a seek from a cold disk. Up
+# to this many records it is done although a manifest vouches for the parts.
+ALWAYS_WALK = 200_000
+# Looking into records reads them whole. Up to this size every record is looked into.
+ALWAYS_LOOK_BYTES = 256 << 20
+WALKING_THREADS = 16  # parts are walked side by side, for storage with a long latency
+
+
+@dataclass(frozen=True)
+class Shards:
+    """An OFRecord directory that has been checked: the parts to read and what they hold."""
+
+    directory: str
+    suffix_length: int  # digits of `part-00000`; -1: not padded
+    part_counts: tuple[int, ...]  # records of each part
+    num_classes: int | None  # as in the manifest; None without one
+    classes: tuple[str, ...] | None
+    max_label: int | None  # the largest that was seen; None where not every record was looked at
+
+    @property
+    def num_examples(self) -> int:
+        return sum(self.part_counts)
+
+    def part_path(self, number: int) -> str:
+        suffix = str(number).zfill(max(self.suffix_length, 1))
+        return os.path.join(self.directory, PART_PREFIX + suffix)
+
+    def holding(self, num_examples: int) -> "Shards":
+        """As many parts, from the first, as hold the first `num_examples` records."""
+        ends = itertools.accumulate(self.part_counts)
+        count = next(i for i, end in enumerate(ends, 1) if end >= num_examples)
+        return replace(self, part_counts=self.part_counts[:count])
+
+
+def check_shards(directory: str, *, flag: str, part_num: int | None = None) -> Shards:
+    """Check the OFRecord parts of `directory` and count their records.
+
+    With a manifest, parts are compared with it, and the record framing is walked as well unless
+    there are more than ALWAYS_WALK records. Without one the framing is always walked, and the
+    records are looked into: all of them up to ALWAYS_LOOK_BYTES, else the first of each part.
+
+    Args:
+        flag: the flag that named the directory, for messages.
+        part_num: number of parts to use, from the first; all if None.
+
+    Raises:
+        UsageError: the directory or a part is missing, or `part_num` is more than there is.
+        RunError: a part or the manifest is damaged, or a part is of another kind.
+    """
+    names, suffix_length = list_parts(directory, flag=flag)
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        compare_names(names, manifest, directory=directory, flag=flag)
+    if part_num is not None:
+        if part_num > len(names):
+            raise UsageError(
+                f"{part_num_flag(flag)}={part_num}, but {directory} holds {len(names)}; give at "
+                "most that, or leave the flag out"
+            )
+        names = names[:part_num]
+    paths = [os.path.join(directory, name) for name in names]
+    max_label = None
+    if manifest is None:
+        counts = count_all_records(paths)
+        max_label = look_into_records(paths)
+    else:
+        counts = compare_parts(paths, manifest["parts"])
+    for path, count in zip(paths, counts, strict=True):
+        if count == 0:
+            raise RunError(f"{path} holds no records, and OneFlow's reader cannot open such a part")
+    return Shards(
+        directory=directory,
+        suffix_length=suffix_length,
+        part_counts=tuple(counts),
+        num_classes=None if manifest is None else manifest.get("num_classes"),
+        classes=None if manifest is None else tuple(manifest.get("classes") or ()) or None,
+        max_label=max_label,
+    )
+
+
+def compare_names(names: list[str], manifest: dict, *, directory: str, flag: str) -> None:
+    """Raise unless the parts in a directory are those of its manifest, in order."""
+    listed = [part["name"] for part in manifest["parts"]]
+    for name in listed:
+        if name not in names:
+            raise UsageError(
+                f"{flag}: {os.path.join(directory, name)} is missing; its manifest lists "
+                f"{len(listed)} parts: copy it again, or make the data set anew"
+            )
+    if listed != names:
+        raise RunError(
+            f"{directory} holds parts {names[0]} to {names[-1]}, and its manifest lists "
+            f"{', '.join(listed[:3])}{', ...' if len(listed) > 3 else ''}; make the data set anew"
+        )
+
+
+def compare_parts(paths: list[str], entries: list[dict]) -> list[int]:
+    """Records of each part, as its manifest says. Raises RunError where a part differs from it."""
+    counts = [entry["num_examples"] for entry in entries[: len(paths)]]
+    for path, entry in zip(paths, entries, strict=False):
+        size = os.path.getsize(path)
+        if size != entry["num_bytes"]:
+            raise RunError(
+                f"{path} has {size} bytes and its manifest says {entry['num_bytes']}: it was cut "
+                "off or changed; copy it again, or make the data set anew"
+            )
+    if sum(counts) <= ALWAYS_WALK:
+        for path, walked, count in zip(paths, count_all_records(paths), counts, strict=True):
+            if walked != count:
+                raise RunError(
+                    f"{path} holds {walked} records and its manifest says {count}; make the data "
+                    "set anew"
+                )
+    return counts
+
+
+def count_all_records(paths: list[str]) -> list[int]:
+    with ThreadPoolExecutor(WALKING_THREADS) as pool:
+        return list(pool.map(count_records, paths))
+
+
+def part_num_flag(data_dir_flag: str) -> str:
+    return data_dir_flag.replace("_dir", "_part_num")
+
+
+def list_parts(directory: str, *, flag: str) -> tuple[list[str], int]:
+    """Names of the parts in `directory`, in order, and the number of digits they are padded to.
+
+    Raises UsageError where there is no such directory, no part, or a gap in their numbers.
+    """
+    if not os.path.isdir(directory):
+        raise UsageError(
+            f"{flag}: there is no directory {directory}; check the path, or make a data set with "
+            "tools/make_ofrecord.py or tools/make_mini_imagenet.py"
+        )
+    pattern = re.compile(re.escape(PART_PREFIX) + r"(\d+)")
+    try:
+        held = os.listdir(directory)
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot read {directory}: {error.strerror}") from None
+    suffixes = sorted((match[1] for match in map(pattern.fullmatch, held) if match), key=int)
+    if not suffixes:
+        raise UsageError(
+            f"{flag}: {directory} holds no OFRecord parts ({PART_PREFIX}00000, ...); "
+            "tools/make_ofrecord.py makes them"
+        )
+    padded = len(suffixes[0]) > 1
+    width = len(suffixes[0]) if padded else -1
+    for i, suffix in enumerate(suffixes):
+        expected = str(i).zfill(max(width, 1))
+        if suffix != expected:
+            raise UsageError(
+                f"{flag}: {os.path.join(directory, PART_PREFIX + expected)} is missing; parts must "
+                "be numbered from 0 without a gap"
+            )
+    return [PART_PREFIX + suffix for suffix in suffixes], width
+
+
+def look_into_records(paths: list[str]) -> int | None:
+    """See that records are what the loaders read: one JPEG in RGB, and one label.
+
+    What OneFlow's decoders meet instead ends the process, or, if it is a greyscale JPEG, is decoded
+    to noise without a word. Data that tools/make_ofrecord.py made need no such look.
+
+    Returns the largest label where every record was looked at, else None. Raises RunError, with
+    part, record and byte.
+    """
+    every = sum(map(os.path.getsize, paths)) <= ALWAYS_LOOK_BYTES
+    max_label = None
+    for path in paths:
+        with open(path, "rb") as file:
+            number = 0
+            while (every or number == 0) and (field := file.read(8)):
+                where = f"{path}: record {number}, at byte {file.tell() - 8},"
+                label = look_into_record(file.read(*struct.unpack("<q", field)), where)
+                max_label = label if max_label is None else max(label, max_label)
+                number += 1
+    return max_label if every else None
+
+
+def look_into_record(data: bytes, where: str) -> int:
+    """The label of one serialised record. Raises RunError, with `where`, if it cannot be read."""
+    message = OFRecord()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of bytes left over: see below
+            message.ParseFromString(data)
+        (encoded,) = message.feature["encoded"].bytes_list.value
+        (label,) = message.feature["class/label"].int32_list.value
+    except (DecodeError, ValueError):
+        raise RunError(
+            f"{where} is not an OFRecord with one `encoded` image and one int32 `class/label`; "
+            "make the data set with tools/make_ofrecord.py"
+        ) from None
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            kind = f"{image.mode} {image.format}"
+    except (OSError, SyntaxError, ValueError):
+        kind = "no image"
+    if kind not in ("RGB JPEG", "RGB MPO"):
+        raise RunError(
+            f"{where} holds {kind}, and OneFlow's decoder reads RGB JPEG only; make the data set "
+            "with tools/make_ofrecord.py, which converts"
+        )
+    return label

@@ -1,0 +1,59 @@
+"""Random crops and flips: how a training image is cut out, by the formula of OneFlow's decoder."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+SHUFFLE_BUFFER_SIZE = 1024  # records; less for small data, see ofrecord_util.default_buffer_size
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The random part of training preprocessing."""
+
+    area: tuple[float, float] = (0.08, 1.0)  # share of the picture
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
+    flip: float = 0.5  # probability
+    shuffle_buffer_size: int | None = None  # records; None: `default_buffer_size`
+
+
+def derive_seeds(count: int, *key: int) -> list[int]:
+    """Seeds for OneFlow, of 31 bits, that depend on all numbers of `key`."""
+    return [int(word) >> 1 for word in np.random.SeedSequence(key).generate_state(count)]
+
+
+def random_extent(
+    width: int, height: int, *, augmentation: Augmentation, rng: np.random.Generator
+) -> tuple[int, int]:
+    """Width and height of a random crop of a picture of `width` x `height` pixels."""
+    least, most = augmentation.aspect_ratio
+    for _ in range(10):
+        area = height * width * rng.uniform(*augmentation.area)
+        ratio = np.exp(rng.uniform(np.log(least), np.log(most)))
+        w = max(1, round(float(np.sqrt(area * ratio))))
+        h = max(1, round(float(np.sqrt(area / ratio))))
+        if w <= width and h <= height and least <= w / h <= most:
+            return w, h
+    w, h = max(1, min(width, int(height * most))), max(1, min(height, int(width / least)))
+    scale = np.sqrt(min(1.0, augmentation.area[1] * width * height / (w * h)))
+    return max(1, int(w * scale)), max(1, int(h * scale))
+
+
+def random_crop(
+    image: np.ndarray, *, size: int, augmentation: Augmentation, rng: np.random.Generator
+) -> np.ndarray:
+    """A random part of an (H, W, 3) uint8 image, resized to (size, size, 3) and mirrored at random.
+
+    Share of the area, uniform, and aspect ratio, uniform in its logarithm, are drawn up to ten
+    times until the crop fits (Szegedy et al., https://arxiv.org/abs/1409.4842); else it is the
+    largest within their bounds. Bilinear. OneFlow's decoder draws by the same formula.
+    """
+    height, width = image.shape[:2]
+    w, h = random_extent(width, height, augmentation=augmentation, rng=rng)
+    x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+    box = (x, y, x + w, y + h)
+    crop = np.asarray(
+        Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    )
+    return crop[:, ::-1] if rng.random() < augmentation.flip else crop

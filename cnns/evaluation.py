@@ -1,0 +1,97 @@
+"""The one function that evaluates: every example once, hits added up, divided at the end."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from oneflow import nn
+
+from cnns.checkpoint.snapshot import local
+from cnns.distributed import Agreement, to_device
+from cnns.errors import RunError
+from cnns.graphs import EvalGraph, count_hits
+from cnns.log import Counts, limit_run_ahead
+
+
+class Evaluator:
+    """Scores a model on a validation set, each example exactly once a round.
+
+    The loader's batches are all of one size, and say which of their rows count.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: nn.Module,
+        *,
+        num_examples: int,
+        top_k: int,
+        use_fp16: bool = False,
+    ):
+        self.model = model
+        self.graph = EvalGraph(model, loader, top_k=top_k, use_fp16=use_fp16)
+        self.loader = loader
+        self.num_examples = num_examples
+
+    def round(self, agreement: Agreement | None = None) -> tuple[Counts, float]:
+        """Counts over `num_examples` samples, and the seconds it took (without compilation).
+
+        Leaves the model in evaluation mode. Raises RunError where a label is outside the classes,
+        and Interrupted where the processes agree to stop.
+        """
+        if self.model is not None:
+            self.model.eval()
+        start = time.perf_counter()
+        outputs = []
+        for batch in self.loader.batches():
+            compiled = self.graph.is_compiled
+            outputs.append(self.graph(*batch, **(agreement.vote() if agreement else {})))
+            done = limit_run_ahead(outputs)
+            if not compiled:
+                start = time.perf_counter()
+            if agreement:
+                agreement.check(done)
+        totals = np.array([[value.numpy() for value in output[:3]] for output in outputs])
+        seconds = time.perf_counter() - start
+        top_1, top_k, bad_labels = totals.sum(axis=0).tolist()
+        if bad_labels:
+            raise RunError(
+                f"the validation data have {bad_labels} labels outside the network's classes; they "
+                "are of another data set than the network"
+            )
+        return Counts(top_1, top_k, self.num_examples), seconds
+
+
+class ArrayGraph:
+    """As EvalGraph, for a network that is a function of arrays: images to logits (N, C)."""
+
+    is_compiled = True
+
+    def __init__(
+        self, network: Callable[[np.ndarray], np.ndarray], loader: nn.Module, *, top_k: int
+    ):
+        self.network = network
+        self.loader = loader
+        self.top_k = top_k
+
+    def __call__(self, counted, *batch) -> tuple:
+        image, label = self.loader(*batch)
+        logits = to_device(self.network(local(image).numpy()), label.placement)
+        return count_hits(logits, label, counted, top_k=self.top_k)
+
+
+class ArrayEvaluator(Evaluator):
+    """The same for a network that is a function of arrays, in one process on the CPU."""
+
+    def __init__(
+        self,
+        network: Callable[[np.ndarray], np.ndarray],
+        loader: nn.Module,
+        *,
+        num_examples: int,
+        top_k: int,
+    ):
+        self.model = None
+        self.graph = ArrayGraph(network, loader, top_k=top_k)
+        self.loader = loader
+        self.num_examples = num_examples

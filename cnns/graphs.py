@@ -1,0 +1,237 @@
+"""The `nn.Graph`s that train, evaluate and predict, and the one function that evaluates."""
+
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+
+from cnns.checkpoint.snapshot import local
+from cnns.distributed import everywhere, own_rows, to_device, to_global
+from cnns.models.layers import Dropout
+
+# Of dynamic loss scaling. The first gradient of a backward pass is the scale itself, in the loss's
+# float32; half precision begins at the logits' gradients, the scale times at most 1 / batch size.
+LOSS_SCALE = {
+    "init_scale": 2.0**16,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2000,
+}
+
+
+def hits(logits, label, top_k: int):
+    """Whether each label is the first, or among the first `top_k`, of its logits.
+
+    Equal logits rank by class number, and a NaN is beaten by nothing and beats nothing, so that a
+    network that gives the same for every class is not counted as right.
+
+    Args:
+        logits: (N, C) float.
+        label: (N,) int32, 0 to C - 1.
+
+    Returns:
+        Two (N,) int32 tensors of 0 and 1.
+    """
+    num_classes = logits.shape[1]
+    own = flow.gather(logits, 1, label.to(dtype=flow.int64).unsqueeze(1))  # (N, 1)
+    number = flow.arange(
+        num_classes, dtype=flow.int32, placement=logits.placement, sbp=flow.sbp.broadcast
+    ).unsqueeze(0)  # (1, C)
+    equal_later = flow.logical_and(own == logits, number >= label.unsqueeze(1))
+    beaten = flow.logical_or(own > logits, equal_later).to(dtype=flow.int32).sum(dim=1)
+    rank = num_classes - beaten
+    return (rank < 1).to(dtype=flow.int32), (rank < top_k).to(dtype=flow.int32)
+
+
+def in_range(label, logits):
+    """1 where a label (N,) is a class of the logits (N, C), else 0, int32."""
+    return flow.logical_and(label >= 0, label < logits.shape[1]).to(dtype=flow.int32)
+
+
+def in_float32(logits):
+    """Logits (N, C), for what must not be computed in half precision under --use_fp16.
+
+    OneFlow's mixed precision would take the loss, too, in half precision: its sum over a batch then
+    overflows from some 9,000 images on, and the scale of the loss at 2^16. Without mixed precision
+    this changes nothing.
+    """
+    return flow._C.amp_black_identity(logits)
+
+
+def count_hits(logits, label, counted, *, top_k: int) -> tuple:
+    """Top-1 hits, top-k hits and labels outside the classes, over rows whose `counted` is 1."""
+    valid = in_range(label, logits)
+    top_1, hit_k = hits(logits, label * valid, top_k)
+    return (top_1 * counted).sum(), (hit_k * counted).sum(), ((1 - valid) * counted).sum()
+
+
+class CompiledGraph(nn.Graph):
+    """What the graphs share: a compilation that fails raises, and prints nothing before that."""
+
+    def __call__(self, *batch, **more):
+        if self.is_compiled:
+            return super().__call__(*batch, **more)
+        printed = io.StringIO()
+        with redirect_stdout(printed), redirect_stderr(printed):
+            output = super().__call__(*batch, **more)
+        sys.stderr.write(printed.getvalue())
+        return output
+
+
+class TrainGraph(CompiledGraph):
+    """One call is one step: load, forward, backward, update, all on the device.
+
+    A network with dropout needs the `masks` of the step; see `DropoutMasks`.
+
+    Returns four scalars that stay there, over the batches of all devices: mean loss (that of an
+    auxiliary classifier is in it, times the network's `auxiliary_weight`), top-1 hits,
+    top-k hits, and the number of labels outside the network's classes (which are trained as class 0
+    for one step: the caller must look at the count and stop). A fifth is the sum of `stop`, where
+    that is given; see `Agreement`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: nn.Module,
+        optimizer,
+        schedule=None,
+        *,
+        label_smoothing: float,
+        top_k: int,
+        use_fp16: bool = False,
+        num_nodes: int = 1,
+    ):
+        super().__init__()
+        self.config.allow_fuse_add_to_output(True)
+        self.config.allow_fuse_model_update_ops(True)
+        # As OneFlow's own ResNet-50: trying out cuDNN's algorithms pays on one node only.
+        self.config.enable_cudnn_conv_heuristic_search_algo(num_nodes > 1)
+        if use_fp16:
+            self.config.enable_amp(True)
+            self.set_grad_scaler(flow.amp.GradScaler(**LOSS_SCALE))
+        self.model = model
+        self.loader = loader
+        self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.auxiliary_weight = getattr(model, "auxiliary_weight", 0.0)
+        self.dropouts = dropouts(model)
+        self.top_k = top_k
+        if schedule is None:
+            self.add_optimizer(optimizer)
+        else:
+            self.add_optimizer(optimizer, lr_sch=schedule)
+
+    def build(self, *batch, masks=(), stop=None):
+        image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
+        for layer, mask in zip(self.dropouts, masks, strict=True):
+            layer.mask = mask
+        logits, auxiliary = self.model(image), None  # (N, C)
+        if isinstance(logits, tuple | list):  # a network with a second classifier in training
+            logits, auxiliary = logits
+        logits = in_float32(logits)
+        # The loss kernel aborts the process on a label it has no logit for.
+        valid = in_range(label, logits)
+        label = label * valid
+        loss = self.cross_entropy(logits, label)  # ()
+        if auxiliary is not None:
+            auxiliary_loss = self.cross_entropy(in_float32(auxiliary), label)
+            loss = loss + self.auxiliary_weight * auxiliary_loss
+        loss.backward()
+        top_1, top_k = hits(logits, label, self.top_k)
+        return everywhere(loss, top_1.sum(), top_k.sum(), (1 - valid).sum(), stop)
+
+
+def dropouts(model: nn.Module) -> list[Dropout]:
+    return [module for module in model.modules() if isinstance(module, Dropout)]
+
+
+class DropoutMasks:
+    """The masks of a network's dropout layers, a function of seed, step, layer and row.
+
+    So they are the same for any number of devices, and in a run that goes on. They are cut from the
+    stream of a counter-based generator, 16 bits each, which also is the resolution of the rate.
+    """
+
+    def __init__(self, model: nn.Module, *, seed: int, batch_size: int, device: str):
+        """`batch_size` is the global one."""
+        self.layers = dropouts(model)
+        self.seed, self.rows = seed, own_rows(batch_size)
+        self.placement = flow.env.all_device_placement(device)
+
+    def at(self, step: int) -> dict:
+        """Arguments for the call of a graph. Steps count from 0."""
+        if not self.layers:
+            return {}
+        masks = [self.draw(step, number, layer) for number, layer in enumerate(self.layers)]
+        return {"masks": tuple(to_global(flow.tensor(m), self.placement) for m in masks)}
+
+    def draw(self, step: int, number: int, layer: Dropout) -> np.ndarray:
+        """This process's rows (n, features) of the mask of one layer."""
+        blocks = -(-layer.features // 16)  # of 4 x 64 bits, for each row
+        counter = [self.rows.start * blocks, 0, number, step]
+        generator = np.random.Philox(key=self.seed, counter=counter)
+        count = self.rows.stop - self.rows.start
+        drawn = generator.random_raw(count * blocks * 4).view(np.uint16).reshape(count, -1)
+        kept = drawn[:, : layer.features] >= round(layer.rate * 2**16)
+        return kept * np.float32(1 / (1 - layer.rate))
+
+
+class EvalGraph(CompiledGraph):
+    """Top-1 hits, top-k hits and labels outside the classes, over the rows whose `counted` is 1.
+
+    Three int32 scalars, over all devices, and the sum of `stop` where that is given. The graph
+    shares its model with a training graph and follows its updates.
+    """
+
+    def __init__(self, model: nn.Module, loader: nn.Module, *, top_k: int, use_fp16: bool = False):
+        super().__init__()
+        self.config.allow_fuse_add_to_output(True)
+        self.config.enable_amp(use_fp16)
+        self.model = model
+        self.loader = loader
+        self.top_k = top_k
+
+    def build(self, counted, *batch, stop=None):
+        image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
+        logits = self.model(image)  # (N, C)
+        return everywhere(*count_hits(logits, label, counted, top_k=self.top_k), stop)
+
+
+class PredictGraph(CompiledGraph):
+    """Images (N, 3, H, W) float32 to probabilities (N, C) float32."""
+
+    def __init__(self, model: nn.Module, *, use_fp16: bool = False):
+        super().__init__()
+        self.config.allow_fuse_add_to_output(True)
+        self.config.enable_amp(use_fp16)
+        # Trying out cuDNN's algorithms takes a second and 1 GB, which few predictions pay back.
+        self.config.enable_cudnn_conv_heuristic_search_algo(True)
+        self.model = model
+
+    def build(self, image):
+        return flow.softmax(in_float32(self.model(image)), dim=1)
+
+
+class Predictor:
+    """Arrays of images to arrays of probabilities.
+
+    Compiles for a batch larger than those it has had; a smaller one is filled up.
+    """
+
+    def __init__(self, model: nn.Module, *, device: str, use_fp16: bool = False):
+        self.model = model.eval()
+        self.use_fp16 = use_fp16
+        self.placement = flow.env.all_device_placement(device)
+        self.graphs: dict[int, PredictGraph] = {}
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """(N, 3, H, W) float32, normalised, to (N, C) float32."""
+        count = len(images)
+        size = min((size for size in self.graphs if size >= count), default=count)
+        if size not in self.graphs:
+            self.graphs[size] = PredictGraph(self.model, use_fp16=self.use_fp16)
+        images = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), np.float32)])
+        return local(self.graphs[size](to_device(images, self.placement))).numpy()[:count]

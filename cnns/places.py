@@ -1,0 +1,10 @@
+"""Where files are looked for, and put, unless a flag says otherwise."""
+
+import os
+
+# Runs make their directories here.
+SNAPSHOT_ROOT = os.path.join("output", "snapshots")
+# The original page's pretrained model; taken where it lies in the working directory.
+PUBLISHED_FOLDER = "resnet_v15_of_best_model_val_top1_77318"
+# Exported files.
+ONNX_ROOT = os.path.join("onnx", "model")
