@@ -158,7 +158,10 @@ def test_bad_files_are_reported_and_the_rest_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--onnx_path=x.onnx",), "--onnx_path needs --backend=onnxruntime"),
+        (
+            ("--onnx_path=x.onnx",),
+            "--onnx_path has no effect with --backend=oneflow; it belongs to --backend=onnxruntime",
+        ),
         (("--backend=onnxruntime", "--model_load_dir=x"), "--model_load_dir contradicts"),
         (("--backend=onnxruntime", "--fuse_bn_relu"), "--fuse_bn_relu contradicts"),
         (("--backend=onnxruntime", "--device=cuda"), "--device=cuda contradicts"),

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -287,7 +288,7 @@ def test_installed_weights_are_fine_tuned_and_come_after_own_snapshots(data, tmp
     )
     assert result.status == 0, result.stderr
     assert "the last layer starts from random weights" in result.stderr
-    find = find_snapshot
+    find = partial(find_snapshot, models=model_registry.MODELS)
     assert find(None, model="efficientnet_lite0") == "output/snapshots/run/snapshot_epoch_0"
     with pytest.raises(UsageError, match="no snapshot of vgg.*--model=efficientnet_lite0"):
         find(None, model="vgg")
