@@ -117,7 +117,9 @@ class Checkpoint:
             weights = read_weights(self.path) if self.weights is None else self.weights
         else:
             shapes = standard_shapes(network)
+            told = len(self.foreign.notices)
             weights = fit(self.foreign, shapes)
+            notices += self.foreign.notices[told:]
             auxiliary = {name for name in shapes if is_auxiliary(name)}
             if auxiliary and not auxiliary & weights.keys():
                 own = state_arrays(network)
