@@ -19,8 +19,8 @@ from cnns.launch import limits
 from cnns.launch.channel import MAGIC, PROTOCOL
 from cnns.launch.job import find_node_rank, is_own_address, make_job
 from cnns.launch.worker import WORKER_MARK, is_worker, worker_local_rank, worker_rank
+from small import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # Shorter than the real ones where a test does not look at them.
 LIMITS = {"GATHER_SECONDS": 0.6, "TERM_SECONDS": 0.4}
 REAL = {name: getattr(limits, name) for name in LIMITS}

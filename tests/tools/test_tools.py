@@ -25,7 +25,7 @@ from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
 from cnns.errors import RunError, UsageError
-from small import read_manifest, tree
+from small import ROOT, read_manifest, tree
 from tools import make_mini_imagenet, make_ofrecord
 from tools.ofrecord_writer import (
     BadImage,
@@ -40,7 +40,6 @@ from tools.ofrecord_writer import (
     write_dataset,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ROOT / "data" / "imagenet_classes.txt"
 
 

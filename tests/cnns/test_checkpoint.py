@@ -188,7 +188,7 @@ def test_a_file_size_limit_of_the_system_is_reported(tmp_path):
     """As above, with a write that the kernel refuses."""
     code = """
 import resource, signal, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests", sys.argv[1] + "/tests/cnns"]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import test_checkpoint, small
 from cnns.checkpoint.snapshot import save_snapshot
