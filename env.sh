@@ -108,6 +108,8 @@ explain() {
         fail 1 'the disk is full: setting up .venv takes 7 GB for a while, 4 GB after that' ;;
     *'Failed to establish'* | *'Connection'* | *'Read timed out'* | *'SSLError'* | *'ProxyError'*)
         fail 1 'pip cannot reach the package index: see to the network, or to PIP_INDEX_URL, PIP_PROXY and PIP_CERT' ;;
+    *'DO NOT MATCH THE HASHES'*)
+        fail 1 'a package differs from the one that requirements.txt was tested with (its hash, in the lines above): see which index it came from' ;;
     *'ResolutionImpossible'*)
         fail 1 'the OneFlow of ONEFLOW_WHEEL needs other versions than requirements.txt pins: change them there' ;;
     *'No matching distribution'*)
@@ -122,19 +124,20 @@ install() {
 }
 
 install_pinned() {
-    install --no-deps -r requirements.txt && "$python" -I -m pip check
+    install --no-deps --require-hashes -r requirements.txt && "$python" -I -m pip check
 }
 
 # The wheel brings dependencies of its own; what is pinned stays as it is. The libraries of CUDA 12 go
-# into the same directories as those of CUDA 11.
+# into the same directories as those of CUDA 11. A constraint cannot have a hash: neither has the wheel.
 install_wheel() {
     drop='/^oneflow==/d'
     case ${wheel##*/} in
     *cu12*) drop="$drop; /^nvidia-.*-cu11==/d" ;;
     esac
     sed "$drop" requirements.txt >.venv/tmp/others.txt &&
-        install --no-deps -r .venv/tmp/others.txt &&
-        install --constraint=.venv/tmp/others.txt "$wheel"
+        install --no-deps --require-hashes -r .venv/tmp/others.txt &&
+        sed 's/ .*//' .venv/tmp/others.txt >.venv/tmp/constraints.txt &&
+        install --constraint=.venv/tmp/constraints.txt "$wheel"
 }
 
 set_up() {

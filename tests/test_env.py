@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -83,9 +84,19 @@ class Machine:
         folder = self.root / name
         folder.mkdir()
         shutil.copy(ROOT / "env.sh", folder)
-        (folder / "requirements.txt").write_text(requirements)
+        self.pin(folder, requirements)
         (folder / "wrapper.sh").write_text(WRAPPER)
         return folder
+
+    def pin(self, checkout, requirements):
+        """Write requirements.txt, with the hash of each package that the index has."""
+        lines = []
+        for line in requirements.splitlines():
+            name, version = line.split("==")
+            wheels = list(self.wheels.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
+            digest = sha256(wheels[0].read_bytes() if wheels else b"").hexdigest()
+            lines.append(f"{line} --hash=sha256:{digest}\n")
+        (checkout / "requirements.txt").write_text("".join(lines))
 
     def start(self, checkout, *args, **env):
         return subprocess.Popen(
@@ -180,7 +191,7 @@ def test_activating_works_too(made):
 
 def test_changed_requirements_are_set_up_anew_after_a_failure_too(made):
     machine, checkout = made
-    (checkout / "requirements.txt").write_text("greeting==2.0\n")
+    machine.pin(checkout, "greeting==2.0\n")
     no_network = {"PIP_NO_INDEX": "", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
     no_network |= {"PIP_FIND_LINKS": "", "PIP_RETRIES": "1"}
     status, out, err = machine.run(checkout, **no_network)
@@ -386,7 +397,7 @@ def test_another_oneflow_stays_until_a_set_up_without_it(machine):
     status, out, err = machine.run(checkout, "-c", "print(1)", ONEFLOW_WHEEL=str(wheel))
     assert (status, out, err) == (0, "1\n", notice)
 
-    (checkout / "requirements.txt").write_text(pinned)
+    machine.pin(checkout, pinned)
     status, out, err = machine.run(checkout, *SAY_ONEFLOW, PYTHON=BASE_PYTHON)
     assert (status, out) == (0, "hello pinned\n"), err
     again, setting_up = err.splitlines(keepends=True)
@@ -397,6 +408,18 @@ def test_another_oneflow_stays_until_a_set_up_without_it(machine):
     assert starts_to_set_up(
         machine.start(checkout, PYTHON=BASE_PYTHON, ONEFLOW_WHEEL=str(wheel)),
     )
+
+
+def test_a_package_that_differs_from_its_hash_is_not_installed(machine):
+    checkout = machine.checkout("checkout")
+    write_wheel(machine.wheels, "1.0", "something else")
+    status, out, err = machine.run(checkout, PYTHON=BASE_PYTHON)
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1] == (
+        "env.sh: a package differs from the one that requirements.txt was tested with (its hash, in "
+        "the lines above): see which index it came from"
+    )
+    assert not (checkout / ".venv/stamp").exists()
 
 
 def test_oneflow_that_needs_other_versions_than_are_pinned_is_explained(machine):
@@ -517,7 +540,9 @@ def test_what_is_installed_is_what_requirements_txt_pins():
         return re.sub(r"[-_.]+", "-", name).lower(), version
 
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pinned = [key(*line.split("==")) for line in lines if line and not line.startswith("#")]
+    pinned = [line.split(" ") for line in lines if line and not line.startswith("#")]
+    assert all(hashes for _, *hashes in pinned)
+    pinned = [key(*name.split("==")) for name, *_ in pinned]
     installed = [
         key(dist.metadata["Name"], dist.version) for dist in importlib.metadata.distributions()
     ]
