@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs the tests; any argument goes to pytest:
 #   sh test.sh
+#   sh test.sh --fast
 #   sh test.sh tests/test_env.py -k moved
 set -eu
 cd "$(dirname "$0")"

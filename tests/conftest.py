@@ -1,6 +1,45 @@
 import cnns.startup  # noqa: F401  (before any test imports oneflow)
 
+import os
 import signal
+from pathlib import Path
+
+import pytest
 
 # A shell starts what is behind `&` with SIGINT ignored; what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+HERE = Path(__file__).resolve().parent
+# Whole runs, and processes with a fake CUDA device.
+LONG_FOLDERS = ("end_to_end", "fakecuda")
+# A process that has compiled many graphs takes up to this much.
+GIB_PER_PROCESS = 6
+# OneFlow computes with several threads in each.
+MAX_PROCESSES = 4
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="leave out whole runs, the fake CUDA device and tests marked long",
+    )
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Test processes of `-n auto`: what cores and memory allow."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)), int(memory / GIB_PER_PROCESS), MAX_PROCESSES))
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--fast"):
+        return
+    long = [item for item in items if is_long(item)]
+    items[:] = [item for item in items if not is_long(item)]
+    config.hook.pytest_deselected(items=long)
+
+
+def is_long(item: pytest.Item) -> bool:
+    folder = item.path.relative_to(HERE).parts[0]
+    return folder in LONG_FOLDERS or item.get_closest_marker("long") is not None

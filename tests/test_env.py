@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parent.parent
 WRAPPERS = ["train.sh", "evaluate.sh", "inference.sh", "test.sh"]
 BASE_PYTHON = os.path.realpath(f"{sys.base_prefix}/bin/python3.10")
@@ -416,8 +417,8 @@ def test_a_package_that_differs_from_its_hash_is_not_installed(machine):
     status, out, err = machine.run(checkout, PYTHON=BASE_PYTHON)
     assert (status, out) == (1, "")
     assert err.splitlines()[-1] == (
-        "env.sh: a package differs from the one that requirements.txt was tested with (its hash, in "
-        "the lines above): see which index it came from"
+        "env.sh: a package differs from the one that requirements.txt was tested with (its hash, "
+        "in the lines above): see which index it came from"
     )
     assert not (checkout / ".venv/stamp").exists()
 

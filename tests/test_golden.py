@@ -198,6 +198,7 @@ def train(training: dict, weight_decay: float) -> tuple[np.ndarray, dict[str, np
 STATE_TOLERANCE = 1e-3  # of an array's norm; summing as OneFlow does makes 2e-4 of it
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["recipe", "strong"])
 def test_training(training, case):
     """`recipe` has the weight decay of the recipe, `strong` one that shows in 20 steps."""

@@ -61,6 +61,7 @@ def rows(text: str) -> list[dict]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
+@pytest.mark.long
 def test_a_folder_in_batches_gives_what_single_images_give(monkeypatch):
     compiled = []
 

@@ -39,6 +39,7 @@ def golden():
     return read("networks.npz")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OTHERS)
 def test_names_shapes_and_logits_are_those_of_pytorch(golden, name):
     """At sizes that are odd on the way, so that paddings and poolings at the edges are seen."""
@@ -149,6 +150,7 @@ def test_the_graph_drops_what_the_masks_say():
     assert np.isfinite(probabilities).all()
 
 
+@pytest.mark.long
 def test_a_run_with_dropout_resumes_to_the_bit(data, tmp_path, monkeypatch):
     monkeypatch.setitem(model_registry.MODELS, "dropping", small.MODELS["dropping"])
     monkeypatch.chdir(tmp_path)
@@ -197,6 +199,7 @@ def data(tmp_path_factory):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n for n in model_registry.MODELS if n != "resnet18"])
 def test_the_whole_way(name, data, tmp_path, monkeypatch):
     entry = model_registry.MODELS[name]
@@ -273,6 +276,7 @@ def test_the_installed_weights_are_the_published_ones_and_know_a_cat(tmp_path, m
     assert probabilities == pytest.approx([0.386, 0.356, 0.169], abs=0.01)
 
 
+@pytest.mark.long
 def test_installed_weights_are_fine_tuned_and_come_after_own_snapshots(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call(

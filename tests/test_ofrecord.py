@@ -163,6 +163,7 @@ GOOD = record(encoded("RGB", "JPEG"), 2)
         (record(b"", 0), "holds no image"),
         (struct.pack("<q", 9) + b"text only", "is not an OFRecord"),
     ],
+    ids=["grey", "cmyk", "png", "garbage", "empty", "text"],
 )
 def test_records_that_the_decoder_cannot_read_are_found(tmp_path, bad, words, position):
     (tmp_path / "part-00000").write_bytes(b"".join([GOOD, bad] if position else [bad, GOOD]))

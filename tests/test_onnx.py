@@ -23,6 +23,8 @@ from cnns.export import ExportedModel, find_export
 from cnns.models.model import Model
 from small import ROOT, TINY, call, tree
 
+pytestmark = pytest.mark.long
+
 SIZE = 64  # pixels; a run has to take some milliseconds, see `small.ballast`
 PHOTOGRAPHS = [str(ROOT / "data" / name) for name in ("cat.jpg", "coffee.jpg")]
 NAMES = ("black", "gray", "white")

@@ -192,6 +192,7 @@ def train(*argv):
     return call(of_cnn_train_val.main, *flags, "--loss_print_every_n_iter=1", *argv)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_tiny_model")
 def test_half_precision_on_a_cpu_is_float32(tmp_path):
     plain = train("--model_save_dir=plain")
@@ -211,6 +212,7 @@ def test_half_precision_on_a_cpu_is_float32(tmp_path):
     assert any("loss" in key.lower() for key in state), sorted(state)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_tiny_model", "_any_layout")
 def test_training_goes_on_in_another_layout(tmp_path, monkeypatch):
     flags = [flag for flag in config.CUDA_FLAGS if flag != "channel_last"]

@@ -234,6 +234,7 @@ def test_a_folder_without_meta_can_be_said_to_be_channels_last(resnet50, referen
     assert logits(path, image) != reference
 
 
+@pytest.mark.long
 def test_files_of_pytorch_give_the_same_logits(resnet50, reference, tmp_path):
     arrays, image = resnet50
     tracked = arrays | {"bn1.num_batches_tracked": np.array(3)}
@@ -373,6 +374,7 @@ def test_the_pickles_would_run(tmp_path, monkeypatch):
         (tmp_path / "ran").unlink()
 
 
+@pytest.mark.long
 def test_in_a_process_of_its_own(tmp_path):
     zip_file(tmp_path / "evil.pth", REDUCE, {})
     write_parts(tmp_path / "data", [[0, 1, 2, 3]])

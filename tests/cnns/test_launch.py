@@ -21,6 +21,8 @@ from cnns.launch.job import find_node_rank, is_own_address, make_job
 from cnns.launch.worker import WORKER_MARK, is_worker, worker_local_rank, worker_rank
 from small import ROOT
 
+pytestmark = pytest.mark.long
+
 # Shorter than the real ones where a test does not look at them.
 LIMITS = {"GATHER_SECONDS": 0.6, "TERM_SECONDS": 0.4}
 REAL = {name: getattr(limits, name) for name in LIMITS}

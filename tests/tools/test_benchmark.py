@@ -9,6 +9,8 @@ import of_cnn_train_val
 from small import MODELS, ROOT, call, write_parts
 from tools import benchmark
 
+pytestmark = pytest.mark.long
+
 SMALL = ("--device=cpu", "--image_size=32", "--batch_size_per_device=4", "--steps=3", "--rounds=2")
 
 
