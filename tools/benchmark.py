@@ -40,6 +40,7 @@ import resnet_to_onnx
 from cnns.checkpoint.snapshot import Snapshot, versions
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset
+from cnns.data.images import CLASSES_FILE, read_classes
 from cnns.distributed import choose_device
 from cnns.errors import RunError, UsageError, run_main
 from cnns.export import ExportedModel
@@ -48,7 +49,7 @@ from cnns.graphs import Predictor
 from cnns.log import limit_run_ahead
 from cnns.models.layers import Switches
 from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
-from tools.ofrecord_writer import BLOCK_BYTES, read_classes
+from tools.ofrecord_writer import BLOCK_BYTES
 
 # Crops of the demo photographs at this size and quality are 110 kB on average, as ImageNet's are.
 PHOTOGRAPH_SIZE = (580, 435)
@@ -362,7 +363,7 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def make_archive(path: Path, num_images: int) -> int:
     """An archive of the official shape, a tar of 1000 tars; returns the bytes of its images."""
-    _, wordnet_ids = read_classes(DATA / "imagenet_classes.txt")
+    _, wordnet_ids = read_classes(CLASSES_FILE)
     photographs = [Image.open(DATA / name).convert("RGB") for name in PHOTOGRAPHS]
     rng, num_bytes, done = random.Random(0), 0, 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as outer:

@@ -14,11 +14,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cnns.data.images import CLASSES_FILE, read_classes
 from cnns.errors import RunError, run_main
 from cnns.flags import Parser, number
-from tools.ofrecord_writer import Example, Split, encode_jpeg, read_classes, write_dataset
+from tools.jpeg_util import encode_jpeg
+from tools.ofrecord_writer import Example, Split, write_dataset
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = CLASSES_FILE.parent
 PHOTOGRAPHS = {"cat.jpg": "tabby, tabby cat", "coffee.jpg": "espresso"}
 AREA = (0.3, 1.0)  # share of the photograph
 ASPECT_RATIO = (3 / 4, 4 / 3)  # width over height
@@ -89,7 +91,7 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    classes, _ = read_classes(DATA / "imagenet_classes.txt")
+    classes, _ = read_classes(CLASSES_FILE)
     try:
         photographs = [
             (classes.index(name), Image.open(DATA / file).convert("RGB"))

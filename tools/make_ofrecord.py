@@ -21,22 +21,19 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cnns.data.images import IMAGE_SUFFIXES
+from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, read_classes
 from cnns.errors import RunError, UsageError, run_main
 from cnns.flags import Parser, add_switch, number
 from tools import cifar, imagenet
-from tools.imagenet import some
-from tools.jpeg_util import jpeg_example
+from tools.imagenet import is_image_name, some
+from tools.jpeg_util import BadImage, encode_jpeg, upright_jpeg
 from tools.ofrecord_writer import (
-    BadImage,
     Example,
     Split,
     check_output,
     default_num_parts,
-    encode_jpeg,
     file_stamp,
     partial_name,
-    read_classes,
     write_dataset,
 )
 
@@ -88,11 +85,8 @@ class ImageFiles:
                 data = file.read()
         except OSError as error:
             raise BadImage(error.strerror) from None
-        return jpeg_example(data, self.labels[i])
-
-    def take(self, positions) -> "ImageFiles":
-        paths, labels = ([held[i] for i in positions] for held in (self.paths, self.labels))
-        return ImageFiles(self.root, paths, labels)
+        data, was = upright_jpeg(data)
+        return Example(data, self.labels[i], change=was)
 
     def fingerprint(self, i: int) -> bytes:
         return file_stamp(os.path.join(self.root, self.paths[i]), self.labels[i])
@@ -141,7 +135,7 @@ def find_images(root: Path) -> dict[str, list[str]]:
         below = os.path.relpath(folder, root)
         for name in files:
             path = os.path.normpath(os.path.join(below, name))
-            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+            if not is_image_name(name):
                 others.append(printable(path))
             elif below == ".":
                 raise RunError(
@@ -249,9 +243,6 @@ class SmallImages:
     def __call__(self, i: int) -> Example:
         image = Image.fromarray(self.images[i])
         return Example(encode_jpeg(image, quality=100), int(self.labels[i]))
-
-    def take(self, positions) -> "SmallImages":
-        return SmallImages(self.images[positions], self.labels[positions])
 
     def fingerprint(self, i: int) -> bytes:
         return hashlib.sha256(self.images[i].tobytes() + bytes((self.labels[i],))).digest()
@@ -389,7 +380,7 @@ def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
             check_output(output)
     loaders, classes, notices = imagenet.load_images(
         sources,
-        classes_path=args.classes or imagenet.CLASSES,
+        classes_path=args.classes or CLASSES_FILE,
         val_labels_path=args.val_labels or imagenet.VAL_LABELS,
         resize_shorter=args.resize_shorter,
         decode=args.check == "decode",
@@ -404,14 +395,6 @@ def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
 
 def imagenet_num_parts(num_examples: int) -> int:
     return min(IMAGENET_PARTS, num_examples)
-
-
-class JobParser(Parser):
-    """A parser of one job, as argparse makes it: with the name of the job behind the script's."""
-
-    def __init__(self, *, prog: str, description: str):
-        super().__init__(description)
-        self.prog = prog
 
 
 def add_output_flags(
@@ -521,9 +504,7 @@ def add_cifar_parser(jobs) -> None:
 
 def make_parser() -> Parser:
     parser = Parser("Make OFRecord parts, as the training and evaluation scripts read them.")
-    jobs = parser.add_subparsers(
-        dest="job", required=True, metavar="JOB", parser_class=JobParser, title="jobs"
-    )
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", title="jobs")
     add_imagenet_parser(jobs)
     folder = jobs.add_parser(
         "folder",

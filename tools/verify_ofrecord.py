@@ -6,9 +6,7 @@ python3 tools/verify_ofrecord.py --decode --num_classes=1000 /data/others/train
 
 import contextlib
 import hashlib
-import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,15 +15,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cnns.data.format import MAX_CLASSES
+from cnns.data.format import (
+    LENGTH,
+    MANIFEST,
+    MAX_CLASSES,
+    OFRecord,
+    decode_record,
+    missing_part,
+    only_value,
+    part_name,
+    part_names,
+    read_manifest,
+)
 from cnns.errors import RunError, UsageError, run_main
 from cnns.flags import Parser, add_switch, number
-from tools import ofrecord_message
-from tools.jpeg_util import BrokenJpeg, decode_jpeg, walk_jpeg
-from tools.ofrecord_writer import BLOCK_BYTES, LENGTH, MANIFEST, default_num_workers
+from tools.jpeg_util import BadImage, decode_jpeg, walk_jpeg
+from tools.ofrecord_writer import BLOCK_BYTES, default_num_workers
 from tools.worker_pool import Advance, Progress, run_tasks
 
-PART_NAME = re.compile(r"part-(\d+)")
 SPLITS = ("train", "validation")
 BYTES_PER_IMAGE = 100_000  # or so, to tell how much there is to do
 # What OneFlow 0.9's decoders do with an image that is not an RGB JPEG.
@@ -61,51 +68,44 @@ class PartResult:
 # One record.
 
 
-def one(features: dict, name: str, kind: str):
-    """The only value of a feature. Raises MessageError."""
-    if name not in features:
-        raise ofrecord_message.MessageError(f"has no `{name}`")
-    found, values = features[name]
-    if found != kind or len(values) != 1:
-        what = f"{len(values)} values of {found}" if found else "nothing"
-        raise ofrecord_message.MessageError(f"`{name}` holds {what}, not one of {kind}")
-    return values[0]
-
-
-def image_faults(encoded: bytes, features: dict, decode: bool) -> Iterator[str]:
+def image_faults(encoded: bytes, record: OFRecord, decode: bool) -> Iterator[str]:
     try:
         info = walk_jpeg(encoded)
         if decode:
             decode_jpeg(encoded)
-    except BrokenJpeg as error:
+    except BadImage as error:
         reason = str(error)
         yield f"the image: {', '.join(filter(None, (reason, CONSEQUENCE.get(reason))))}"
         return
     if info.oddity:
         yield f"the image: {info.oddity}, {CONSEQUENCE.get(info.oddity, OTHER_CONSEQUENCE)}"
     for name in ("height", "width", "channels"):
-        kind, values = features.get(name, ("", []))
-        if kind == "int32" and values != [getattr(info, name)]:
+        values = list(record.feature[name].int32_list.value)
+        if values and values != [getattr(info, name)]:
             yield f"`{name}` is {values}, and the image has {getattr(info, name)}"
 
 
-def record_faults(message: bytes, num_classes: int | None, decode: bool) -> tuple[list[str], int]:
+def record_faults(message: bytes, num_classes: int, decode: bool) -> tuple[list[str], int]:
     """What is wrong with one serialised record, and its label (-1 where there is none)."""
     found, label = [], -1
     try:
-        features = ofrecord_message.decode(message)
-    except ofrecord_message.MessageError as error:
+        record = decode_record(message)
+    except ValueError as error:
         return [f"is not an OFRecord: {error}"], label
+    size = record.ByteSize()
+    record.DiscardUnknownFields()
+    if record.ByteSize() != size:
+        found.append("is not an OFRecord: it has other fields as well")
     try:
-        label = one(features, "class/label", "int32")
-        if not 0 <= label < (num_classes or MAX_CLASSES):
-            found.append(f"label {label} is outside of 0 to {(num_classes or MAX_CLASSES) - 1}")
-    except ofrecord_message.MessageError as error:
+        label = only_value(record, "class/label", "int32")
+        if not 0 <= label < num_classes:
+            found.append(f"label {label} is outside of 0 to {num_classes - 1}")
+    except ValueError as error:
         found.append(str(error))
     try:
-        encoded = one(features, "encoded", "bytes")
-        found += image_faults(encoded, features, decode)
-    except ofrecord_message.MessageError as error:
+        encoded = only_value(record, "encoded", "bytes")
+        found += image_faults(encoded, record, decode)
+    except ValueError as error:
         found.append(str(error))
     return found, label
 
@@ -119,7 +119,7 @@ class PartCheck:
 
     path: Path
     entry: dict  # of the manifest; empty where there is none
-    num_classes: int | None
+    num_classes: int
     decode: bool
 
     def __call__(self, advance: Advance) -> PartResult:
@@ -135,23 +135,14 @@ class PartCheck:
         return result
 
     def compare(self, result: PartResult, digest: str, faults: list[Fault]) -> None:
-        found = {
-            "num_bytes": result.num_bytes,
-            "num_examples": result.num_examples,
-            "sha256": digest,
-        }
+        found = {"num_bytes": result.num_bytes, "num_examples": result.num_examples}
         for key, what in (("num_bytes", "bytes"), ("num_examples", "whole records")):
-            if self.entry.get(key, found[key]) != found[key]:
-                faults.append(
-                    Fault(
-                        f"holds {found[key]} {what}, and the manifest says {self.entry[key]}",
-                        self.path.name,
-                    )
-                )
+            if self.entry and self.entry[key] != found[key]:
+                what = f"holds {found[key]} {what}, and the manifest says {self.entry[key]}"
+                faults.append(Fault(what, self.path.name))
         if self.entry.get("sha256", digest) != digest:
-            faults.append(
-                Fault("its SHA-256 is not the manifest's: it was changed", self.path.name)
-            )
+            what = "its SHA-256 is not the manifest's: it was changed"
+            faults.append(Fault(what, self.path.name))
 
     def walk(self, file, faults: list[Fault], advance: Advance) -> tuple[PartResult, str]:
         size, at, digest = os.fstat(file.fileno()).st_size, 0, hashlib.sha256()
@@ -191,25 +182,10 @@ class PartCheck:
 # One directory.
 
 
-def read_manifest(directory: Path) -> tuple[dict | None, list[Fault]]:
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        for part in manifest["parts"]:
-            if not isinstance(part["name"], str):
-                raise ValueError("a part without a name")
-        if not isinstance(manifest.get("num_classes"), int | None):
-            raise ValueError("num_classes is not a number")
-    except FileNotFoundError:
-        return None, []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return None, [Fault(f"{MANIFEST}: is not a manifest that can be read ({error!r})")]
-    return manifest, manifest_faults(manifest)
-
-
 def manifest_faults(manifest: dict) -> list[Fault]:
     """Where a manifest contradicts itself."""
     faults = []
-    total = sum(part.get("num_examples", 0) for part in manifest["parts"])
+    total = sum(part["num_examples"] for part in manifest["parts"])
     if manifest.get("num_examples", total) != total:
         faults.append(
             Fault(f"{MANIFEST}: num_examples is {manifest['num_examples']}, its parts have {total}")
@@ -222,29 +198,24 @@ def manifest_faults(manifest: dict) -> list[Fault]:
     return faults
 
 
-def part_names(directory: Path) -> list[str]:
-    try:
-        held = os.listdir(directory)
-    except OSError as error:
-        raise UsageError(f"{directory}: cannot be read: {error.strerror}") from None
-    numbered = [match for match in map(PART_NAME.fullmatch, held) if match]
-    return [match[0] for match in sorted(numbered, key=lambda match: (int(match[1]), match[0]))]
-
-
 def name_faults(names: list[str], manifest: dict | None) -> list[Fault]:
     """Parts that are missing, or too many."""
-    if manifest is not None:
-        listed = [part["name"] for part in manifest["parts"]]
-        missing = [name for name in listed if name not in set(names)]
-        faults = [Fault("is missing; the manifest lists it", name) for name in missing]
-        extra = [name for name in names if name not in set(listed)]
-        return faults + [Fault("is not in the manifest", name) for name in extra]
-    width = len(names[0]) - len("part-")
-    wanted = [f"part-{k:0{width}d}" for k in range(len(names))]
-    for name, want in zip(names, wanted, strict=True):
-        if name != want:
-            return [Fault("is missing; parts are numbered from 0 without a gap", want)]
-    return []
+    if manifest is None:
+        missing = missing_part(names)
+        what = "is missing; parts are numbered from 0 without a gap"
+        return [Fault(what, missing)] if missing else []
+    listed = [part["name"] for part in manifest["parts"]]
+    missing = [name for name in listed if name not in set(names)]
+    faults = [Fault("is missing; the manifest lists it", name) for name in missing]
+    extra = [name for name in names if name not in set(listed)]
+    return faults + [Fault("is not in the manifest", name) for name in extra]
+
+
+def list_parts(directory: Path) -> list[str]:
+    try:
+        return part_names(directory)
+    except OSError as error:
+        raise UsageError(f"{directory}: cannot be read: {error.strerror}") from None
 
 
 def find_directories(paths: list[Path]) -> list[Path]:
@@ -253,13 +224,13 @@ def find_directories(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise UsageError(f"{path}: there is no such directory")
-        if part_names(path) or (path / MANIFEST).exists():
+        if list_parts(path) or (path / MANIFEST).exists():
             found.append(path)
             continue
         below = [path / split for split in SPLITS if (path / split).is_dir()]
-        below = [directory for directory in below if part_names(directory)]
+        below = [directory for directory in below if list_parts(directory)]
         if not below:
-            raise UsageError(f"{path}: holds no OFRecord parts (part-00000, ...)")
+            raise UsageError(f"{path}: holds no OFRecord parts ({part_name(0)}, ...)")
         found += below
     return found
 
@@ -268,18 +239,20 @@ def verify(
     directory: Path, *, num_classes: int | None, decode: bool, num_workers: int | None
 ) -> int:
     """Print every fault of a directory as it is found, and a summary; return their number."""
-    names = part_names(directory)
-    manifest, faults = read_manifest(directory)
-    faults += name_faults(names, manifest) if names or manifest else []
+    names = list_parts(directory)
+    try:
+        manifest = read_manifest(directory)
+        faults = manifest_faults(manifest) if manifest else []
+    except RunError:
+        manifest, faults = None, [Fault(f"{MANIFEST}: is not a manifest that can be read")]
+    faults += name_faults(names, manifest)
     for fault in faults:
         print(f"{directory}: {fault}")
-    entries, claimed = {}, None
-    if manifest is not None:
-        entries = {part["name"]: part for part in manifest["parts"]}
-        claimed = manifest.get("num_classes")
+    manifest = manifest or {"parts": []}
+    entries = {part["name"]: part for part in manifest["parts"]}
+    num_classes = num_classes or manifest.get("num_classes") or MAX_CLASSES
     checks = [
-        PartCheck(directory / name, entries.get(name, {}), num_classes or claimed, decode)
-        for name in names
+        PartCheck(directory / name, entries.get(name, {}), num_classes, decode) for name in names
     ]
     size = sum(os.path.getsize(directory / name) for name in names)
     num_workers = num_workers or default_num_workers(size // BYTES_PER_IMAGE)
