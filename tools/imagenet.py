@@ -105,7 +105,7 @@ def walk_tar(window: Window, where: str) -> Iterator[tuple[str, int, int]]:
     Reads the headers only. Raises RunError for an archive that is cut off or damaged, or holds
     something else than files and directories.
     """
-    at, end, why = 0, window.begin + window.size, ""
+    at, end, broken = 0, window.begin + window.size, False
     try:
         with tarfile.open(fileobj=window, mode="r:", encoding="utf-8") as archive:
             for member in archive:
@@ -128,8 +128,8 @@ def walk_tar(window: Window, where: str) -> Iterator[tuple[str, int, int]]:
                         f"archive ends at byte {end}: it is cut off; copy or download it again"
                     )
                 yield member.name, offset, member.size
-    except (tarfile.TarError, ArithmeticError, LookupError, ValueError, RecursionError) as error:
-        why = f", {error}"
+    except (tarfile.TarError, ArithmeticError, LookupError, ValueError, RecursionError):
+        broken = True
     # tarfile takes whatever is not a header for the end.
     window.left = HEADER_BYTES
     window.seek(at)
@@ -142,10 +142,10 @@ def walk_tar(window: Window, where: str) -> Iterator[tuple[str, int, int]]:
     if at == 0 and block[257:262] != b"ustar" and any(block):
         gzip = ": it is compressed; gunzip it first" if block[:2] == b"\x1f\x8b" else ""
         raise RunError(f"{where}: is not a tar archive{gzip}")
-    if why or any(block):
+    if broken or any(block):
         raise RunError(
-            f"{where}: no tar header at byte {window.begin + at} that can be read{why}: the "
-            "archive is damaged; copy or download it again"
+            f"{where}: no tar header at byte {window.begin + at} that can be read: the archive "
+            "is damaged; copy or download it again"
         )
 
 

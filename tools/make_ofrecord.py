@@ -44,18 +44,8 @@ IDX_MAGIC = {"images": 2051, "labels": 2049}  # unsigned bytes with 3 dimensions
 IDX_PREFIXES = {"train": "train", "validation": "t10k"}
 IDX_CLASSES = {
     "mnist": [str(digit) for digit in range(10)],
-    "fashion_mnist": [
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ],
+    "fashion_mnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,"
+    "Ankle boot".split(","),
 }
 
 
@@ -397,27 +387,22 @@ def imagenet_num_parts(num_examples: int) -> int:
     return min(IMAGENET_PARTS, num_examples)
 
 
+# The command line.
+
+
 def add_output_flags(
     parser: Parser,
     *,
     parts: str = "one per started 10000 examples, and 8 or, for small data, one per 64 examples at "
     "least",
 ) -> None:
-    parser.add_argument("--output", type=Path, required=True, help="new or empty directory")
-    parser.add_argument(
-        "--num_parts",
-        type=number(int, 1, 99999),
-        help=f"parts per directory; unless given, {parts}",
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the shuffle over all parts"
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=number(int, 1, 999),
-        help="processes; unless given, one per core, and fewer for small data. The bytes do not "
-        "depend on it",
-    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="new or empty directory")
+    text = f"parts per directory; unless given, {parts}"
+    add("--num_parts", type=number(int, 1, 99999), help=text)
+    add("--seed", type=number(int, 0), default=0, help="of the shuffle over all parts")
+    text = "processes; unless given, one per core, and fewer for small data; the bytes are the same"
+    add("--num_workers", type=number(int, 1, 999), help=text)
 
 
 def add_skip_bad(parser: Parser) -> None:
@@ -431,32 +416,27 @@ def add_imagenet_parser(jobs) -> None:
         description="Convert ImageNet (ILSVRC 2012) from its two archives, which are not unpacked, "
         "or from folders, into <output>/train and <output>/validation. RGB JPEGs are stored as "
         "they are, after a check; CMYK and greyscale JPEGs and other formats become RGB JPEGs, and "
-        "the report says which. Names are checked before anything is written: all classes there, "
-        "none too many, a label for every validation image. A bad image ends the run at its end, "
-        "with a list. A run that was interrupted goes on when it is started again.",
+        "the report says which. Names are checked before anything is written. A bad image ends the "
+        "run at its end, with a list. An interrupted run is resumed when it is started again.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--input",
         type=Path,
         help="folder with ILSVRC2012_img_train.tar or train/, and ILSVRC2012_img_val.tar or "
         "validation/ or val/",
     )
-    parser.add_argument(
-        "--train", type=Path, help="archive or folder, in place of what --input holds"
-    )
-    parser.add_argument(
-        "--validation",
-        type=Path,
-        help="the same; without --input, only what is given is converted",
-    )
+    add("--train", type=Path, help="archive or folder, in place of what --input holds")
+    text = "the same; without --input, only what is given is converted"
+    add("--validation", type=Path, help=text)
     add_output_flags(parser, parts=f"{IMAGENET_PARTS}, or one per example for tiny data")
-    parser.add_argument(
+    add(
         "--resize_shorter",
         type=number(int, 16),
         help="make larger pictures smaller, to so many pixels on the shorter side, as JPEG of "
         "quality 95; unless given, bytes are kept",
     )
-    parser.add_argument(
+    add(
         "--check",
         choices=("markers", "decode"),
         default="markers",
@@ -464,13 +444,13 @@ def add_imagenet_parser(jobs) -> None:
         "which takes several times as long",
     )
     add_skip_bad(parser)
-    parser.add_argument(
+    add(
         "--classes",
         type=Path,
         help="lines of a WordNet id and a name: their order gives the labels; unless given, "
         "data/imagenet_classes.txt",
     )
-    parser.add_argument(
+    add(
         "--val_labels",
         type=Path,
         help="lines of a label or a WordNet id, one for each flat validation image, in the order "
@@ -479,34 +459,8 @@ def add_imagenet_parser(jobs) -> None:
     parser.set_defaults(make=imagenet_job, choose_num_parts=imagenet_num_parts)
 
 
-def add_cifar_parser(jobs) -> None:
+def add_folder_parser(jobs) -> None:
     parser = jobs.add_parser(
-        "cifar",
-        help="binary archives of CIFAR-10 and CIFAR-100",
-        description="Convert the binary version of CIFAR-10 or CIFAR-100 into <output>/train and "
-        "<output>/validation. Class names are the archive's. Images are stored as RGB JPEG of "
-        "quality 100.",
-    )
-    parser.add_argument(
-        "--input",
-        type=Path,
-        required=True,
-        help="cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, or the folder it was unpacked to",
-    )
-    add_output_flags(parser)
-    parser.add_argument(
-        "--labels",
-        choices=("fine", "coarse"),
-        help="CIFAR-100 only: 100 or 20 classes; unless given, fine",
-    )
-    parser.set_defaults(make=cifar_job)
-
-
-def make_parser() -> Parser:
-    parser = Parser("Make OFRecord parts, as the training and evaluation scripts read them.")
-    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", title="jobs")
-    add_imagenet_parser(jobs)
-    folder = jobs.add_parser(
         "folder",
         help="image files, one sub-folder per class",
         description="Convert image files. If --input holds train/ and validation/ (or val/), each "
@@ -517,19 +471,21 @@ def make_parser() -> Parser:
         "else as an upright RGB JPEG. All images are checked; a bad one ends the run, with a list "
         "and no output.",
     )
-    folder.add_argument("--input", type=Path, required=True, help="directory of images")
-    add_output_flags(folder)
-    folder.add_argument(
+    parser.add_argument("--input", type=Path, required=True, help="directory of images")
+    add_output_flags(parser)
+    parser.add_argument(
         "--classes",
         type=Path,
         help="file with one class name a line, or a WordNet id and a name as in "
         "data/imagenet_classes.txt: its order gives the labels, and folders are named by id, name "
         "or first synonym",
     )
-    add_skip_bad(folder)
-    folder.set_defaults(make=folder_job)
+    add_skip_bad(parser)
+    parser.set_defaults(make=folder_job)
 
-    idx = jobs.add_parser(
+
+def add_idx_parser(jobs) -> None:
+    parser = jobs.add_parser(
         "idx",
         help="IDX files of the MNIST family",
         description="Convert IDX files, gzipped or not. --input with the family's four files makes "
@@ -538,50 +494,66 @@ def make_parser() -> Parser:
         "--dataset=fashion_mnist. --images and --labels make --output one directory of parts. "
         "Images are stored as RGB JPEG of quality 100.",
     )
-    idx.add_argument(
+    add = parser.add_argument
+    add(
         "--input",
         type=Path,
         help="directory with {train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte, "
         "with or without .gz",
     )
-    idx.add_argument("--images", type=Path, help="one file of images, in place of --input")
-    idx.add_argument("--labels", type=Path, help="its labels")
-    add_output_flags(idx)
-    idx.add_argument(
-        "--num_examples", type=number(int, 1), help="convert the first so many; unless given, all"
-    )
-    idx.add_argument(
-        "--num_val_examples", type=number(int, 1), help="the same for the validation set"
-    )
-    idx.add_argument(
-        "--dataset", choices=sorted(IDX_CLASSES), help="whose class names go into the manifest"
-    )
-    idx.add_argument(
+    add("--images", type=Path, help="one file of images, in place of --input")
+    add("--labels", type=Path, help="its labels")
+    add_output_flags(parser)
+    text = "convert the first so many; unless given, all"
+    add("--num_examples", type=number(int, 1), help=text)
+    add("--num_val_examples", type=number(int, 1), help="the same for the validation set")
+    text = "whose class names go into the manifest"
+    add("--dataset", choices=sorted(IDX_CLASSES), help=text)
+    add(
         "--classes",
         type=Path,
         help="file with one class name a line; unless this or --dataset is given, names are the "
         "labels' numbers",
     )
-    idx.set_defaults(make=idx_job)
-    add_cifar_parser(jobs)
+    parser.set_defaults(make=idx_job)
+
+
+def add_cifar_parser(jobs) -> None:
+    parser = jobs.add_parser(
+        "cifar",
+        help="binary archives of CIFAR-10 and CIFAR-100",
+        description="Convert the binary version of CIFAR-10 or CIFAR-100 into <output>/train and "
+        "<output>/validation. Class names are the archive's. Images are stored as RGB JPEG of "
+        "quality 100.",
+    )
+    text = "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, or the folder it was unpacked to"
+    parser.add_argument("--input", type=Path, required=True, help=text)
+    add_output_flags(parser)
+    text = "CIFAR-100 only: 100 or 20 classes; unless given, fine"
+    parser.add_argument("--labels", choices=("fine", "coarse"), help=text)
+    parser.set_defaults(make=cifar_job)
+
+
+def make_parser() -> Parser:
+    parser = Parser("Make OFRecord parts, as the training and evaluation scripts read them.")
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", title="jobs")
+    for add_parser in (add_imagenet_parser, add_folder_parser, add_idx_parser, add_cifar_parser):
+        add_parser(jobs)
     return parser
 
 
-# Neither goes into the manifest: equal runs, into two places, give equal bytes.
+# None of these goes into the manifest: equal runs, into two places, give equal bytes.
 NOT_IN_MANIFEST = ("job", "make", "choose_num_parts", "output", "num_workers")
-
-
-def manifest_arguments(args: argparse.Namespace) -> dict:
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in NOT_IN_MANIFEST
-    }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     splits, classes = args.make(args)
+    arguments = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in NOT_IN_MANIFEST
+    }
     write_dataset(
         splits,
         classes=classes,
@@ -590,10 +562,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         skip_bad=getattr(args, "skip_bad", False),
         num_workers=args.num_workers,
-        made_by={
-            "tool": f"tools/make_ofrecord.py {args.job}",
-            "arguments": manifest_arguments(args),
-        },
+        made_by={"tool": f"tools/make_ofrecord.py {args.job}", "arguments": arguments},
     )
 
 

@@ -5,12 +5,14 @@ python3 tools/verify_ofrecord.py --decode --num_classes=1000 /data/others/train
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,25 +45,11 @@ CONSEQUENCE = {
 OTHER_CONSEQUENCE = "on which OneFlow's decoder fails"
 
 
-@dataclass(frozen=True)
-class Fault:
-    what: str
-    part: str = ""
-    record: int | None = None
-    offset: int | None = None  # byte of the record's length field in the part
-
-    def __str__(self) -> str:
-        where = [self.part] if self.part else []
-        if self.record is not None:
-            where.append(f"record {self.record}, at byte {self.offset}")
-        return ": ".join([*where, self.what])
-
-
 @dataclass
 class PartResult:
-    num_examples: int
-    num_bytes: int
-    faults: list[Fault]
+    faults: list[str] = field(default_factory=list)
+    num_examples: int = 0
+    num_bytes: int = 0
     max_label: int = -1
 
 
@@ -113,102 +101,88 @@ def record_faults(message: bytes, num_classes: int, decode: bool) -> tuple[list[
 # One part.
 
 
-@dataclass(frozen=True)
-class PartCheck:
-    """Walks one part, all of it, once."""
+def check_part(
+    path: Path, entry: dict, num_classes: int, decode: bool, advance: Advance
+) -> PartResult:
+    """Walk one part, all of it, once. `entry` is the manifest's; empty where there is none."""
+    result = PartResult()
+    try:
+        with open(path, "rb", buffering=BLOCK_BYTES) as file:
+            digest = walk_part(file, result, num_classes, decode, advance)
+    except OSError as error:
+        return PartResult([f"{path.name}: cannot be read: {error.strerror}"])
+    found = []
+    if not result.num_bytes:
+        found.append("holds no record, and OneFlow's reader cannot open that")
+    for key, what in (("num_bytes", "bytes"), ("num_examples", "whole records")):
+        count = getattr(result, key)
+        if entry.get(key, count) != count:
+            found.append(f"holds {count} {what}, and the manifest says {entry[key]}")
+    if entry.get("sha256", digest) != digest:
+        found.append("its SHA-256 is not the manifest's: it was changed")
+    result.faults += [f"{path.name}: {what}" for what in found]
+    return result
 
-    path: Path
-    entry: dict  # of the manifest; empty where there is none
-    num_classes: int
-    decode: bool
 
-    def __call__(self, advance: Advance) -> PartResult:
-        name, faults = self.path.name, []
-        try:
-            with open(self.path, "rb", buffering=BLOCK_BYTES) as file:
-                result, digest = self.walk(file, faults, advance)
-        except OSError as error:
-            return PartResult(0, 0, [Fault(f"cannot be read: {error.strerror}", name)])
-        if not result.num_bytes:
-            faults.append(Fault("holds no record, and OneFlow's reader cannot open that", name))
-        self.compare(result, digest, faults)
-        return result
-
-    def compare(self, result: PartResult, digest: str, faults: list[Fault]) -> None:
-        found = {"num_bytes": result.num_bytes, "num_examples": result.num_examples}
-        for key, what in (("num_bytes", "bytes"), ("num_examples", "whole records")):
-            if self.entry and self.entry[key] != found[key]:
-                what = f"holds {found[key]} {what}, and the manifest says {self.entry[key]}"
-                faults.append(Fault(what, self.path.name))
-        if self.entry.get("sha256", digest) != digest:
-            what = "its SHA-256 is not the manifest's: it was changed"
-            faults.append(Fault(what, self.path.name))
-
-    def walk(self, file, faults: list[Fault], advance: Advance) -> tuple[PartResult, str]:
-        size, at, digest = os.fstat(file.fileno()).st_size, 0, hashlib.sha256()
-        result = PartResult(0, size, faults)
-
-        def fault(what: str) -> None:
-            faults.append(Fault(what, self.path.name, result.num_examples, at))
-
-        while at < size:
-            head = file.read(LENGTH.size)
-            digest.update(head)
-            left = size - at - LENGTH.size
-            if left < 0:
-                fault(f"its length field is cut off at byte {size}, the end of the file")
-                break
-            (length,) = LENGTH.unpack(head)
-            if not 0 < length <= left:
-                fault(
-                    f"its length field says {length}, and {left} bytes follow: it is damaged, or "
-                    "the part is cut off; what follows in this part was not looked at"
-                )
-                break
-            message = file.read(length)
-            digest.update(message)
-            found, label = record_faults(message, self.num_classes, self.decode)
-            for what in found:
-                fault(what)
-            result.max_label = max(result.max_label, label)
-            at += LENGTH.size + length
-            result.num_examples += 1
-            advance(LENGTH.size + length)
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-        return result, digest.hexdigest()
+def walk_part(file, result: PartResult, num_classes: int, decode: bool, advance: Advance) -> str:
+    """Fill in the result; return the SHA-256 of the part."""
+    at, digest = 0, hashlib.sha256()
+    size = result.num_bytes = os.fstat(file.fileno()).st_size
+    while at < size:
+        where = f"{os.path.basename(file.name)}: record {result.num_examples}, at byte {at}"
+        head = file.read(LENGTH.size)
+        digest.update(head)
+        left = size - at - LENGTH.size
+        if left < 0:
+            what = f"its length field is cut off at byte {size}, the end of the file"
+            result.faults.append(f"{where}: {what}")
+            break
+        (length,) = LENGTH.unpack(head)
+        if not 0 < length <= left:
+            result.faults.append(
+                f"{where}: its length field says {length}, and {left} bytes follow: it is damaged, "
+                "or the part is cut off; what follows in this part was not looked at"
+            )
+            break
+        message = file.read(length)
+        digest.update(message)
+        found, label = record_faults(message, num_classes, decode)
+        result.faults += [f"{where}: {what}" for what in found]
+        result.max_label = max(result.max_label, label)
+        result.num_examples += 1
+        at += LENGTH.size + length
+        advance(LENGTH.size + length)
+    while block := file.read(BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 # One directory.
 
 
-def manifest_faults(manifest: dict) -> list[Fault]:
+def manifest_faults(manifest: dict) -> Iterator[str]:
     """Where a manifest contradicts itself."""
-    faults = []
     total = sum(part["num_examples"] for part in manifest["parts"])
     if manifest.get("num_examples", total) != total:
-        faults.append(
-            Fault(f"{MANIFEST}: num_examples is {manifest['num_examples']}, its parts have {total}")
-        )
-    classes = manifest.get("classes")
-    if classes and manifest.get("num_classes", len(classes)) != len(classes):
-        faults.append(
-            Fault(f"{MANIFEST}: num_classes is {manifest['num_classes']}, {len(classes)} are named")
-        )
-    return faults
+        yield f"{MANIFEST}: num_examples is {manifest['num_examples']}, its parts have {total}"
+    named = len(manifest.get("classes") or ())
+    if named and manifest.get("num_classes", named) != named:
+        yield f"{MANIFEST}: num_classes is {manifest['num_classes']}, {named} are named"
 
 
-def name_faults(names: list[str], manifest: dict | None) -> list[Fault]:
+def name_faults(names: list[str], manifest: dict | None) -> Iterator[str]:
     """Parts that are missing, or too many."""
     if manifest is None:
-        missing = missing_part(names)
-        what = "is missing; parts are numbered from 0 without a gap"
-        return [Fault(what, missing)] if missing else []
+        if missing := missing_part(names):
+            yield f"{missing}: is missing; parts are numbered from 0 without a gap"
+        return
     listed = [part["name"] for part in manifest["parts"]]
-    missing = [name for name in listed if name not in set(names)]
-    faults = [Fault("is missing; the manifest lists it", name) for name in missing]
-    extra = [name for name in names if name not in set(listed)]
-    return faults + [Fault("is not in the manifest", name) for name in extra]
+    for name in listed:
+        if name not in names:
+            yield f"{name}: is missing; the manifest lists it"
+    for name in names:
+        if name not in listed:
+            yield f"{name}: is not in the manifest"
 
 
 def list_parts(directory: Path) -> list[str]:
@@ -242,9 +216,9 @@ def verify(
     names = list_parts(directory)
     try:
         manifest = read_manifest(directory)
-        faults = manifest_faults(manifest) if manifest else []
+        faults = list(manifest_faults(manifest)) if manifest else []
     except RunError:
-        manifest, faults = None, [Fault(f"{MANIFEST}: is not a manifest that can be read")]
+        manifest, faults = None, [f"{MANIFEST}: is not a manifest that can be read"]
     faults += name_faults(names, manifest)
     for fault in faults:
         print(f"{directory}: {fault}")
@@ -252,7 +226,8 @@ def verify(
     entries = {part["name"]: part for part in manifest["parts"]}
     num_classes = num_classes or manifest.get("num_classes") or MAX_CLASSES
     checks = [
-        PartCheck(directory / name, entries.get(name, {}), num_classes, decode) for name in names
+        functools.partial(check_part, directory / name, entries.get(name, {}), num_classes, decode)
+        for name in names
     ]
     size = sum(os.path.getsize(directory / name) for name in names)
     num_workers = num_workers or default_num_workers(size // BYTES_PER_IMAGE)
@@ -305,7 +280,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: list[str] | None = None) -> Namespace:
     argv = sys.argv[1:] if argv is None else argv
     # A switch with an optional value would take the directory behind it for that.
     return make_parser().parse_args(["--decode=True" if a == "--decode" else a for a in argv])
@@ -313,15 +288,8 @@ def parse_args(argv: list[str] | None = None):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    num_faults = sum(
-        verify(
-            directory,
-            num_classes=args.num_classes,
-            decode=args.decode,
-            num_workers=args.num_workers,
-        )
-        for directory in find_directories(args.directories)
-    )
+    options = {name: getattr(args, name) for name in ("num_classes", "decode", "num_workers")}
+    num_faults = sum(verify(path, **options) for path in find_directories(args.directories))
     if num_faults:
         raise RunError(f"{num_faults} fault{'s' if num_faults > 1 else ''}, listed above")
 
