@@ -22,7 +22,7 @@ import numpy as np
 from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, read_classes, read_lines
 from cnns.errors import RunError, UsageError
 from tools.jpeg_util import BadImage, passed_through
-from tools.ofrecord_writer import Example, file_stamp
+from tools.ofrecord_writer import Example, file_stamp, read_image
 
 VAL_LABELS = CLASSES_FILE.with_name("imagenet_val_labels.txt")
 NUM_TRAIN = 1_281_167  # images of the official training archive
@@ -336,17 +336,16 @@ class Images:
     decode: bool
 
     def read(self, i: int) -> bytes:
+        if not self.stamp:
+            return read_image(os.path.join(self.source, self.names[i]))
+        size = int(self.sizes[i])
         try:
-            if self.stamp:
-                size = int(self.sizes[i])
-                data = os.pread(open_archive(self.source), size, int(self.offsets[i]))
-                if len(data) != size:
-                    raise BadImage("the archive has become shorter")
-                return data
-            with open(os.path.join(self.source, self.names[i]), "rb") as file:
-                return file.read()
+            data = os.pread(open_archive(self.source), size, int(self.offsets[i]))
         except OSError as error:
             raise BadImage(error.strerror) from None
+        if len(data) != size:
+            raise BadImage("the archive has become shorter")
+        return data
 
     def __call__(self, i: int) -> Example:
         data, was, info = passed_through(
@@ -399,6 +398,8 @@ def sorted_images(index: Index, labels: np.ndarray, **settings) -> Images:
 
 def find_source(root: Path, split: str) -> Path:
     """The archive or the folder of a split below --input. Raises UsageError."""
+    if not root.is_dir():
+        raise UsageError(f"--input={root}: is not a folder")
     found = [name for name in PLACES[split] if (root / name).exists()]
     if not found:
         raise UsageError(
@@ -412,21 +413,16 @@ def find_source(root: Path, split: str) -> Path:
     return root / found[0]
 
 
-def find_sources(root: Path | None, train: Path | None, validation: Path | None) -> dict[str, Path]:
+def find_sources(root: Path | None, **given: Path | None) -> dict[str, Path]:
     """Archive or folder by the name of the split; without `root`, of those that are given."""
-    given = {"train": train, "validation": validation}
-    if root is None and not any(given.values()):
-        raise UsageError("give --input, or --train, --validation or both")
     sources = {}
     for split, path in given.items():
-        if path is not None:
-            if not path.exists():
-                raise UsageError(f"--{split}={path}: there is no such file or folder")
-            sources[split] = path
-        elif root is not None:
-            if not root.is_dir():
-                raise UsageError(f"--input={root}: is not a folder")
-            sources[split] = find_source(root, split)
+        if path is not None and not path.exists():
+            raise UsageError(f"--{split}={path}: there is no such file or folder")
+        if path or root:
+            sources[split] = path or find_source(root, split)
+    if not sources:
+        raise UsageError("give --input, or --train, --validation or both")
     return sources
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from cnns.errors import RunError, UsageError, run_main
 from cnns.flags import Parser, add_switch, number
 from tools import cifar, imagenet
 from tools.imagenet import is_image_name, some
-from tools.jpeg_util import BadImage, encode_jpeg, upright_jpeg
+from tools.jpeg_util import encode_jpeg, upright_jpeg
 from tools.ofrecord_writer import (
     Example,
     Split,
@@ -34,6 +35,7 @@ from tools.ofrecord_writer import (
     default_num_parts,
     file_stamp,
     partial_name,
+    read_image,
     write_dataset,
 )
 
@@ -54,7 +56,7 @@ def note(text: str) -> None:
 
 
 def printable(path: str) -> str:
-    """A file name as text; bytes that are no UTF-8 are shown as escapes."""
+    """A file name as text; bytes that are not UTF-8 are shown as escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -70,12 +72,7 @@ class ImageFiles:
     labels: list[int]
 
     def __call__(self, i: int) -> Example:
-        try:
-            with open(os.path.join(self.root, self.paths[i]), "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise BadImage(error.strerror) from None
-        data, was = upright_jpeg(data)
+        data, was = upright_jpeg(read_image(os.path.join(self.root, self.paths[i])))
         return Example(data, self.labels[i], change=was)
 
     def fingerprint(self, i: int) -> bytes:
@@ -83,7 +80,7 @@ class ImageFiles:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, sorted by code point; hidden ones are none of ours."""
+    """Names of the folders in `folder`, sorted by code point, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
@@ -136,34 +133,33 @@ def find_images(root: Path) -> dict[str, list[str]]:
                 classes[path.split(os.sep, 1)[0]].append(path)
     if not classes:
         raise RunError(f"{root}: holds no class folders; needs one sub-folder of images per class")
-    empty = [name for name, paths in classes.items() if not paths]
-    if empty:
-        raise RunError(
-            f"{root / printable(empty[0])}: holds no image ({' '.join(IMAGE_SUFFIXES)}); "
-            "add images or remove the folder"
-        )
-    unreadable = [name for name in classes if printable(name) != name or not name.isprintable()]
-    if unreadable:
-        raise RunError(f"{root / printable(unreadable[0])}: rename it, so that it is plain UTF-8")
+    for name, paths in classes.items():
+        if not paths:
+            raise RunError(
+                f"{root / printable(name)}: holds no image ({' '.join(IMAGE_SUFFIXES)}); add "
+                "images or remove the folder"
+            )
+        if printable(name) != name or not name.isprintable():
+            raise RunError(f"{root / printable(name)}: rename it, so that it is plain UTF-8")
     if others:
         note(f"{root}: left out, as no images by name ({len(others)}): {some(sorted(others))}")
     return {name: sorted(paths) for name, paths in classes.items()}
 
 
-def folder_lookup(names: list[str], wordnet_ids: list[str]) -> dict[str, set[int]]:
+def folder_lookup(names: list[str], wordnet_ids: list[str]) -> dict[str, list[int]]:
     """Labels by the folder names that stand for them: WordNet id, name, first synonym."""
-    lookup = {}
+    lookup = defaultdict(list)
     for label, name in enumerate(names):
         for key in {name, name.split(",")[0], *wordnet_ids[label : label + 1]}:
-            lookup.setdefault(key, set()).add(label)
+            lookup[key].append(label)
     return lookup
 
 
-def folder_labels(folders, lookup: dict[str, set[int]], *, root: Path, source: str):
+def folder_labels(folders, lookup: dict[str, list[int]], *, root: Path, source: str):
     """The label of each class folder. Raises RunError for one that has none, two or another's."""
-    labels = {}
+    labels, folder_of = [], {}
     for folder in folders:
-        found = sorted(lookup.get(folder, ()))
+        found = lookup.get(folder)
         if not found:
             raise RunError(
                 f"{root / folder}: {folder!r} is not a class of {source}; rename or remove the "
@@ -174,12 +170,12 @@ def folder_labels(folders, lookup: dict[str, set[int]], *, root: Path, source: s
                 f"{root / folder}: {folder!r} may be class {found[0]} or {found[1]} of {source}; "
                 "name the folder by its WordNet id"
             )
-        if found[0] in labels.values():
-            twin = next(name for name, label in labels.items() if label == found[0])
+        twin = folder_of.setdefault(found[0], folder)
+        if twin != folder:
             raise RunError(
                 f"{root / folder}: is the same class of {source} as {twin!r}; join the folders"
             )
-        labels[folder] = found[0]
+        labels.append(found[0])
     return labels
 
 
@@ -193,25 +189,24 @@ def folder_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
         lookup, source = folder_lookup(classes, wordnet_ids), str(args.classes)
     else:
         classes = list(found[first])
-        lookup = {name: {label} for label, name in enumerate(classes)}
+        lookup = {name: [label] for label, name in enumerate(classes)}
         source = str(roots[first])
     splits = []
     for name, folders in found.items():
         labels = folder_labels(folders, lookup, root=roots[name], source=source)
-        missing = sorted(set(range(len(classes))) - set(labels.values()))
+        missing = sorted(set(range(len(classes))) - set(labels))
         if missing:
             note(
                 f"{roots[name]}: no folder for {len(missing)} of {len(classes)} classes: "
                 + some(classes[label] for label in missing)
             )
-        paths = [path for folder in folders for path in folders[folder]]
-        files = ImageFiles(
-            root=str(roots[name]),
-            paths=paths,
-            labels=[labels[folder] for folder in folders for _ in folders[folder]],
-        )
-        prefix = os.path.join(roots[name].relative_to(args.input), "") if name else ""
-        names = [printable(prefix + path) for path in paths]
+        paths = [path for paths in folders.values() for path in paths]
+        repeated = [
+            label for label, paths in zip(labels, folders.values(), strict=True) for _ in paths
+        ]
+        prefix = roots[name].name if name else ""
+        names = [printable(os.path.join(prefix, path)) for path in paths]
+        files = ImageFiles(str(roots[name]), paths, repeated)
         splits.append(Split(args.output / name, names, files))
     return splits, classes
 
@@ -363,7 +358,7 @@ def cifar_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
 
 def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
     """The splits and the class names of ImageNet's archives or folders."""
-    sources = imagenet.find_sources(args.input, args.train, args.validation)
+    sources = imagenet.find_sources(args.input, train=args.train, validation=args.validation)
     outputs = [args.output / name for name in sources]
     if not any(partial_name(output).exists() for output in outputs):
         for output in outputs:  # now, as indexing an archive takes a while

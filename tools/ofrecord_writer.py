@@ -83,6 +83,15 @@ class PartReport:
         return json.dumps({"index": index, **asdict(self)}) + "\n"
 
 
+def read_image(path: str) -> bytes:
+    """The bytes of an image file. Raises BadImage."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadImage(error.strerror) from None
+
+
 def file_stamp(path: str, label: int) -> bytes:
     """What shows that an image file, or its label, is another one than before."""
     try:
