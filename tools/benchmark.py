@@ -326,10 +326,13 @@ def benchmark_loader(args: Namespace, device: str) -> dict:
     }
 
 
-def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(archive: tarfile.TarFile, name: str, file: io.BytesIO) -> int:
+    """Add what was written to a file in memory; returns the number of its bytes."""
     member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
+    member.size = file.tell()
+    file.seek(0)
+    archive.addfile(member, file)
+    return member.size
 
 
 def make_archive(path: Path, num_images: int) -> int:
@@ -344,14 +347,12 @@ def make_archive(path: Path, num_images: int) -> int:
                 while done * len(wordnet_ids) < (label + 1) * num_images:
                     photograph = photographs[done % len(photographs)]
                     crop = photograph.crop(draw_box(rng, *photograph.size))
+                    crop = crop.resize(PHOTOGRAPH_SIZE, Image.Resampling.BICUBIC)
                     encoded = io.BytesIO()
-                    crop.resize(PHOTOGRAPH_SIZE, Image.Resampling.BICUBIC).save(
-                        encoded, "JPEG", quality=PHOTOGRAPH_QUALITY
-                    )
-                    add_member(inner, f"{wordnet_id}_{done}.JPEG", encoded.getvalue())
-                    num_bytes += len(encoded.getvalue())
+                    crop.save(encoded, "JPEG", quality=PHOTOGRAPH_QUALITY)
+                    num_bytes += add_member(inner, f"{wordnet_id}_{done}.JPEG", encoded)
                     done += 1
-            add_member(outer, f"{wordnet_id}.tar", held.getvalue())
+            add_member(outer, f"{wordnet_id}.tar", held)
     return num_bytes
 
 

@@ -378,19 +378,15 @@ def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
     ], classes
 
 
-def imagenet_num_parts(num_examples: int) -> int:
-    return min(IMAGENET_PARTS, num_examples)
-
-
 # The command line.
 
 
-def add_output_flags(
-    parser: Parser,
-    *,
-    parts: str = "one per started 10000 examples, and 8 or, for small data, one per 64 examples at "
-    "least",
-) -> None:
+def add_paths(parser: Parser, **texts: str) -> None:
+    for name, text in texts.items():
+        parser.add_argument(f"--{name}", type=Path, help=text)
+
+
+def add_output_flags(parser: Parser, *, parts: str) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="new or empty directory")
     text = f"parts per directory; unless given, {parts}"
@@ -400,8 +396,10 @@ def add_output_flags(
     add("--num_workers", type=number(int, 1, 999), help=text)
 
 
-def add_skip_bad(parser: Parser) -> None:
-    add_switch(parser, "--skip_bad", "leave bad images out, and list them in the manifest")
+DEFAULT_PARTS = (
+    "one per started 10000 examples, and 8 or, for small data, one per 64 examples at least"
+)
+SKIP_BAD = "leave bad images out, and list them in the manifest"
 
 
 def add_imagenet_parser(jobs) -> None:
@@ -414,44 +412,36 @@ def add_imagenet_parser(jobs) -> None:
         "the report says which. Names are checked before anything is written. A bad image ends the "
         "run at its end, with a list. An interrupted run is resumed when it is started again.",
     )
-    add = parser.add_argument
-    add(
-        "--input",
-        type=Path,
-        help="folder with ILSVRC2012_img_train.tar or train/, and ILSVRC2012_img_val.tar or "
+    add_paths(
+        parser,
+        input="folder with ILSVRC2012_img_train.tar or train/, and ILSVRC2012_img_val.tar or "
         "validation/ or val/",
+        train="archive or folder, in place of what --input holds",
+        validation="the same; without --input, only what is given is converted",
     )
-    add("--train", type=Path, help="archive or folder, in place of what --input holds")
-    text = "the same; without --input, only what is given is converted"
-    add("--validation", type=Path, help=text)
     add_output_flags(parser, parts=f"{IMAGENET_PARTS}, or one per example for tiny data")
-    add(
+    parser.add_argument(
         "--resize_shorter",
         type=number(int, 16),
         help="make larger pictures smaller, to so many pixels on the shorter side, as JPEG of "
         "quality 95; unless given, bytes are kept",
     )
-    add(
+    parser.add_argument(
         "--check",
         choices=("markers", "decode"),
         default="markers",
         help="how JPEGs are checked: walk their structure to the end, or decode them as well, "
         "which takes several times as long",
     )
-    add_skip_bad(parser)
-    add(
-        "--classes",
-        type=Path,
-        help="lines of a WordNet id and a name: their order gives the labels; unless given, "
+    add_switch(parser, "--skip_bad", SKIP_BAD)
+    add_paths(
+        parser,
+        classes="lines of a WordNet id and a name: their order gives the labels; unless given, "
         "data/imagenet_classes.txt",
+        val_labels="lines of a label or a WordNet id, one for each flat validation image, in the "
+        "order of their numbers; unless given, data/imagenet_val_labels.txt",
     )
-    add(
-        "--val_labels",
-        type=Path,
-        help="lines of a label or a WordNet id, one for each flat validation image, in the order "
-        "of their numbers; unless given, data/imagenet_val_labels.txt",
-    )
-    parser.set_defaults(make=imagenet_job, choose_num_parts=imagenet_num_parts)
+    parser.set_defaults(make=imagenet_job, choose_num_parts=lambda n: min(IMAGENET_PARTS, n))
 
 
 def add_folder_parser(jobs) -> None:
@@ -467,15 +457,14 @@ def add_folder_parser(jobs) -> None:
         "and no output.",
     )
     parser.add_argument("--input", type=Path, required=True, help="directory of images")
-    add_output_flags(parser)
-    parser.add_argument(
-        "--classes",
-        type=Path,
-        help="file with one class name a line, or a WordNet id and a name as in "
+    add_output_flags(parser, parts=DEFAULT_PARTS)
+    add_paths(
+        parser,
+        classes="file with one class name a line, or a WordNet id and a name as in "
         "data/imagenet_classes.txt: its order gives the labels, and folders are named by id, name "
         "or first synonym",
     )
-    add_skip_bad(parser)
+    add_switch(parser, "--skip_bad", SKIP_BAD)
     parser.set_defaults(make=folder_job)
 
 
@@ -489,26 +478,23 @@ def add_idx_parser(jobs) -> None:
         "--dataset=fashion_mnist. --images and --labels make --output one directory of parts. "
         "Images are stored as RGB JPEG of quality 100.",
     )
-    add = parser.add_argument
-    add(
-        "--input",
-        type=Path,
-        help="directory with {train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte, "
+    add_paths(
+        parser,
+        input="directory with {train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte, "
         "with or without .gz",
+        images="one file of images, in place of --input",
+        labels="its labels",
     )
-    add("--images", type=Path, help="one file of images, in place of --input")
-    add("--labels", type=Path, help="its labels")
-    add_output_flags(parser)
-    text = "convert the first so many; unless given, all"
-    add("--num_examples", type=number(int, 1), help=text)
+    add_output_flags(parser, parts=DEFAULT_PARTS)
+    add = parser.add_argument
+    add("--num_examples", type=number(int, 1), help="convert the first so many; unless given, all")
     add("--num_val_examples", type=number(int, 1), help="the same for the validation set")
     text = "whose class names go into the manifest"
     add("--dataset", choices=sorted(IDX_CLASSES), help=text)
-    add(
-        "--classes",
-        type=Path,
-        help="file with one class name a line; unless this or --dataset is given, names are the "
-        "labels' numbers",
+    add_paths(
+        parser,
+        classes="file with one class name a line; unless this or --dataset is given, names are "
+        "the labels' numbers",
     )
     parser.set_defaults(make=idx_job)
 
@@ -523,7 +509,7 @@ def add_cifar_parser(jobs) -> None:
     )
     text = "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, or the folder it was unpacked to"
     parser.add_argument("--input", type=Path, required=True, help=text)
-    add_output_flags(parser)
+    add_output_flags(parser, parts=DEFAULT_PARTS)
     text = "CIFAR-100 only: 100 or 20 classes; unless given, fine"
     parser.add_argument("--labels", choices=("fine", "coarse"), help=text)
     parser.set_defaults(make=cifar_job)
