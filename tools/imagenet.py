@@ -71,6 +71,17 @@ class Index:
         if folder:
             self.folders[folder] = None
 
+    def sort(self) -> None:
+        """By path, so that archive and folder come out the same. Raises RunError for one twice."""
+        order = sorted(range(len(self.names)), key=self.names.__getitem__)
+        self.names = [self.names[i] for i in order]
+        self.folder_of = [self.folder_of[i] for i in order]
+        self.offsets = array("q", (self.offsets[i] for i in order))
+        self.sizes = array("q", (self.sizes[i] for i in order))
+        for name, following in itertools.pairwise(self.names):
+            if name == following:
+                raise RunError(f"{self.source}: two files have the name {name}")
+
 
 class Window:
     """Bytes `begin` to `end` of a file, as tarfile reads them.
@@ -316,7 +327,7 @@ def validation_labels(
 
 
 @functools.lru_cache(maxsize=4)
-def open_archive(path: str) -> int:
+def open_archive(path: Path) -> int:
     return os.open(path, os.O_RDONLY)  # until the process ends
 
 
@@ -324,11 +335,7 @@ def open_archive(path: str) -> int:
 class Images:
     """Loads the i-th image of an index."""
 
-    source: str  # archive or folder
-    stamp: str  # as in the index
-    names: list[str]  # path below the source
-    offsets: np.ndarray  # (N,) int64; for folders without use
-    sizes: np.ndarray  # (N,) int64; the same
+    index: Index
     labels: np.ndarray  # (N,) int32
     classes: list[str]
     wordnet_ids: list[str]
@@ -336,14 +343,14 @@ class Images:
     decode: bool
 
     def read(self, i: int) -> bytes:
-        if not self.stamp:
-            return read_image(os.path.join(self.source, self.names[i]))
-        size = int(self.sizes[i])
+        index = self.index
+        if not index.stamp:
+            return read_image(os.path.join(index.source, index.names[i]))
         try:
-            data = os.pread(open_archive(self.source), size, int(self.offsets[i]))
+            data = os.pread(open_archive(index.source), index.sizes[i], index.offsets[i])
         except OSError as error:
             raise BadImage(error.strerror) from None
-        if len(data) != size:
+        if len(data) != index.sizes[i]:
             raise BadImage("the archive has become shorter")
         return data
 
@@ -353,7 +360,7 @@ class Images:
         )
         label = int(self.labels[i])
         more = {
-            "filename": os.fsencode(os.path.basename(self.names[i])),
+            "filename": os.fsencode(os.path.basename(self.index.names[i])),
             "class/synset": self.wordnet_ids[label],
             "class/text": self.classes[label],
             "height": info.height,
@@ -366,31 +373,10 @@ class Images:
         return Example(data, label, change=was, more=more)
 
     def fingerprint(self, i: int) -> bytes:
-        label = self.labels[i]
-        if self.stamp:
-            return f"{label} {self.offsets[i]} {self.sizes[i]} {self.stamp}".encode()
-        return file_stamp(os.path.join(self.source, self.names[i]), label)
-
-
-def sorted_images(index: Index, labels: np.ndarray, **settings) -> Images:
-    """The images in the order of their names, so that archive and folder come out the same.
-
-    Raises RunError for two of one name.
-    """
-    order = sorted(range(len(index.names)), key=index.names.__getitem__)
-    names = [index.names[i] for i in order]
-    for name, following in itertools.pairwise(names):
-        if name == following:
-            raise RunError(f"{index.source}: two files have the name {name}")
-    return Images(
-        source=str(index.source),
-        stamp=index.stamp,
-        names=names,
-        offsets=np.array(index.offsets)[order],
-        sizes=np.array(index.sizes)[order],
-        labels=labels[order],
-        **settings,
-    )
+        index, label = self.index, self.labels[i]
+        if index.stamp:
+            return f"{label} {index.offsets[i]} {index.sizes[i]} {index.stamp}".encode()
+        return file_stamp(os.path.join(index.source, index.names[i]), label)
 
 
 # The sources.
@@ -444,6 +430,7 @@ def load_images(
     loaders, notices = {}, []
     for split, source in sources.items():
         index = index_folder(source) if source.is_dir() else index_archive(source)
+        index.sort()
         if split == "train":
             labels = train_labels(index, label_of, names)
             if classes_path == CLASSES_FILE and len(labels) != NUM_TRAIN:
@@ -460,12 +447,5 @@ def load_images(
                 f"{source}: left out, as no images by name ({len(index.others)}): "
                 f"{some(index.others)}"
             )
-        loaders[split] = sorted_images(
-            index,
-            labels,
-            classes=names,
-            wordnet_ids=wordnet_ids,
-            resize_shorter=resize_shorter,
-            decode=decode,
-        )
+        loaders[split] = Images(index, labels, names, wordnet_ids, resize_shorter, decode)
     return loaders, names, notices

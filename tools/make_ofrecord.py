@@ -373,7 +373,7 @@ def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
     for notice in notices:
         note(notice)
     return [
-        Split(args.output / name, loader.names, loader, list_changes=True)
+        Split(args.output / name, loader.index.names, loader, list_changes=True)
         for name, loader in loaders.items()
     ], classes
 
