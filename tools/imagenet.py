@@ -139,6 +139,8 @@ def walk_tar(window: Window, where: str) -> Iterator[tuple[str, int, int]]:
                         f"archive ends at byte {end}: it is cut off; copy or download it again"
                     )
                 yield member.name, offset, member.size
+    except OSError as error:
+        raise RunError(f"{where}: cannot be read: {error.strerror}") from None
     except (tarfile.TarError, ArithmeticError, LookupError, ValueError, RecursionError):
         broken = True
     # tarfile takes whatever is not a header for the end.

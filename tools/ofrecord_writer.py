@@ -244,13 +244,13 @@ def lock(handle: int, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def unfinished(output: Path, identity: dict) -> Iterator["Unfinished"]:
-    """`<output>.partial`, locked: new, or left by an interrupted run of the same command.
+def unfinished(split: Split, identity: dict) -> Iterator["Unfinished"]:
+    """`<split.output>.partial`, locked: new, or left by an interrupted run of the same command.
 
     Left by an exception, the block keeps the finished parts, and removes the directory if there are
     none.
     """
-    place = Unfinished(output, partial_name(output), identity)
+    place = Unfinished(split, partial_name(split.output), identity)
     place.directory.mkdir(parents=True, exist_ok=True)
     handle = os.open(place.directory, os.O_RDONLY)
     try:
@@ -268,10 +268,11 @@ def unfinished(output: Path, identity: dict) -> Iterator["Unfinished"]:
 
 @dataclass
 class Unfinished:
-    output: Path
+    split: Split
     directory: Path
     identity: dict
     finished: dict[int, PartReport] = field(default_factory=dict)
+    reports: list[PartReport] = field(default_factory=list)  # of all parts, once they are made
     complete: bool = False  # only the name is missing
 
     def look(self) -> None:
@@ -317,7 +318,7 @@ class Unfinished:
         """Give a directory with its manifest its name."""
         (self.directory / JOURNAL).unlink(missing_ok=True)
         # Takes the place of an empty directory, of no other.
-        os.rename(self.directory, self.output.resolve())
+        os.rename(self.directory, self.split.output.resolve())
         sync_directory(self.directory.parent)
 
     def leave(self) -> None:
@@ -411,27 +412,21 @@ class PartTask:
         return "" if digest.hexdigest() == info["sha256"] else "it was damaged"
 
 
-def part_tasks(place: Unfinished, split: Split, seed: int, skip_bad: bool) -> Iterator[PartTask]:
-    parts = shuffled_parts(len(split.names), place.identity["number of parts"], seed)
-    for k, positions in enumerate(parts):
+def part_tasks(place: Unfinished, seed: int, skip_bad: bool) -> Iterator[PartTask]:
+    num_examples, num_parts = len(place.split.names), place.identity["number of parts"]
+    for k, positions in enumerate(shuffled_parts(num_examples, num_parts, seed)):
         earlier = place.finished.get(k)
         if earlier and earlier.bad and not skip_bad:
             earlier = None  # they may have been mended
-        yield PartTask(place.directory / part_name(k), split, positions.tolist(), earlier)
+        yield PartTask(place.directory / part_name(k), place.split, positions.tolist(), earlier)
 
 
-def write_split(
-    place: Unfinished,
-    split: Split,
-    *,
-    seed: int,
-    skip_bad: bool,
-    num_workers: int,
-    advance: Advance,
-) -> list[PartReport]:
-    """Make the parts that are missing; return the reports of all, in order."""
+def write_parts(
+    place: Unfinished, *, seed: int, skip_bad: bool, num_workers: int, advance: Advance
+) -> None:
+    """Make the parts that are missing, and fill in the reports of all."""
     reports, outcomes, earlier = {}, Counter(), len(place.finished)
-    tasks = part_tasks(place, split, seed, skip_bad)
+    tasks = part_tasks(place, seed, skip_bad)
     running = run_tasks(tasks, num_workers=num_workers, advance=advance)
     with contextlib.closing(running):  # ends the workers whatever happens here
         for k, (report, outcome) in running:
@@ -439,25 +434,20 @@ def write_split(
             outcomes[outcome] += 1
             if outcome != KEPT and (skip_bad or not report.bad):
                 place.record(k, report)
+    place.reports = [reports[k] for k in sorted(reports)]
     if earlier:
         kept, _ = outcomes.pop(KEPT, 0), outcomes.pop("", 0)
         anew = "".join(f"; {n} made anew, as {why}" for why, n in sorted(outcomes.items()))
         print(
-            f"note: {place.output}: {kept} parts of {len(reports)} were there from an earlier "
-            f"run{anew}",
+            f"note: {place.split.output}: {kept} parts of {len(reports)} were there from an "
+            f"earlier run{anew}",
             file=sys.stderr,
         )
-    return [reports[k] for k in sorted(reports)]
 
 
-def refuse_bad_images(
-    reports: dict[Path, list[PartReport]],
-    places: Sequence[Unfinished],
-    num_examples: int,
-    skip_bad: bool,
-) -> None:
+def refuse_bad_images(places: Sequence[Unfinished], num_examples: int, skip_bad: bool) -> None:
     """Name every bad image on stderr; raise RunError unless the good ones may do without them."""
-    bad = sorted(tuple(item) for parts in reports.values() for part in parts for item in part.bad)
+    bad = sorted(tuple(item) for place in places for part in place.reports for item in part.bad)
     for name, reason in bad:
         print(f"bad image: {name}: {reason}", file=sys.stderr)
     if bad and not skip_bad:
@@ -465,14 +455,14 @@ def refuse_bad_images(
             f"{len(bad)} of {num_examples} images are bad (listed above); no data set was made: "
             "mend or remove them, or leave them out with --skip_bad"
         )
-    for output, parts in reports.items():
-        for part in parts:
+    for place in places:
+        for part in place.reports:
             if part.info["num_examples"] == 0:
-                for place in places:
-                    place.finished.clear()  # another number of parts has use for none of them
+                for each in places:
+                    each.finished.clear()  # another number of parts has use for none of them
                 raise RunError(
-                    f"{output}/{part.info['name']}: would be empty, as all its images are bad "
-                    "(listed above); give fewer --num_parts, or mend the images"
+                    f"{place.split.output}/{part.info['name']}: would be empty, as all its images "
+                    "are bad (listed above); give fewer --num_parts, or mend the images"
                 )
 
 
@@ -528,29 +518,29 @@ def write_dataset(
         for split in splits:
             check_output(split.output)
         num_examples = sum(len(split.names) for split in splits)
-        reports = {}
         with contextlib.ExitStack() as stack:
             places = [
-                stack.enter_context(unfinished(split.output, identities[split.output]))
-                for split in splits
+                stack.enter_context(unfinished(split, identities[split.output])) for split in splits
             ]
             with Progress(num_examples) as progress:
-                for split, place in zip(splits, places, strict=True):
+                for place in places:
                     if not place.complete:
-                        reports[split.output] = write_split(
+                        write_parts(
                             place,
-                            split,
                             seed=seed,
                             skip_bad=skip_bad,
                             num_workers=num_workers or default_num_workers(num_examples),
                             advance=progress.advance,
                         )
-            refuse_bad_images(reports, places, num_examples, skip_bad)
-            for split, place in zip(splits, places, strict=True):
+            refuse_bad_images(places, num_examples, skip_bad)
+            for place in places:
                 if not place.complete:
-                    facts = made_by | report_of(reports[split.output], split.list_changes)
-                    parts = [part.info for part in reports[split.output]]
-                    write_manifest(place.directory, parts=parts, classes=classes, made_by=facts)
+                    write_manifest(
+                        place.directory,
+                        parts=[part.info for part in place.reports],
+                        classes=classes,
+                        made_by=made_by | report_of(place.reports, place.split.list_changes),
+                    )
             for place in places:
                 place.finish()
     except OSError as error:
