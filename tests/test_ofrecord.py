@@ -162,6 +162,8 @@ GOOD = record(encoded("RGB", "JPEG"), 2)
         (record(b"\xff\xd8 garbage", 0), "holds no image"),
         (record(b"", 0), "holds no image"),
         (struct.pack("<q", 9) + b"text only", "is not an OFRecord"),
+        # Bytes behind the message: protobuf only warns, and OneFlow's reader ends the process.
+        (struct.pack("<q", len(GOOD) - 7) + GOOD[8:] + b"\x0c", "is not an OFRecord"),
     ],
     ids=["grey", "cmyk", "png", "garbage", "empty", "text"],
 )

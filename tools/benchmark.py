@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -40,7 +41,8 @@ import resnet_to_onnx
 from cnns.checkpoint.snapshot import Snapshot, versions
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset
-from cnns.distributed import choose_device
+from cnns.data.images import CLASSES_FILE, read_classes
+from cnns.distributed import choose_device, place
 from cnns.errors import RunError, UsageError, run_main
 from cnns.export import ExportedModel
 from cnns.flags import Parser, add_switch, number
@@ -48,7 +50,7 @@ from cnns.graphs import Predictor
 from cnns.log import limit_run_ahead
 from cnns.models.layers import Switches
 from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
-from tools.ofrecord_writer import BLOCK_BYTES, read_classes
+from tools.ofrecord_writer import BLOCK_BYTES
 
 # Crops of the demo photographs at this size and quality are 110 kB on average, as ImageNet's are.
 PHOTOGRAPH_SIZE = (580, 435)
@@ -121,51 +123,71 @@ def make_parser() -> Parser:
 
 
 def describe_machine(device: str) -> dict:
-    processor = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-        processor = names[0] if names else processor
-    except OSError:
-        pass  # not Linux: the platform's own word has to do
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return {
-        "processor": processor,
+        "processor": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "device": device,
         **versions(),
     }
 
 
-def timed(function: Callable[[], None]) -> float:
+def timed(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
+def by_turns(
+    rounds: int, *functions: Callable[[], object], before: Callable[[], object] = lambda: None
+) -> tuple[list[float], float]:
+    """The median seconds of each function, and the median of first to second.
+
+    The ratio is that of neighbours in time, so that a busy machine slows both.
+    """
+    seconds = []
+    for _ in range(rounds):
+        seconds.append([])
+        for function in functions:
+            before()
+            seconds[-1].append(timed(function))
+    medians = [statistics.median(column) for column in zip(*seconds, strict=True)]
+    return medians, statistics.median(first / second for first, second, *_ in seconds)
+
+
+def asked(args: Namespace, *names: str) -> dict:
+    return {name: getattr(args, name) for name in names}
+
+
+SIZES = ("model", "image_size", "batch_size_per_device", "steps", "rounds")
+
+
+def training_flags(args: Namespace, device: str, batch_size: int, processes: int = 1) -> list[str]:
+    """An epoch of the training script has --steps steps."""
+    return [
+        f"--device={device}",
+        f"--model={args.model}",
+        f"--image_size={args.image_size}",
+        f"--gpu_num_per_node={processes}",
+        f"--batch_size_per_device={batch_size}",
+        f"--num_examples={args.steps * batch_size * processes}",
+        "--warmup_epochs=0",
+    ]
+
+
 def benchmark_training_loop(args: Namespace, device: str) -> dict:
     """samples/s of `of_cnn_train_val.Run.train_epoch` and of a loop that calls the same graph."""
-    given = script.parse_args(
-        [
-            f"--device={device}",
-            f"--model={args.model}",
-            f"--image_size={args.image_size}",
-            f"--batch_size_per_device={args.batch_size_per_device}",
-            "--loss_print_every_n_iter=10",
-            "--warmup_epochs=0",
-            f"--num_examples={args.steps * args.batch_size_per_device}",
-        ]
-    )
-    spec = script.make_spec(given)
+    samples = args.steps * args.batch_size_per_device
+    flags = training_flags(args, device, args.batch_size_per_device)
+    given = script.parse_args([*flags, "--loss_print_every_n_iter=10"])
     lines: list[str] = []
-    run = script.build_run(spec, save_dir="", log=lines.append)  # nothing is saved
-    graph, loader = run.parts.graph, run.parts.loader
+    run = script.build_run(script.make_spec(given), save_dir="", log=lines.append)  # saves nothing
+    graph, loader, masks = run.parts.graph, run.parts.loader, run.parts.masks.at(0)
     run.parts.model.train()
 
     def own_loop():
         run.train_epoch()
         run.progress.iteration = 0
-
-    masks = run.parts.masks.at(0)
 
     def bare_loop():
         for batch in itertools.islice(loader.batches(0), args.steps):
@@ -173,23 +195,11 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
         outputs[0].numpy()  # waits for all steps
 
     bare_loop()  # compiles, and warms up
-    seconds = {"own": [], "bare": []}
-    for _ in range(args.rounds):
-        seconds["own"].append(timed(own_loop))
-        seconds["bare"].append(timed(bare_loop))
-    samples = args.steps * args.batch_size_per_device
-    own, bare = (samples / statistics.median(seconds[kind]) for kind in ("own", "bare"))
-    pairs = zip(seconds["own"], seconds["bare"], strict=True)
-    return {
-        "model": args.model,
-        "image_size": args.image_size,
-        "batch_size_per_device": args.batch_size_per_device,
-        "steps": args.steps,
-        "rounds": args.rounds,
-        "own_loop_samples_per_second": round(own, 3),
-        "bare_loop_samples_per_second": round(bare, 3),
-        # Of neighbours in time, so that a busy machine slows both.
-        "own_to_bare": round(statistics.median(b / a for a, b in pairs), 4),
+    (bare, own), ratio = by_turns(args.rounds, bare_loop, own_loop)
+    return asked(args, *SIZES) | {
+        "own_loop_samples_per_second": round(samples / own, 3),
+        "bare_loop_samples_per_second": round(samples / bare, 3),
+        "own_to_bare": round(ratio, 4),
     }
 
 
@@ -198,71 +208,34 @@ def benchmark_inference(args: Namespace, device: str) -> dict:
 
     Images are there already: reading and resizing them is left out.
     """
-    preprocessing = model_registry.MODELS[args.model].preprocessing(image_size=args.image_size)
-    classes = 1000
-    network = model_registry.MODELS[args.model].build(classes, Switches())
-    snapshot = Snapshot(args.model, classes, preprocessing)
+    model = model_registry.MODELS[args.model]
+    preprocessing, classes = model.preprocessing(image_size=args.image_size), 1000
+    network = model.build(classes, Switches())
     shape = (args.batch_size_per_device, 3, args.image_size, args.image_size)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
-    with tempfile.TemporaryDirectory() as place:
-        path = os.path.join(place, "network.onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "network.onnx")
+        snapshot = Snapshot(args.model, classes, preprocessing)
         reference = resnet_to_onnx.Reference(network)
-        model = resnet_to_onnx.convert(reference, snapshot, "random", opset=12)
-        resnet_to_onnx.write(model, path, external_data=False)
-        exported = ExportedModel(path)
-        predictor = Predictor(place(network, device), device=device)
-        backends = {"oneflow": predictor, "onnxruntime": exported.probabilities}
-        seconds = {name: [] for name in backends}
-        for predict in backends.values():
+        exported = resnet_to_onnx.convert(reference, snapshot, "random", opset=12)
+        resnet_to_onnx.write(exported, path, external_data=False)
+        backends = (
+            Predictor(place(network, device), device=device),
+            ExportedModel(path).probabilities,
+        )
+
+        def repeat(predict) -> Callable[[], None]:
             predict(images)  # compiles, and warms up
+            return lambda: [predict(images) for _ in range(args.steps)]
 
-        def run(predict):
-            for _ in range(args.steps):
-                predict(images)
-
-        for _ in range(args.rounds):
-            for name, predict in backends.items():
-                seconds[name].append(timed(lambda predict=predict: run(predict)))
-    count = args.steps * len(images)
-    pairs = zip(seconds["oneflow"], seconds["onnxruntime"], strict=True)
-    return {
-        "model": args.model,
-        "image_size": args.image_size,
-        "batch_size": args.batch_size_per_device,
-        "steps": args.steps,
-        "rounds": args.rounds,
+        (oneflow, onnx), ratio = by_turns(args.rounds, *map(repeat, backends))
+    milliseconds = 1000 / (args.steps * len(images))
+    return asked(args, *SIZES) | {
         "onnxruntime": onnxruntime.__version__,
-        **{
-            f"{name}_milliseconds_per_image": round(statistics.median(each) / count * 1000, 2)
-            for name, each in seconds.items()
-        },
-        # Of neighbours in time, so that a busy machine slows both.
-        "onnxruntime_times_as_fast": round(statistics.median(a / b for a, b in pairs), 2),
+        "oneflow_milliseconds_per_image": round(oneflow * milliseconds, 2),
+        "onnxruntime_milliseconds_per_image": round(onnx * milliseconds, 2),
+        "onnxruntime_times_as_fast": round(ratio, 2),
     }
-
-
-def start_training(args: Namespace, device: str, *, processes: int, batch_size: int, directory):
-    """The training script on synthetic data, a line after every --steps iterations."""
-    return subprocess.Popen(
-        [
-            sys.executable,
-            script.__file__,
-            f"--device={device}",
-            f"--model={args.model}",
-            f"--image_size={args.image_size}",
-            f"--gpu_num_per_node={processes}",
-            f"--batch_size_per_device={batch_size}",
-            f"--num_examples={args.steps * batch_size * processes}",
-            f"--num_epochs={args.rounds + 1}",
-            f"--save_epoch_interval={args.rounds + 1}",
-            "--warmup_epochs=0",
-            f"--loss_print_every_n_iter={args.steps}",
-            f"--model_save_dir={directory}",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def median_rate(run: subprocess.Popen) -> float:
@@ -286,27 +259,31 @@ def benchmark_processes(args: Namespace, device: str) -> dict:
             f"--batch_size_per_device={batch_size} cannot be shared out among {count} processes"
         )
     with tempfile.TemporaryDirectory() as directory:
-        numbers = itertools.count()
 
         def rates(runs: int, processes: int) -> list[float]:
-            share = batch_size // (runs * processes)
+            command = [
+                sys.executable,
+                script.__file__,
+                *training_flags(args, device, batch_size // (runs * processes), processes),
+                f"--num_epochs={args.rounds + 1}",
+                f"--save_epoch_interval={args.rounds + 1}",
+                f"--loss_print_every_n_iter={args.steps}",
+            ]
             started = [
-                start_training(
-                    args,
-                    device,
-                    processes=processes,
-                    batch_size=share,
-                    directory=os.path.join(directory, str(next(numbers))),
+                subprocess.Popen(
+                    [*command, f"--model_save_dir={directory}/{runs}-{processes}-{k}"],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
                 )
-                for _ in range(runs)
+                for k in range(runs)
             ]
             return [median_rate(run) for run in started]
 
         (one,), (several,) = rates(1, 1), rates(1, count)
         apart = sum(rates(count, 1)) if device == "cpu" else None  # they would share one GPU
     return {
-        "model": args.model,
-        "image_size": args.image_size,
+        **asked(args, "model", "image_size"),
         "global_batch_size": batch_size,
         "processes": count,
         "one_process_samples_per_second": round(one, 3),
@@ -340,29 +317,27 @@ def benchmark_loader(args: Namespace, device: str) -> dict:
         held[-1][0].numpy()
 
     load()
-    seconds = [timed(load) for _ in range(args.rounds)]
+    seconds = statistics.median(timed(load) for _ in range(args.rounds))
     return {
-        "train_data_dir": args.train_data_dir,
+        **asked(args, "train_data_dir"),
         "num_examples": data.num_examples,
-        "image_size": args.image_size,
-        "batch_size_per_device": args.batch_size_per_device,
-        "steps": args.steps,
-        "rounds": args.rounds,
-        "images_per_second": round(
-            args.steps * args.batch_size_per_device / statistics.median(seconds), 1
-        ),
+        **asked(args, "image_size", "batch_size_per_device", "steps", "rounds"),
+        "images_per_second": round(args.steps * args.batch_size_per_device / seconds, 1),
     }
 
 
-def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(archive: tarfile.TarFile, name: str, file: io.BytesIO) -> int:
+    """Add what was written to a file in memory; returns the number of its bytes."""
     member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
+    member.size = file.tell()
+    file.seek(0)
+    archive.addfile(member, file)
+    return member.size
 
 
 def make_archive(path: Path, num_images: int) -> int:
     """An archive of the official shape, a tar of 1000 tars; returns the bytes of its images."""
-    _, wordnet_ids = read_classes(DATA / "imagenet_classes.txt")
+    _, wordnet_ids = read_classes(CLASSES_FILE)
     photographs = [Image.open(DATA / name).convert("RGB") for name in PHOTOGRAPHS]
     rng, num_bytes, done = random.Random(0), 0, 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as outer:
@@ -372,14 +347,12 @@ def make_archive(path: Path, num_images: int) -> int:
                 while done * len(wordnet_ids) < (label + 1) * num_images:
                     photograph = photographs[done % len(photographs)]
                     crop = photograph.crop(draw_box(rng, *photograph.size))
+                    crop = crop.resize(PHOTOGRAPH_SIZE, Image.Resampling.BICUBIC)
                     encoded = io.BytesIO()
-                    crop.resize(PHOTOGRAPH_SIZE, Image.Resampling.BICUBIC).save(
-                        encoded, "JPEG", quality=PHOTOGRAPH_QUALITY
-                    )
-                    add_member(inner, f"{wordnet_id}_{done}.JPEG", encoded.getvalue())
-                    num_bytes += len(encoded.getvalue())
+                    crop.save(encoded, "JPEG", quality=PHOTOGRAPH_QUALITY)
+                    num_bytes += add_member(inner, f"{wordnet_id}_{done}.JPEG", encoded)
                     done += 1
-            add_member(outer, f"{wordnet_id}.tar", held.getvalue())
+            add_member(outer, f"{wordnet_id}.tar", held)
     return num_bytes
 
 
@@ -424,24 +397,22 @@ def benchmark_conversion(args: Namespace) -> dict:
     Both read from the page cache, where the archive has just been written, and both wait for the
     disk.
     """
-    seconds, most = {"copy": [], "convert": []}, 0.0
-
-    def converting():
-        nonlocal most
-        most = max(most, convert(archive, output, args.num_workers))
-
-    with tempfile.TemporaryDirectory(prefix="ofrecord-benchmark-") as place:
-        archive, copied, output = (Path(place, name) for name in ("a.tar", "copy", "out"))
+    megabytes = []
+    with tempfile.TemporaryDirectory(prefix="ofrecord-benchmark-") as folder:
+        archive, copied, output = (Path(folder, name) for name in ("a.tar", "copy", "out"))
         num_bytes = make_archive(archive, args.num_images)
-        for _ in range(args.rounds):
+
+        def clear():
+            copied.unlink(missing_ok=True)
+            shutil.rmtree(output, ignore_errors=True)
             os.sync()
-            seconds["copy"].append(timed(lambda: copy_plainly(archive, copied)))
-            copied.unlink()
-            os.sync()
-            seconds["convert"].append(timed(converting))
-            shutil.rmtree(output)
-    copy, conversion = (statistics.median(seconds[kind]) for kind in ("copy", "convert"))
-    pairs = zip(seconds["copy"], seconds["convert"], strict=True)
+
+        (copy, conversion), ratio = by_turns(
+            args.rounds,
+            lambda: copy_plainly(archive, copied),
+            lambda: megabytes.append(convert(archive, output, args.num_workers)),
+            before=clear,
+        )
     return {
         "num_images": args.num_images,
         "bytes_per_image": num_bytes // args.num_images,
@@ -451,9 +422,8 @@ def benchmark_conversion(args: Namespace) -> dict:
         "images_per_second": round(args.num_images / conversion, 1),
         "megabytes_per_second": round(num_bytes / conversion / 1e6, 1),
         "plain_copy_megabytes_per_second": round(num_bytes / copy / 1e6, 1),
-        # Of neighbours in time, so that a busy machine slows both.
-        "to_plain_copy": round(statistics.median(a / b for a, b in pairs), 3),
-        "memory_of_all_processes_megabytes": round(most, 1),
+        "to_plain_copy": round(ratio, 3),
+        "memory_of_all_processes_megabytes": round(max(megabytes), 1),
     }
 
 

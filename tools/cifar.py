@@ -14,20 +14,24 @@ import numpy as np
 from cnns.errors import RunError, UsageError
 
 PLANES = (3, 32, 32)
-FILES_10 = {
+CIFAR_10 = {
     "train": [f"data_batch_{k}.bin" for k in range(1, 6)],
     "validation": ["test_batch.bin"],
 }
-FILES_100 = {"train": ["train.bin"], "validation": ["test.bin"]}
-CIFAR_100_NAMES = {"fine": "fine_label_names.txt", "coarse": "coarse_label_names.txt"}
-CIFAR_10_NAMES = "batches.meta.txt"
-LABEL_BYTES = {"coarse": 0, "fine": 1}  # place in a record of CIFAR-100
+CIFAR_100 = {"train": ["train.bin"], "validation": ["test.bin"]}
+# By the kind of labels: files by split, file of the class names, label bytes of a record, and which
+# of them is the label.
+FORMATS = {
+    None: (CIFAR_10, "batches.meta.txt", 1, 0),
+    "coarse": (CIFAR_100, "coarse_label_names.txt", 2, 0),
+    "fine": (CIFAR_100, "fine_label_names.txt", 2, 1),
+}
+NAME_FILES = [names for _, names, _, _ in FORMATS.values()]
 
 
 def read_files(path: Path) -> dict[str, bytes]:
     """The files of an archive, or of the folder it was unpacked to, by their base names."""
-    wanted = {*sum(FILES_10.values(), []), *sum(FILES_100.values(), [])}
-    wanted |= {CIFAR_10_NAMES, *CIFAR_100_NAMES.values()}
+    wanted = {*NAME_FILES, *sum([*CIFAR_10.values(), *CIFAR_100.values()], [])}
     try:
         if path.is_dir():
             return {name: (path / name).read_bytes() for name in wanted if (path / name).exists()}
@@ -65,20 +69,18 @@ def read_cifar(
     Raises UsageError where the archive cannot be read, RunError where it is not what it should be.
     """
     files = read_files(path)
-    if CIFAR_10_NAMES in files:
+    if NAME_FILES[0] in files:
         if labels is not None:
             raise UsageError(f"--labels={labels}: {path} is CIFAR-10, which has one kind of labels")
-        by_split, name_file, label_bytes, at = FILES_10, CIFAR_10_NAMES, 1, 0
-    elif all(name in files for name in CIFAR_100_NAMES.values()):
+    elif all(name in files for name in NAME_FILES[1:]):
         labels = labels or "fine"
-        by_split, name_file, label_bytes = FILES_100, CIFAR_100_NAMES[labels], 2
-        at = LABEL_BYTES[labels]
     else:
         raise UsageError(
-            f"--input={path}: holds neither {CIFAR_10_NAMES} nor {CIFAR_100_NAMES['fine']}; needs "
+            f"--input={path}: holds neither batches.meta.txt nor fine_label_names.txt; needs "
             "the binary version of CIFAR-10 or CIFAR-100 (cifar-10-binary.tar.gz, "
             "cifar-100-binary.tar.gz), or the folder it was unpacked to"
         )
+    by_split, name_file, label_bytes, at = FORMATS[labels]
     classes = read_names(files, name_file, path)
     width = label_bytes + int(np.prod(PLANES))
     splits = {}

@@ -3,22 +3,23 @@
 python3 tools/make_mini_imagenet.py
 """
 
-import hashlib
+import itertools
 import random
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cnns.data.images import CLASSES_FILE, read_classes
 from cnns.errors import RunError, run_main
 from cnns.flags import Parser, number
-from tools.ofrecord_writer import Example, Split, encode_jpeg, read_classes, write_dataset
+from tools.jpeg_util import encode_jpeg
+from tools.ofrecord_writer import Example, Split, write_dataset
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = CLASSES_FILE.parent
 PHOTOGRAPHS = {"cat.jpg": "tabby, tabby cat", "coffee.jpg": "espresso"}
 AREA = (0.3, 1.0)  # share of the photograph
 ASPECT_RATIO = (3 / 4, 4 / 3)  # width over height
@@ -37,38 +38,18 @@ def draw_box(rng: random.Random, width: int, height: int) -> tuple[int, int, int
             return left, top, left + w, top + h
 
 
-class Crops:
-    """Crops of the photographs by turns, so that classes are balanced; no two are the same."""
-
-    def __init__(self, photographs: list[tuple[int, Image.Image]], seed: int):
-        self.photographs = photographs  # (label, image)
-        self.rng = random.Random(seed)
-        self.taken = set()
-
-    def draw(self, count: int) -> list[Example]:
-        examples = []
-        for i in range(count):
-            label, photograph = self.photographs[i % len(self.photographs)]
-            box = draw_box(self.rng, *photograph.size)
-            while (label, box) in self.taken:
-                box = draw_box(self.rng, *photograph.size)
-            self.taken.add((label, box))
-            examples.append(Example(encode_jpeg(photograph.crop(box)), label))
-        return examples
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """Loads the i-th of a list."""
-
-    examples: list[Example]
-
-    def __call__(self, i: int) -> Example:
-        return self.examples[i]
-
-    def fingerprint(self, i: int) -> bytes:
-        example = self.examples[i]
-        return hashlib.sha256(example.encoded + str(example.label).encode()).digest()
+def draw_crops(
+    photographs: list[tuple[int, Image.Image]], count: int, rng: random.Random, taken: set
+) -> list[Example]:
+    """Crops of (label, photograph) by turns, so that classes are balanced; none is in `taken`."""
+    examples = []
+    for label, photograph in itertools.islice(itertools.cycle(photographs), count):
+        box = draw_box(rng, *photograph.size)
+        while (label, box) in taken:
+            box = draw_box(rng, *photograph.size)
+        taken.add((label, box))
+        examples.append(Example(encode_jpeg(photograph.crop(box)), label))
+    return examples
 
 
 def make_parser() -> Parser:
@@ -89,7 +70,7 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    classes, _ = read_classes(DATA / "imagenet_classes.txt")
+    classes, _ = read_classes(CLASSES_FILE)
     try:
         photographs = [
             (classes.index(name), Image.open(DATA / file).convert("RGB"))
@@ -97,12 +78,11 @@ def main(argv: list[str] | None = None) -> None:
         ]
     except OSError as error:
         raise RunError(f"a demo photograph cannot be read: {error}") from None
-    crops = Crops(photographs, args.seed)
-    splits = []
+    splits, rng, taken = [], random.Random(args.seed), set()
     for name, count in (("train", args.num_examples), ("validation", args.num_val_examples)):
-        examples = crops.draw(count)
+        examples = draw_crops(photographs, count, rng, taken)
         names = [f"crop {i}" for i in range(count)]
-        splits.append(Split(args.output / name, names, InMemory(examples)))
+        splits.append(Split(args.output / name, names, examples.__getitem__))
     arguments = {k: getattr(args, k) for k in ("num_examples", "num_val_examples", "seed")}
     write_dataset(
         splits,

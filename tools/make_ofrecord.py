@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,22 +22,20 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cnns.data.images import IMAGE_SUFFIXES
+from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, read_classes
 from cnns.errors import RunError, UsageError, run_main
 from cnns.flags import Parser, add_switch, number
 from tools import cifar, imagenet
-from tools.imagenet import some
-from tools.jpeg_util import jpeg_example
+from tools.imagenet import is_image_name, some
+from tools.jpeg_util import encode_jpeg, upright_jpeg
 from tools.ofrecord_writer import (
-    BadImage,
     Example,
     Split,
     check_output,
     default_num_parts,
-    encode_jpeg,
     file_stamp,
     partial_name,
-    read_classes,
+    read_image,
     write_dataset,
 )
 
@@ -47,18 +46,8 @@ IDX_MAGIC = {"images": 2051, "labels": 2049}  # unsigned bytes with 3 dimensions
 IDX_PREFIXES = {"train": "train", "validation": "t10k"}
 IDX_CLASSES = {
     "mnist": [str(digit) for digit in range(10)],
-    "fashion_mnist": [
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ],
+    "fashion_mnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,"
+    "Ankle boot".split(","),
 }
 
 
@@ -67,7 +56,7 @@ def note(text: str) -> None:
 
 
 def printable(path: str) -> str:
-    """A file name as text; bytes that are no UTF-8 are shown as escapes."""
+    """A file name as text; bytes that are not UTF-8 are shown as escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -83,23 +72,15 @@ class ImageFiles:
     labels: list[int]
 
     def __call__(self, i: int) -> Example:
-        try:
-            with open(os.path.join(self.root, self.paths[i]), "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise BadImage(error.strerror) from None
-        return jpeg_example(data, self.labels[i])
-
-    def take(self, positions) -> "ImageFiles":
-        paths, labels = ([held[i] for i in positions] for held in (self.paths, self.labels))
-        return ImageFiles(self.root, paths, labels)
+        data, was = upright_jpeg(read_image(os.path.join(self.root, self.paths[i])))
+        return Example(data, self.labels[i], change=was)
 
     def fingerprint(self, i: int) -> bytes:
         return file_stamp(os.path.join(self.root, self.paths[i]), self.labels[i])
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, sorted by code point; hidden ones are none of ours."""
+    """Names of the folders in `folder`, sorted by code point, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
@@ -141,7 +122,7 @@ def find_images(root: Path) -> dict[str, list[str]]:
         below = os.path.relpath(folder, root)
         for name in files:
             path = os.path.normpath(os.path.join(below, name))
-            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+            if not is_image_name(name):
                 others.append(printable(path))
             elif below == ".":
                 raise RunError(
@@ -152,34 +133,33 @@ def find_images(root: Path) -> dict[str, list[str]]:
                 classes[path.split(os.sep, 1)[0]].append(path)
     if not classes:
         raise RunError(f"{root}: holds no class folders; needs one sub-folder of images per class")
-    empty = [name for name, paths in classes.items() if not paths]
-    if empty:
-        raise RunError(
-            f"{root / printable(empty[0])}: holds no image ({' '.join(IMAGE_SUFFIXES)}); "
-            "add images or remove the folder"
-        )
-    unreadable = [name for name in classes if printable(name) != name or not name.isprintable()]
-    if unreadable:
-        raise RunError(f"{root / printable(unreadable[0])}: rename it, so that it is plain UTF-8")
+    for name, paths in classes.items():
+        if not paths:
+            raise RunError(
+                f"{root / printable(name)}: holds no image ({' '.join(IMAGE_SUFFIXES)}); add "
+                "images or remove the folder"
+            )
+        if printable(name) != name or not name.isprintable():
+            raise RunError(f"{root / printable(name)}: rename it, so that it is plain UTF-8")
     if others:
         note(f"{root}: left out, as no images by name ({len(others)}): {some(sorted(others))}")
     return {name: sorted(paths) for name, paths in classes.items()}
 
 
-def folder_lookup(names: list[str], wordnet_ids: list[str]) -> dict[str, set[int]]:
+def folder_lookup(names: list[str], wordnet_ids: list[str]) -> dict[str, list[int]]:
     """Labels by the folder names that stand for them: WordNet id, name, first synonym."""
-    lookup = {}
+    lookup = defaultdict(list)
     for label, name in enumerate(names):
         for key in {name, name.split(",")[0], *wordnet_ids[label : label + 1]}:
-            lookup.setdefault(key, set()).add(label)
+            lookup[key].append(label)
     return lookup
 
 
-def folder_labels(folders, lookup: dict[str, set[int]], *, root: Path, source: str):
+def folder_labels(folders, lookup: dict[str, list[int]], *, root: Path, source: str):
     """The label of each class folder. Raises RunError for one that has none, two or another's."""
-    labels = {}
+    labels, folder_of = [], {}
     for folder in folders:
-        found = sorted(lookup.get(folder, ()))
+        found = lookup.get(folder)
         if not found:
             raise RunError(
                 f"{root / folder}: {folder!r} is not a class of {source}; rename or remove the "
@@ -190,12 +170,12 @@ def folder_labels(folders, lookup: dict[str, set[int]], *, root: Path, source: s
                 f"{root / folder}: {folder!r} may be class {found[0]} or {found[1]} of {source}; "
                 "name the folder by its WordNet id"
             )
-        if found[0] in labels.values():
-            twin = next(name for name, label in labels.items() if label == found[0])
+        twin = folder_of.setdefault(found[0], folder)
+        if twin != folder:
             raise RunError(
                 f"{root / folder}: is the same class of {source} as {twin!r}; join the folders"
             )
-        labels[folder] = found[0]
+        labels.append(found[0])
     return labels
 
 
@@ -209,25 +189,24 @@ def folder_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
         lookup, source = folder_lookup(classes, wordnet_ids), str(args.classes)
     else:
         classes = list(found[first])
-        lookup = {name: {label} for label, name in enumerate(classes)}
+        lookup = {name: [label] for label, name in enumerate(classes)}
         source = str(roots[first])
     splits = []
     for name, folders in found.items():
         labels = folder_labels(folders, lookup, root=roots[name], source=source)
-        missing = sorted(set(range(len(classes))) - set(labels.values()))
+        missing = sorted(set(range(len(classes))) - set(labels))
         if missing:
             note(
                 f"{roots[name]}: no folder for {len(missing)} of {len(classes)} classes: "
                 + some(classes[label] for label in missing)
             )
-        paths = [path for folder in folders for path in folders[folder]]
-        files = ImageFiles(
-            root=str(roots[name]),
-            paths=paths,
-            labels=[labels[folder] for folder in folders for _ in folders[folder]],
-        )
-        prefix = os.path.join(roots[name].relative_to(args.input), "") if name else ""
-        names = [printable(prefix + path) for path in paths]
+        paths = [path for paths in folders.values() for path in paths]
+        repeated = [
+            label for label, paths in zip(labels, folders.values(), strict=True) for _ in paths
+        ]
+        prefix = roots[name].name if name else ""
+        names = [printable(os.path.join(prefix, path)) for path in paths]
+        files = ImageFiles(str(roots[name]), paths, repeated)
         splits.append(Split(args.output / name, names, files))
     return splits, classes
 
@@ -249,9 +228,6 @@ class SmallImages:
     def __call__(self, i: int) -> Example:
         image = Image.fromarray(self.images[i])
         return Example(encode_jpeg(image, quality=100), int(self.labels[i]))
-
-    def take(self, positions) -> "SmallImages":
-        return SmallImages(self.images[positions], self.labels[positions])
 
     def fingerprint(self, i: int) -> bytes:
         return hashlib.sha256(self.images[i].tobytes() + bytes((self.labels[i],))).digest()
@@ -382,14 +358,14 @@ def cifar_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
 
 def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
     """The splits and the class names of ImageNet's archives or folders."""
-    sources = imagenet.find_sources(args.input, args.train, args.validation)
+    sources = imagenet.find_sources(args.input, train=args.train, validation=args.validation)
     outputs = [args.output / name for name in sources]
     if not any(partial_name(output).exists() for output in outputs):
         for output in outputs:  # now, as indexing an archive takes a while
             check_output(output)
     loaders, classes, notices = imagenet.load_images(
         sources,
-        classes_path=args.classes or imagenet.CLASSES,
+        classes_path=args.classes or CLASSES_FILE,
         val_labels_path=args.val_labels or imagenet.VAL_LABELS,
         resize_shorter=args.resize_shorter,
         decode=args.check == "decode",
@@ -397,48 +373,33 @@ def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
     for notice in notices:
         note(notice)
     return [
-        Split(args.output / name, loader.names, loader, list_changes=True)
+        Split(args.output / name, loader.index.names, loader, list_changes=True)
         for name, loader in loaders.items()
     ], classes
 
 
-def imagenet_num_parts(num_examples: int) -> int:
-    return min(IMAGENET_PARTS, num_examples)
+# The command line.
 
 
-class JobParser(Parser):
-    """A parser of one job, as argparse makes it: with the name of the job behind the script's."""
-
-    def __init__(self, *, prog: str, description: str):
-        super().__init__(description)
-        self.prog = prog
+def add_paths(parser: Parser, **texts: str) -> None:
+    for name, text in texts.items():
+        parser.add_argument(f"--{name}", type=Path, help=text)
 
 
-def add_output_flags(
-    parser: Parser,
-    *,
-    parts: str = "one per started 10000 examples, and 8 or, for small data, one per 64 examples at "
-    "least",
-) -> None:
-    parser.add_argument("--output", type=Path, required=True, help="new or empty directory")
-    parser.add_argument(
-        "--num_parts",
-        type=number(int, 1, 99999),
-        help=f"parts per directory; unless given, {parts}",
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the shuffle over all parts"
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=number(int, 1, 999),
-        help="processes; unless given, one per core, and fewer for small data. The bytes do not "
-        "depend on it",
-    )
+def add_output_flags(parser: Parser, *, parts: str) -> None:
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="new or empty directory")
+    text = f"parts per directory; unless given, {parts}"
+    add("--num_parts", type=number(int, 1, 99999), help=text)
+    add("--seed", type=number(int, 0), default=0, help="of the shuffle over all parts")
+    text = "processes; unless given, one per core, and fewer for small data; the bytes are the same"
+    add("--num_workers", type=number(int, 1, 999), help=text)
 
 
-def add_skip_bad(parser: Parser) -> None:
-    add_switch(parser, "--skip_bad", "leave bad images out, and list them in the manifest")
+DEFAULT_PARTS = (
+    "one per started 10000 examples, and 8 or, for small data, one per 64 examples at least"
+)
+SKIP_BAD = "leave bad images out, and list them in the manifest"
 
 
 def add_imagenet_parser(jobs) -> None:
@@ -448,23 +409,15 @@ def add_imagenet_parser(jobs) -> None:
         description="Convert ImageNet (ILSVRC 2012) from its two archives, which are not unpacked, "
         "or from folders, into <output>/train and <output>/validation. RGB JPEGs are stored as "
         "they are, after a check; CMYK and greyscale JPEGs and other formats become RGB JPEGs, and "
-        "the report says which. Names are checked before anything is written: all classes there, "
-        "none too many, a label for every validation image. A bad image ends the run at its end, "
-        "with a list. A run that was interrupted goes on when it is started again.",
+        "the report says which. Names are checked before anything is written. A bad image ends the "
+        "run at its end, with a list. An interrupted run is resumed when it is started again.",
     )
-    parser.add_argument(
-        "--input",
-        type=Path,
-        help="folder with ILSVRC2012_img_train.tar or train/, and ILSVRC2012_img_val.tar or "
+    add_paths(
+        parser,
+        input="folder with ILSVRC2012_img_train.tar or train/, and ILSVRC2012_img_val.tar or "
         "validation/ or val/",
-    )
-    parser.add_argument(
-        "--train", type=Path, help="archive or folder, in place of what --input holds"
-    )
-    parser.add_argument(
-        "--validation",
-        type=Path,
-        help="the same; without --input, only what is given is converted",
+        train="archive or folder, in place of what --input holds",
+        validation="the same; without --input, only what is given is converted",
     )
     add_output_flags(parser, parts=f"{IMAGENET_PARTS}, or one per example for tiny data")
     parser.add_argument(
@@ -480,52 +433,19 @@ def add_imagenet_parser(jobs) -> None:
         help="how JPEGs are checked: walk their structure to the end, or decode them as well, "
         "which takes several times as long",
     )
-    add_skip_bad(parser)
-    parser.add_argument(
-        "--classes",
-        type=Path,
-        help="lines of a WordNet id and a name: their order gives the labels; unless given, "
+    add_switch(parser, "--skip_bad", SKIP_BAD)
+    add_paths(
+        parser,
+        classes="lines of a WordNet id and a name: their order gives the labels; unless given, "
         "data/imagenet_classes.txt",
+        val_labels="lines of a label or a WordNet id, one for each flat validation image, in the "
+        "order of their numbers; unless given, data/imagenet_val_labels.txt",
     )
-    parser.add_argument(
-        "--val_labels",
-        type=Path,
-        help="lines of a label or a WordNet id, one for each flat validation image, in the order "
-        "of their numbers; unless given, data/imagenet_val_labels.txt",
-    )
-    parser.set_defaults(make=imagenet_job, choose_num_parts=imagenet_num_parts)
+    parser.set_defaults(make=imagenet_job, choose_num_parts=lambda n: min(IMAGENET_PARTS, n))
 
 
-def add_cifar_parser(jobs) -> None:
+def add_folder_parser(jobs) -> None:
     parser = jobs.add_parser(
-        "cifar",
-        help="binary archives of CIFAR-10 and CIFAR-100",
-        description="Convert the binary version of CIFAR-10 or CIFAR-100 into <output>/train and "
-        "<output>/validation. Class names are the archive's. Images are stored as RGB JPEG of "
-        "quality 100.",
-    )
-    parser.add_argument(
-        "--input",
-        type=Path,
-        required=True,
-        help="cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, or the folder it was unpacked to",
-    )
-    add_output_flags(parser)
-    parser.add_argument(
-        "--labels",
-        choices=("fine", "coarse"),
-        help="CIFAR-100 only: 100 or 20 classes; unless given, fine",
-    )
-    parser.set_defaults(make=cifar_job)
-
-
-def make_parser() -> Parser:
-    parser = Parser("Make OFRecord parts, as the training and evaluation scripts read them.")
-    jobs = parser.add_subparsers(
-        dest="job", required=True, metavar="JOB", parser_class=JobParser, title="jobs"
-    )
-    add_imagenet_parser(jobs)
-    folder = jobs.add_parser(
         "folder",
         help="image files, one sub-folder per class",
         description="Convert image files. If --input holds train/ and validation/ (or val/), each "
@@ -536,19 +456,20 @@ def make_parser() -> Parser:
         "else as an upright RGB JPEG. All images are checked; a bad one ends the run, with a list "
         "and no output.",
     )
-    folder.add_argument("--input", type=Path, required=True, help="directory of images")
-    add_output_flags(folder)
-    folder.add_argument(
-        "--classes",
-        type=Path,
-        help="file with one class name a line, or a WordNet id and a name as in "
+    parser.add_argument("--input", type=Path, required=True, help="directory of images")
+    add_output_flags(parser, parts=DEFAULT_PARTS)
+    add_paths(
+        parser,
+        classes="file with one class name a line, or a WordNet id and a name as in "
         "data/imagenet_classes.txt: its order gives the labels, and folders are named by id, name "
         "or first synonym",
     )
-    add_skip_bad(folder)
-    folder.set_defaults(make=folder_job)
+    add_switch(parser, "--skip_bad", SKIP_BAD)
+    parser.set_defaults(make=folder_job)
 
-    idx = jobs.add_parser(
+
+def add_idx_parser(jobs) -> None:
+    parser = jobs.add_parser(
         "idx",
         help="IDX files of the MNIST family",
         description="Convert IDX files, gzipped or not. --input with the family's four files makes "
@@ -557,50 +478,63 @@ def make_parser() -> Parser:
         "--dataset=fashion_mnist. --images and --labels make --output one directory of parts. "
         "Images are stored as RGB JPEG of quality 100.",
     )
-    idx.add_argument(
-        "--input",
-        type=Path,
-        help="directory with {train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte, "
+    add_paths(
+        parser,
+        input="directory with {train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte, "
         "with or without .gz",
+        images="one file of images, in place of --input",
+        labels="its labels",
     )
-    idx.add_argument("--images", type=Path, help="one file of images, in place of --input")
-    idx.add_argument("--labels", type=Path, help="its labels")
-    add_output_flags(idx)
-    idx.add_argument(
-        "--num_examples", type=number(int, 1), help="convert the first so many; unless given, all"
+    add_output_flags(parser, parts=DEFAULT_PARTS)
+    add = parser.add_argument
+    add("--num_examples", type=number(int, 1), help="convert the first so many; unless given, all")
+    add("--num_val_examples", type=number(int, 1), help="the same for the validation set")
+    text = "whose class names go into the manifest"
+    add("--dataset", choices=sorted(IDX_CLASSES), help=text)
+    add_paths(
+        parser,
+        classes="file with one class name a line; unless this or --dataset is given, names are "
+        "the labels' numbers",
     )
-    idx.add_argument(
-        "--num_val_examples", type=number(int, 1), help="the same for the validation set"
+    parser.set_defaults(make=idx_job)
+
+
+def add_cifar_parser(jobs) -> None:
+    parser = jobs.add_parser(
+        "cifar",
+        help="binary archives of CIFAR-10 and CIFAR-100",
+        description="Convert the binary version of CIFAR-10 or CIFAR-100 into <output>/train and "
+        "<output>/validation. Class names are the archive's. Images are stored as RGB JPEG of "
+        "quality 100.",
     )
-    idx.add_argument(
-        "--dataset", choices=sorted(IDX_CLASSES), help="whose class names go into the manifest"
-    )
-    idx.add_argument(
-        "--classes",
-        type=Path,
-        help="file with one class name a line; unless this or --dataset is given, names are the "
-        "labels' numbers",
-    )
-    idx.set_defaults(make=idx_job)
-    add_cifar_parser(jobs)
+    text = "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, or the folder it was unpacked to"
+    parser.add_argument("--input", type=Path, required=True, help=text)
+    add_output_flags(parser, parts=DEFAULT_PARTS)
+    text = "CIFAR-100 only: 100 or 20 classes; unless given, fine"
+    parser.add_argument("--labels", choices=("fine", "coarse"), help=text)
+    parser.set_defaults(make=cifar_job)
+
+
+def make_parser() -> Parser:
+    parser = Parser("Make OFRecord parts, as the training and evaluation scripts read them.")
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", title="jobs")
+    for add_parser in (add_imagenet_parser, add_folder_parser, add_idx_parser, add_cifar_parser):
+        add_parser(jobs)
     return parser
 
 
-# Neither goes into the manifest: equal runs, into two places, give equal bytes.
+# None of these goes into the manifest: equal runs, into two places, give equal bytes.
 NOT_IN_MANIFEST = ("job", "make", "choose_num_parts", "output", "num_workers")
-
-
-def manifest_arguments(args: argparse.Namespace) -> dict:
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in NOT_IN_MANIFEST
-    }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     splits, classes = args.make(args)
+    arguments = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in NOT_IN_MANIFEST
+    }
     write_dataset(
         splits,
         classes=classes,
@@ -609,10 +543,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         skip_bad=getattr(args, "skip_bad", False),
         num_workers=args.num_workers,
-        made_by={
-            "tool": f"tools/make_ofrecord.py {args.job}",
-            "arguments": manifest_arguments(args),
-        },
+        made_by={"tool": f"tools/make_ofrecord.py {args.job}", "arguments": arguments},
     )
 
 

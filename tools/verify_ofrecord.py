@@ -5,27 +5,36 @@ python3 tools/verify_ofrecord.py --decode --num_classes=1000 /data/others/train
 """
 
 import contextlib
+import functools
 import hashlib
-import json
 import os
-import re
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cnns.data.format import MAX_CLASSES
+from cnns.data.format import (
+    LENGTH,
+    MANIFEST,
+    MAX_CLASSES,
+    OFRecord,
+    decode_record,
+    missing_part,
+    only_value,
+    part_name,
+    part_names,
+    read_manifest,
+)
 from cnns.errors import RunError, UsageError, run_main
 from cnns.flags import Parser, add_switch, number
-from tools import ofrecord_message
-from tools.jpeg_util import BrokenJpeg, decode_jpeg, walk_jpeg
-from tools.ofrecord_writer import BLOCK_BYTES, LENGTH, MANIFEST, default_num_workers
+from tools.jpeg_util import BadImage, decode_jpeg, walk_jpeg
+from tools.ofrecord_writer import BLOCK_BYTES, default_num_workers
 from tools.worker_pool import Advance, Progress, run_tasks
 
-PART_NAME = re.compile(r"part-(\d+)")
 SPLITS = ("train", "validation")
 BYTES_PER_IMAGE = 100_000  # or so, to tell how much there is to do
 # What OneFlow 0.9's decoders do with an image that is not an RGB JPEG.
@@ -36,76 +45,55 @@ CONSEQUENCE = {
 OTHER_CONSEQUENCE = "on which OneFlow's decoder fails"
 
 
-@dataclass(frozen=True)
-class Fault:
-    what: str
-    part: str = ""
-    record: int | None = None
-    offset: int | None = None  # byte of the record's length field in the part
-
-    def __str__(self) -> str:
-        where = [self.part] if self.part else []
-        if self.record is not None:
-            where.append(f"record {self.record}, at byte {self.offset}")
-        return ": ".join([*where, self.what])
-
-
 @dataclass
 class PartResult:
-    num_examples: int
-    num_bytes: int
-    faults: list[Fault]
+    faults: list[str] = field(default_factory=list)
+    num_examples: int = 0
+    num_bytes: int = 0
     max_label: int = -1
 
 
 # One record.
 
 
-def one(features: dict, name: str, kind: str):
-    """The only value of a feature. Raises MessageError."""
-    if name not in features:
-        raise ofrecord_message.MessageError(f"has no `{name}`")
-    found, values = features[name]
-    if found != kind or len(values) != 1:
-        what = f"{len(values)} values of {found}" if found else "nothing"
-        raise ofrecord_message.MessageError(f"`{name}` holds {what}, not one of {kind}")
-    return values[0]
-
-
-def image_faults(encoded: bytes, features: dict, decode: bool) -> Iterator[str]:
+def image_faults(encoded: bytes, record: OFRecord, decode: bool) -> Iterator[str]:
     try:
         info = walk_jpeg(encoded)
         if decode:
             decode_jpeg(encoded)
-    except BrokenJpeg as error:
+    except BadImage as error:
         reason = str(error)
         yield f"the image: {', '.join(filter(None, (reason, CONSEQUENCE.get(reason))))}"
         return
     if info.oddity:
         yield f"the image: {info.oddity}, {CONSEQUENCE.get(info.oddity, OTHER_CONSEQUENCE)}"
     for name in ("height", "width", "channels"):
-        kind, values = features.get(name, ("", []))
-        if kind == "int32" and values != [getattr(info, name)]:
+        values = list(record.feature[name].int32_list.value)
+        if values and values != [getattr(info, name)]:
             yield f"`{name}` is {values}, and the image has {getattr(info, name)}"
 
 
-def record_faults(message: bytes, num_classes: int | None, decode: bool) -> tuple[list[str], int]:
+def record_faults(message: bytes, num_classes: int, decode: bool) -> tuple[list[str], int]:
     """What is wrong with one serialised record, and its label (-1 where there is none)."""
     found, label = [], -1
     try:
-        features = ofrecord_message.decode(message)
-    except ofrecord_message.MessageError as error:
+        record = decode_record(message)
+    except ValueError as error:
         return [f"is not an OFRecord: {error}"], label
+    size = record.ByteSize()
+    record.DiscardUnknownFields()
+    if record.ByteSize() != size:
+        found.append("is not an OFRecord: it has other fields as well")
     try:
-        label = one(features, "class/label", "int32")
-        if not 0 <= label < (num_classes or MAX_CLASSES):
-            found.append(f"label {label} is outside of 0 to {(num_classes or MAX_CLASSES) - 1}")
-    except ofrecord_message.MessageError as error:
+        label = only_value(record, "class/label", "int32")
+        if not 0 <= label < num_classes:
+            found.append(f"label {label} is outside of 0 to {num_classes - 1}")
+    except ValueError as error:
         found.append(str(error))
     try:
-        encoded = one(features, "encoded", "bytes")
-        found += image_faults(encoded, features, decode)
-    except ofrecord_message.MessageError as error:
+        encoded = only_value(record, "encoded", "bytes")
+        found += image_faults(encoded, record, decode)
+    except ValueError as error:
         found.append(str(error))
     return found, label
 
@@ -113,138 +101,95 @@ def record_faults(message: bytes, num_classes: int | None, decode: bool) -> tupl
 # One part.
 
 
-@dataclass(frozen=True)
-class PartCheck:
-    """Walks one part, all of it, once."""
+def check_part(
+    path: Path, entry: dict, num_classes: int, decode: bool, advance: Advance
+) -> PartResult:
+    """Walk one part, all of it, once. `entry` is the manifest's; empty where there is none."""
+    result = PartResult()
+    try:
+        with open(path, "rb", buffering=BLOCK_BYTES) as file:
+            digest = walk_part(file, result, num_classes, decode, advance)
+    except OSError as error:
+        return PartResult([f"{path.name}: cannot be read: {error.strerror}"])
+    found = []
+    if not result.num_bytes:
+        found.append("holds no record, and OneFlow's reader cannot open that")
+    for key, what in (("num_bytes", "bytes"), ("num_examples", "whole records")):
+        count = getattr(result, key)
+        if entry.get(key, count) != count:
+            found.append(f"holds {count} {what}, and the manifest says {entry[key]}")
+    if entry.get("sha256", digest) != digest:
+        found.append("its SHA-256 is not the manifest's: it was changed")
+    result.faults += [f"{path.name}: {what}" for what in found]
+    return result
 
-    path: Path
-    entry: dict  # of the manifest; empty where there is none
-    num_classes: int | None
-    decode: bool
 
-    def __call__(self, advance: Advance) -> PartResult:
-        name, faults = self.path.name, []
-        try:
-            with open(self.path, "rb", buffering=BLOCK_BYTES) as file:
-                result, digest = self.walk(file, faults, advance)
-        except OSError as error:
-            return PartResult(0, 0, [Fault(f"cannot be read: {error.strerror}", name)])
-        if not result.num_bytes:
-            faults.append(Fault("holds no record, and OneFlow's reader cannot open that", name))
-        self.compare(result, digest, faults)
-        return result
-
-    def compare(self, result: PartResult, digest: str, faults: list[Fault]) -> None:
-        found = {
-            "num_bytes": result.num_bytes,
-            "num_examples": result.num_examples,
-            "sha256": digest,
-        }
-        for key, what in (("num_bytes", "bytes"), ("num_examples", "whole records")):
-            if self.entry.get(key, found[key]) != found[key]:
-                faults.append(
-                    Fault(
-                        f"holds {found[key]} {what}, and the manifest says {self.entry[key]}",
-                        self.path.name,
-                    )
-                )
-        if self.entry.get("sha256", digest) != digest:
-            faults.append(
-                Fault("its SHA-256 is not the manifest's: it was changed", self.path.name)
+def walk_part(file, result: PartResult, num_classes: int, decode: bool, advance: Advance) -> str:
+    """Fill in the result; return the SHA-256 of the part."""
+    at, digest = 0, hashlib.sha256()
+    size = result.num_bytes = os.fstat(file.fileno()).st_size
+    while at < size:
+        where = f"{os.path.basename(file.name)}: record {result.num_examples}, at byte {at}"
+        head = file.read(LENGTH.size)
+        digest.update(head)
+        left = size - at - LENGTH.size
+        if left < 0:
+            what = f"its length field is cut off at byte {size}, the end of the file"
+            result.faults.append(f"{where}: {what}")
+            break
+        (length,) = LENGTH.unpack(head)
+        if not 0 < length <= left:
+            result.faults.append(
+                f"{where}: its length field says {length}, and {left} bytes follow: it is damaged, "
+                "or the part is cut off; what follows in this part was not looked at"
             )
-
-    def walk(self, file, faults: list[Fault], advance: Advance) -> tuple[PartResult, str]:
-        size, at, digest = os.fstat(file.fileno()).st_size, 0, hashlib.sha256()
-        result = PartResult(0, size, faults)
-
-        def fault(what: str) -> None:
-            faults.append(Fault(what, self.path.name, result.num_examples, at))
-
-        while at < size:
-            head = file.read(LENGTH.size)
-            digest.update(head)
-            left = size - at - LENGTH.size
-            if left < 0:
-                fault(f"its length field is cut off at byte {size}, the end of the file")
-                break
-            (length,) = LENGTH.unpack(head)
-            if not 0 < length <= left:
-                fault(
-                    f"its length field says {length}, and {left} bytes follow: it is damaged, or "
-                    "the part is cut off; what follows in this part was not looked at"
-                )
-                break
-            message = file.read(length)
-            digest.update(message)
-            found, label = record_faults(message, self.num_classes, self.decode)
-            for what in found:
-                fault(what)
-            result.max_label = max(result.max_label, label)
-            at += LENGTH.size + length
-            result.num_examples += 1
-            advance(LENGTH.size + length)
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-        return result, digest.hexdigest()
+            break
+        message = file.read(length)
+        digest.update(message)
+        found, label = record_faults(message, num_classes, decode)
+        result.faults += [f"{where}: {what}" for what in found]
+        result.max_label = max(result.max_label, label)
+        result.num_examples += 1
+        at += LENGTH.size + length
+        advance(LENGTH.size + length)
+    while block := file.read(BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 # One directory.
 
 
-def read_manifest(directory: Path) -> tuple[dict | None, list[Fault]]:
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        for part in manifest["parts"]:
-            if not isinstance(part["name"], str):
-                raise ValueError("a part without a name")
-        if not isinstance(manifest.get("num_classes"), int | None):
-            raise ValueError("num_classes is not a number")
-    except FileNotFoundError:
-        return None, []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return None, [Fault(f"{MANIFEST}: is not a manifest that can be read ({error!r})")]
-    return manifest, manifest_faults(manifest)
-
-
-def manifest_faults(manifest: dict) -> list[Fault]:
+def manifest_faults(manifest: dict) -> Iterator[str]:
     """Where a manifest contradicts itself."""
-    faults = []
-    total = sum(part.get("num_examples", 0) for part in manifest["parts"])
+    total = sum(part["num_examples"] for part in manifest["parts"])
     if manifest.get("num_examples", total) != total:
-        faults.append(
-            Fault(f"{MANIFEST}: num_examples is {manifest['num_examples']}, its parts have {total}")
-        )
-    classes = manifest.get("classes")
-    if classes and manifest.get("num_classes", len(classes)) != len(classes):
-        faults.append(
-            Fault(f"{MANIFEST}: num_classes is {manifest['num_classes']}, {len(classes)} are named")
-        )
-    return faults
+        yield f"{MANIFEST}: num_examples is {manifest['num_examples']}, its parts have {total}"
+    named = len(manifest.get("classes") or ())
+    if named and manifest.get("num_classes", named) != named:
+        yield f"{MANIFEST}: num_classes is {manifest['num_classes']}, {named} are named"
 
 
-def part_names(directory: Path) -> list[str]:
+def name_faults(names: list[str], manifest: dict | None) -> Iterator[str]:
+    """Parts that are missing, or too many."""
+    if manifest is None:
+        if missing := missing_part(names):
+            yield f"{missing}: is missing; parts are numbered from 0 without a gap"
+        return
+    listed = [part["name"] for part in manifest["parts"]]
+    for name in listed:
+        if name not in names:
+            yield f"{name}: is missing; the manifest lists it"
+    for name in names:
+        if name not in listed:
+            yield f"{name}: is not in the manifest"
+
+
+def list_parts(directory: Path) -> list[str]:
     try:
-        held = os.listdir(directory)
+        return part_names(directory)
     except OSError as error:
         raise UsageError(f"{directory}: cannot be read: {error.strerror}") from None
-    numbered = [match for match in map(PART_NAME.fullmatch, held) if match]
-    return [match[0] for match in sorted(numbered, key=lambda match: (int(match[1]), match[0]))]
-
-
-def name_faults(names: list[str], manifest: dict | None) -> list[Fault]:
-    """Parts that are missing, or too many."""
-    if manifest is not None:
-        listed = [part["name"] for part in manifest["parts"]]
-        missing = [name for name in listed if name not in set(names)]
-        faults = [Fault("is missing; the manifest lists it", name) for name in missing]
-        extra = [name for name in names if name not in set(listed)]
-        return faults + [Fault("is not in the manifest", name) for name in extra]
-    width = len(names[0]) - len("part-")
-    wanted = [f"part-{k:0{width}d}" for k in range(len(names))]
-    for name, want in zip(names, wanted, strict=True):
-        if name != want:
-            return [Fault("is missing; parts are numbered from 0 without a gap", want)]
-    return []
 
 
 def find_directories(paths: list[Path]) -> list[Path]:
@@ -253,13 +198,13 @@ def find_directories(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise UsageError(f"{path}: there is no such directory")
-        if part_names(path) or (path / MANIFEST).exists():
+        if list_parts(path) or (path / MANIFEST).exists():
             found.append(path)
             continue
         below = [path / split for split in SPLITS if (path / split).is_dir()]
-        below = [directory for directory in below if part_names(directory)]
+        below = [directory for directory in below if list_parts(directory)]
         if not below:
-            raise UsageError(f"{path}: holds no OFRecord parts (part-00000, ...)")
+            raise UsageError(f"{path}: holds no OFRecord parts ({part_name(0)}, ...)")
         found += below
     return found
 
@@ -268,17 +213,20 @@ def verify(
     directory: Path, *, num_classes: int | None, decode: bool, num_workers: int | None
 ) -> int:
     """Print every fault of a directory as it is found, and a summary; return their number."""
-    names = part_names(directory)
-    manifest, faults = read_manifest(directory)
-    faults += name_faults(names, manifest) if names or manifest else []
+    names = list_parts(directory)
+    try:
+        manifest = read_manifest(directory)
+        faults = list(manifest_faults(manifest)) if manifest else []
+    except RunError:
+        manifest, faults = None, [f"{MANIFEST}: is not a manifest that can be read"]
+    faults += name_faults(names, manifest)
     for fault in faults:
         print(f"{directory}: {fault}")
-    entries, claimed = {}, None
-    if manifest is not None:
-        entries = {part["name"]: part for part in manifest["parts"]}
-        claimed = manifest.get("num_classes")
+    manifest = manifest or {"parts": []}
+    entries = {part["name"]: part for part in manifest["parts"]}
+    num_classes = num_classes or manifest.get("num_classes") or MAX_CLASSES
     checks = [
-        PartCheck(directory / name, entries.get(name, {}), num_classes or claimed, decode)
+        functools.partial(check_part, directory / name, entries.get(name, {}), num_classes, decode)
         for name in names
     ]
     size = sum(os.path.getsize(directory / name) for name in names)
@@ -332,7 +280,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: list[str] | None = None) -> Namespace:
     argv = sys.argv[1:] if argv is None else argv
     # A switch with an optional value would take the directory behind it for that.
     return make_parser().parse_args(["--decode=True" if a == "--decode" else a for a in argv])
@@ -340,15 +288,8 @@ def parse_args(argv: list[str] | None = None):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    num_faults = sum(
-        verify(
-            directory,
-            num_classes=args.num_classes,
-            decode=args.decode,
-            num_workers=args.num_workers,
-        )
-        for directory in find_directories(args.directories)
-    )
+    options = {name: getattr(args, name) for name in ("num_classes", "decode", "num_workers")}
+    num_faults = sum(verify(path, **options) for path in find_directories(args.directories))
     if num_faults:
         raise RunError(f"{num_faults} fault{'s' if num_faults > 1 else ''}, listed above")
 

@@ -1,22 +1,28 @@
-"""Tasks spread over processes, with progress, and nobody left behind.
+"""Tasks spread over processes, with progress, and no process left behind.
 
-Workers are forks, which start at once; where the parent runs threads or has loaded OneFlow, which
-does not survive a fork, they are fresh interpreters. Each has a pipe of its own. A worker whose
-parent is gone, by SIGKILL too, finds its pipe broken and ends; a parent whose worker is gone raises
-an error.
+Each task has a process of its own. It is a fork, which starts at once, unless the parent runs
+threads or has loaded OneFlow, which does not survive a fork. A pool of concurrent.futures forks
+beside a thread of its own, cannot be stopped in the middle of a task, and leaves its workers behind
+when the parent is killed.
 """
 
+import ctypes
 import itertools
 import multiprocessing
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from multiprocessing import connection
+
+from tqdm import tqdm
 
 from cnns.errors import RunError
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 REPORT_SECONDS = 0.1  # between a worker's reports of progress
 LINE_SECONDS = 30.0  # between lines of progress in a log
 
@@ -30,79 +36,54 @@ class Progress:
     def __init__(self, total: int, *, unit: str = "images"):
         self.total, self.unit, self.count = total, unit, 0
         self.started = self.printed = time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm  # here, as workers have no use for it
-
-            tqdm.monitor_interval = 0  # no thread, so that workers can be forks
-            form = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": f" {unit}"}
-            self.bar = tqdm(total=total, dynamic_ncols=True, **form)
+        tqdm.monitor_interval = 0  # no thread, so that workers can be forks
+        form = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": f" {unit}"}
+        self.bar = tqdm(total=total, dynamic_ncols=True, disable=not sys.stderr.isatty(), **form)
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     def print(self, line: str) -> None:
         """Print a line of results without tearing the bar."""
-        if self.bar is not None:
-            self.bar.clear()
+        self.bar.clear()
         print(line, flush=True)
 
     def advance(self, count: int = 1) -> None:
         self.count += count
-        if self.bar is not None:
-            self.bar.update(count)
-            return
+        self.bar.update(count)
         now = time.monotonic()
-        if now - self.printed >= LINE_SECONDS:
+        if self.bar.disable and now - self.printed >= LINE_SECONDS:
             self.printed = now
             print(self.line(now), file=sys.stderr, flush=True)
 
     def line(self, now: float) -> str:
         rate = self.count / (now - self.started)
-        left = (self.total - self.count) / rate if rate else 0.0
-        minutes, seconds = divmod(round(left), 60)
-        hours, minutes = divmod(minutes, 60)
-        return (
-            f"{self.count} of {self.total} {self.unit}, {rate:.0f} {self.unit}/s, "
-            f"{hours}:{minutes:02d}:{seconds:02d} left"
-        )
+        left = timedelta(seconds=round((self.total - self.count) / rate if rate else 0))
+        return f"{self.count} of {self.total} {self.unit}, {rate:.0f} {self.unit}/s, {left} left"
 
 
-def serve(pipe, inherited) -> None:
-    """The life of a worker: one task after the other, until the pipe ends."""
-    for end in inherited:  # a pipe ends when nobody holds its other end
-        end.close()
+def work(task: Task, pipe, parent: int) -> None:
+    """The life of a worker: sends (count, None, None) now and then, last a result or an error."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before that
+        return
     pending, reported = 0, time.monotonic()
 
     def advance(count: int = 1) -> None:
         nonlocal pending, reported
         pending += count
-        now = time.monotonic()
-        if now - reported >= REPORT_SECONDS:
-            pipe.send(("progress", pending))
-            pending, reported = 0, now
+        if time.monotonic() - reported >= REPORT_SECONDS:
+            pipe.send((pending, None, None))
+            pending, reported = 0, time.monotonic()
 
     try:
-        while True:
-            number, task = pipe.recv()
-            try:
-                answer = ("result", (number, task(advance)))
-            except OSError as error:
-                if isinstance(error, BrokenPipeError):
-                    raise
-                answer = ("error", error)
-            except Exception as error:
-                answer = ("error", error)
-            if pending:
-                pipe.send(("progress", pending))
-                pending = 0
-            pipe.send(answer)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone
+        result, error = (task(advance),), None
+    except Exception as caught:
+        result, error = None, caught
+    pipe.send((pending, result, error))
 
 
 def run_tasks(
@@ -110,59 +91,56 @@ def run_tasks(
 ) -> Iterator[tuple[int, object]]:
     """Yield (number, result) of each task as it is done; the numbers count the tasks from 0.
 
-    With one worker the tasks run in this process, in order; with more they have to be picklable,
-    and are started in order. A task is only drawn from `tasks` when a worker is free for it.
-    An exception in a task is raised here, and the other workers are ended.
+    With one worker the tasks run in this process, in order; with more they are started in order. A
+    task is only drawn from `tasks` when a worker is free for it. An exception in a task is raised
+    here, and the other workers are ended.
     """
+    waiting = enumerate(tasks)
     if num_workers == 1:
-        for number, task in enumerate(tasks):
+        for number, task in waiting:
             yield number, task(advance)
         return
-    waiting = enumerate(tasks)
     method = "spawn" if "oneflow" in sys.modules or threading.active_count() > 1 else "fork"
     context = multiprocessing.get_context(method)
-    workers = {}  # pipe -> process; busy ones only, between rounds
+    workers = {}  # pipe -> (number, process)
     try:
-        first = list(itertools.islice(waiting, num_workers))
-        for _ in first:
-            pipe, theirs = context.Pipe()
-            inherited = (*workers, pipe) if method == "fork" else ()
-            process = context.Process(target=serve, args=(theirs, inherited), daemon=True)
-            workers[pipe] = process
-            # Ctrl-C reaches the whole group. Workers inherit the mask, so that it never gets
-            # through to them, and it arrives here a moment later.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
-            try:
-                process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            theirs.close()
-        for pipe, item in zip(workers, first, strict=True):
-            pipe.send(item)
-        while workers:
-            for pipe in connection.wait(list(workers)):
+        while True:
+            for number, task in itertools.islice(waiting, num_workers - len(workers)):
+                pipe, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=work, args=(task, theirs, os.getpid()), daemon=True
+                )
+                workers[pipe] = number, process
+                # Ctrl-C reaches the whole group. A worker inherits the mask, so that it never gets
+                # through to it, and it arrives here a moment later.
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
                 try:
-                    kind, value = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    workers[pipe].join()
+                    process.start()
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                theirs.close()
+            if not workers:
+                return
+            for pipe in connection.wait(list(workers)):
+                number, process = workers[pipe]
+                try:
+                    count, result, error = pipe.recv()
+                except EOFError:
+                    process.join()
                     raise RunError(
-                        f"a worker process ended (exit code {workers[pipe].exitcode}); if the "
-                        "system was short of memory, give fewer --num_workers"
+                        f"a worker process ended (exit code {process.exitcode}); if the system was "
+                        "short of memory, give fewer --num_workers"
                     ) from None
-                if kind == "progress":
-                    advance(value)
-                    continue
-                if kind == "error":
-                    raise value
-                yield value
-                item = next(waiting, None)
-                if item is not None:
-                    pipe.send(item)
-                else:
+                advance(count)
+                if error is not None:
+                    raise error
+                if result is not None:
+                    del workers[pipe]
                     pipe.close()
-                    workers.pop(pipe).join()
+                    process.join()
+                    yield number, *result
     finally:
-        for pipe, process in workers.items():
+        for pipe, (_, process) in workers.items():
             if process.pid is not None:
                 process.kill()
                 process.join()

@@ -1,6 +1,6 @@
-"""Write docs/flags.md, the page of all flags, from the parsers of the scripts.
+"""Write the tables of docs/flags.md, the page of all flags, from the parsers of the scripts.
 
-python3 tools/write_flags.py > docs/flags.md
+python3 tools/write_flags.py
 """
 
 import sys
@@ -15,41 +15,7 @@ import model_registry
 import optimizer_util
 from cnns.flags import Flag, FlagParser
 
-INTRODUCTION = """\
-# Flags
-
-<!-- Made by `python3 tools/write_flags.py > docs/flags.md`; change the texts in the parsers. -->
-
-Every flag of the four scripts; `--help` of a script prints its own. The names are those of
-OneFlow-Benchmark. A flag that belongs to another optimizer, schedule or kind of data is refused,
-not ignored. A switch takes `--save_init`, `--save_init=True` and `--save_init=False`.
-
-On a CPU, synthetic data bring smaller defaults of `--image_size`, `--batch_size_per_device` and
-`--num_epochs`, which the script prints.
-
-The wrappers take these variables from the environment and pass any further flag on to their script;
-a flag on the command line wins over a variable.
-
-| variable | flag | wrapper |
-|---|---|---|
-| `DATA_ROOT` | `--train_data_dir=$DATA_ROOT/train` | `train.sh` |
-| `DATA_ROOT` | `--val_data_dir=$DATA_ROOT/validation` | `train.sh`, `evaluate.sh` (1) |
-| `NUM_EPOCH` | `--num_epochs` | `train.sh` |
-| `NUM_NODES` | `--num_nodes` | `train.sh`, `evaluate.sh` |
-| `NODE_IPS` | `--node_ips` | `train.sh`, `evaluate.sh` |
-| `GPU_NUM_PER_NODE` | `--gpu_num_per_node` | `train.sh`, `evaluate.sh` |
-| `USE_FP16` | `--use_fp16` | `train.sh`, `evaluate.sh` |
-| `MODEL_LOAD_DIR` | `--model_load_dir` | `evaluate.sh`, `inference.sh` |
-| `IMAGE_PATH` | `--image_path` | `inference.sh` |
-
-(1) Without `DATA_ROOT`, `evaluate.sh` takes `data/imagenet/ofrecord`.
-
-`train.sh` adds `--save_init --loss_print_every_n_iter=10`, and `evaluate.sh` adds `--num_epochs=3`.
-
-In the tables, "train" is `of_cnn_train_val.py`, "evaluate" is `of_cnn_evaluate.py`, "inference" is
-`of_cnn_inference.py` and "export" is `resnet_to_onnx.py`. A flag whose text or default differs
-between scripts has a row for each.
-"""
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 
 
 def make_parsers() -> dict[str, FlagParser]:
@@ -97,8 +63,9 @@ def collect(parsers: dict[str, FlagParser]) -> dict[str, dict[tuple[str, str, st
     return groups
 
 
-def make_page(parsers: dict) -> str:
-    lines = [INTRODUCTION]
+def make_page(page: str, parsers: dict) -> str:
+    """The page with its own introduction, up to the first group of flags, and new tables."""
+    lines = [page.partition("\n## ")[0]]
     for title, rows in collect(parsers).items():
         lines += [f"## {title[0].upper()}{title[1:]}", ""]
         lines += ["| flag | unless given | scripts | what |", "|---|---|---|---|"]
@@ -112,7 +79,8 @@ def make_page(parsers: dict) -> str:
 
 
 def main() -> None:
-    print(make_page(make_parsers()), end="")
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(make_page(page, make_parsers()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,22 @@
 import io
 import itertools
 import os
-import re
-import struct
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from google.protobuf.message import DecodeError
-from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
-from cnns.data.format import PART_PREFIX, count_records, read_manifest
+from cnns.data.format import (
+    LENGTH,
+    PART_PREFIX,
+    count_records,
+    decode_record,
+    missing_part,
+    only_value,
+    part_name,
+    part_names,
+    read_manifest,
+)
 from cnns.errors import RunError, UsageError
 
 # Walking length fields costs microseconds a record from a warm cache, a seek from a cold disk. Up
@@ -151,27 +156,23 @@ def list_parts(directory: str, *, flag: str) -> tuple[list[str], int]:
             f"{flag}: there is no directory {directory}; check the path, or make a data set with "
             "tools/make_ofrecord.py or tools/make_mini_imagenet.py"
         )
-    pattern = re.compile(re.escape(PART_PREFIX) + r"(\d+)")
     try:
-        held = os.listdir(directory)
+        names = part_names(directory)
     except OSError as error:
         raise UsageError(f"{flag}: cannot read {directory}: {error.strerror}") from None
-    suffixes = sorted((match[1] for match in map(pattern.fullmatch, held) if match), key=int)
-    if not suffixes:
+    if not names:
         raise UsageError(
-            f"{flag}: {directory} holds no OFRecord parts ({PART_PREFIX}00000, ...); "
+            f"{flag}: {directory} holds no OFRecord parts ({part_name(0)}, ...); "
             "tools/make_ofrecord.py makes them"
         )
-    padded = len(suffixes[0]) > 1
-    width = len(suffixes[0]) if padded else -1
-    for i, suffix in enumerate(suffixes):
-        expected = str(i).zfill(max(width, 1))
-        if suffix != expected:
-            raise UsageError(
-                f"{flag}: {os.path.join(directory, PART_PREFIX + expected)} is missing; parts must "
-                "be numbered from 0 without a gap"
-            )
-    return [PART_PREFIX + suffix for suffix in suffixes], width
+    missing = missing_part(names)
+    if missing:
+        raise UsageError(
+            f"{flag}: {os.path.join(directory, missing)} is missing; parts must be numbered from 0 "
+            "without a gap"
+        )
+    width = len(names[0]) - len(PART_PREFIX)
+    return names, width if width > 1 else -1
 
 
 def look_into_records(paths: list[str]) -> int | None:
@@ -188,9 +189,9 @@ def look_into_records(paths: list[str]) -> int | None:
     for path in paths:
         with open(path, "rb") as file:
             number = 0
-            while (every or number == 0) and (field := file.read(8)):
-                where = f"{path}: record {number}, at byte {file.tell() - 8},"
-                label = look_into_record(file.read(*struct.unpack("<q", field)), where)
+            while (every or number == 0) and (field := file.read(LENGTH.size)):
+                where = f"{path}: record {number}, at byte {file.tell() - LENGTH.size},"
+                label = look_into_record(file.read(*LENGTH.unpack(field)), where)
                 max_label = label if max_label is None else max(label, max_label)
                 number += 1
     return max_label if every else None
@@ -198,14 +199,11 @@ def look_into_records(paths: list[str]) -> int | None:
 
 def look_into_record(data: bytes, where: str) -> int:
     """The label of one serialised record. Raises RunError, with `where`, if it cannot be read."""
-    message = OFRecord()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of bytes left over: see below
-            message.ParseFromString(data)
-        (encoded,) = message.feature["encoded"].bytes_list.value
-        (label,) = message.feature["class/label"].int32_list.value
-    except (DecodeError, ValueError):
+        message = decode_record(data)
+        encoded = only_value(message, "encoded", "bytes")
+        label = only_value(message, "class/label", "int32")
+    except ValueError:
         raise RunError(
             f"{where} is not an OFRecord with one `encoded` image and one int32 `class/label`; "
             "make the data set with tools/make_ofrecord.py"

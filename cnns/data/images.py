@@ -1,6 +1,7 @@
 """One image file to one input array, and the names of classes."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 CLASSES_FILE = Path(__file__).resolve().parents[2] / "data" / "imagenet_classes.txt"
+WORDNET_LINE = re.compile(r"(n\d{8})\s+(\S.*)")
 
 
 @dataclass(frozen=True)
@@ -159,5 +161,43 @@ def class_names(num_classes: int, known: tuple[str, ...] | None) -> list[str]:
 
 def imagenet_classes() -> list[str]:
     """The 1000 class names of ImageNet-1k, in label order: `goldfish, Carassius auratus`."""
-    with open(CLASSES_FILE, encoding="utf-8") as file:
-        return [line.rstrip("\n").split(" ", 1)[1] for line in file]
+    return read_classes(CLASSES_FILE)[0]
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file, stripped. Raises UsageError, which calls the content `what`."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise UsageError(f"{path}: cannot read the {what}: {reason}") from None
+
+
+def read_classes(path: Path) -> tuple[list[str], list[str]]:
+    """Read a class list, one class a line: a name, or a WordNet id and a name.
+
+    Returns the names and the WordNet ids (empty if the file has none), index = label.
+    Raises UsageError for a file that is missing, empty, mixed or has one class twice.
+    """
+    lines = read_lines(path, "class list")
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise UsageError(f"{path}: is empty; a class list needs one class a line")
+    matches = [WORDNET_LINE.fullmatch(line) for line in lines]
+    with_ids = any(matches)
+    seen = {}
+    for number, (line, match) in enumerate(zip(lines, matches, strict=True), start=1):
+        if not line:
+            raise UsageError(f"{path}: line {number} is empty; a class list has no gaps")
+        if with_ids and not match:
+            raise UsageError(
+                f"{path}: line {number} ({line!r}) has no WordNet id, but other lines have"
+            )
+        key = match[1] if match else line
+        if key in seen:
+            raise UsageError(f"{path}: {key!r} stands in line {seen[key]} and line {number}")
+        seen[key] = number
+    if with_ids:
+        return [match[2] for match in matches], [match[1] for match in matches]
+    return lines, []

@@ -16,7 +16,8 @@ SMALL = ("--device=cpu", "--image_size=32", "--batch_size_per_device=4", "--step
 
 @pytest.fixture(autouse=True)
 def _toy(monkeypatch, tmp_path):
-    monkeypatch.setitem(model_registry.MODELS, "toy", MODELS["toy"])
+    for name in ("toy", "tiny"):
+        monkeypatch.setitem(model_registry.MODELS, name, MODELS[name])
     monkeypatch.chdir(tmp_path)
 
 
@@ -36,6 +37,12 @@ def test_the_loader(tmp_path):
     write_parts(tmp_path / "train", [[0, 1, 2, 3] * 3])
     found = report("--train_data_dir=train")["loader"]
     assert found["num_examples"] == 12 and found["images_per_second"] > 0
+
+
+def test_inference_by_both_backends():
+    found = report("--model=tiny", "--inference")["inference"]
+    rates = found["oneflow_milliseconds_per_image"], found["onnxruntime_milliseconds_per_image"]
+    assert min(*rates, found["onnxruntime_times_as_fast"]) > 0
 
 
 def test_several_processes(monkeypatch):

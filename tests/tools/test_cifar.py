@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnns.data.format import decode_record
 from small import Result, call, read_manifest, tree
-from tools import make_ofrecord, ofrecord_message, verify_ofrecord
+from tools import make_ofrecord, verify_ofrecord
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 COARSE, FINE = ["fish", "flowers"], ["aquarium_fish", "shark", "orchid"]
@@ -68,9 +69,10 @@ def read(directory: Path) -> list[tuple[np.ndarray, int]]:
         data, at = part.read_bytes(), 0
         while at < len(data):
             length = int.from_bytes(data[at : at + 8], "little")
-            features = ofrecord_message.decode(data[at + 8 : at + 8 + length])
-            pixels = np.asarray(Image.open(io.BytesIO(features["encoded"][1][0])), int)
-            found.append((pixels, features["class/label"][1][0]))
+            features = decode_record(data[at + 8 : at + 8 + length]).feature
+            [encoded] = features["encoded"].bytes_list.value
+            pixels = np.asarray(Image.open(io.BytesIO(encoded)), int)
+            found.append((pixels, *features["class/label"].int32_list.value))
             at += 8 + length
     return found
 

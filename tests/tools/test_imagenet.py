@@ -18,14 +18,15 @@ from PIL import Image
 
 import model_registry
 import of_cnn_train_val
+from cnns.data.format import decode_record
+from cnns.data.images import CLASSES_FILE, read_classes
 from cnns.errors import RunError
 from small import LINE, ROOT, TINY, Result, call, read_manifest, tree
-from tools import imagenet, make_ofrecord, ofrecord_message, verify_ofrecord
-from tools.jpeg_util import BrokenJpeg, decode_jpeg, passed_through, walk_jpeg
-from tools.ofrecord_writer import BadImage, read_classes
+from tools import imagenet, make_ofrecord, verify_ofrecord
+from tools.jpeg_util import BadImage, decode_jpeg, passed_through, walk_jpeg
 from tools.worker_pool import Progress, run_tasks
 
-NAMES, WNIDS = read_classes(imagenet.CLASSES)
+NAMES, WNIDS = read_classes(CLASSES_FILE)
 TINY_WNIDS = WNIDS[:4]
 
 
@@ -135,8 +136,11 @@ def records(directory: Path) -> dict[str, dict]:
         data, at = part.read_bytes(), 0
         while at < len(data):
             length = int.from_bytes(data[at : at + 8], "little")
-            features = ofrecord_message.decode(data[at + 8 : at + 8 + length])
-            features = {name: values[0] for name, (_, values) in features.items()}
+            record = decode_record(data[at + 8 : at + 8 + length])
+            features = {
+                name: getattr(feature, feature.WhichOneof("kind")).value[0]
+                for name, feature in record.feature.items()
+            }
             found[features["filename"].decode()] = features
             at += 8 + length
     return found
@@ -376,7 +380,7 @@ def test_walking_a_jpeg_takes_what_pillow_writes_and_nothing_cut_off():
         assert (info.width, info.height, info.channels, info.oddity) == (48, 40, 3, "")
         assert walk_jpeg(data + b"\0trailing\xff") == info
         for end in range(len(data)):
-            with pytest.raises(BrokenJpeg, match="cut off|empty|no JPEG"):
+            with pytest.raises(BadImage, match="cut off|empty|no JPEG"):
                 walk_jpeg(data[:end])
     assert walk_jpeg(encoded(picture(1, mode="L"))).oddity == "greyscale JPEG"
     assert walk_jpeg(encoded(picture(1, mode="CMYK"))).oddity == "CMYK JPEG"
@@ -392,7 +396,7 @@ def test_walking_damaged_jpegs_gives_one_line():
         for check in (walk_jpeg, decode_jpeg):
             try:
                 check(bytes(data))
-            except BrokenJpeg as error:
+            except BadImage as error:
                 assert "\n" not in str(error)
 
 
@@ -574,6 +578,44 @@ def test_archives_that_are_cut_off_or_none(source):
     )
 
 
+def pax_header(fields: bytes, size: int | None = None, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """An extended header with these bytes in it, which may claim another size."""
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = kind, len(fields) if size is None else size
+    return header.tobuf(tarfile.GNU_FORMAT) + fields + bytes(-len(fields) % 512)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "header",
+    [
+        pax_header(b"11 size=-1\n"),
+        pax_header(b"18 size=-99999999\n"),
+        pax_header(b"21 size=999999999999\n"),
+        pax_header(b"13 size=text\n"),
+        pax_header(b"0 size=1\n"),
+        pax_header(b"", size=-512),
+        pax_header(b"", size=1 << 40),
+        pax_header(b"", size=-512, kind=tarfile.GNUTYPE_LONGNAME),
+        pax_header(b"", size=1 << 40, kind=tarfile.GNUTYPE_LONGNAME),
+        pax_header(b"x\0", kind=tarfile.GNUTYPE_LONGNAME) * 2000,
+        pax_header(b"", size=-(1 << 20), kind=tarfile.REGTYPE),
+        pax_header(b"11 size=99\n", kind=tarfile.XGLTYPE)
+        + pax_header(b"", size=-2048, kind=tarfile.REGTYPE),
+        pax_header(b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
+        pax_header(b"", size=512, kind=tarfile.GNUTYPE_SPARSE),
+    ],
+)
+def test_hostile_headers_are_one_line(source, header, first):
+    """Neither a loop without end, nor an archive read into memory."""
+    name = f"{TINY_WNIDS[0]}_0.JPEG"
+    files = [] if first else [("a.JPEG", photo(2))]
+    end = tar_bytes([(name, photo(1))])
+    before = tar_bytes(files).rstrip(b"\0")
+    before += bytes(-len(before) % 512)
+    refused(with_train(source, before + header + end), "train.tar: .*; (copy|pack)")
+
+
 def test_inputs_that_are_not_there_or_ambiguous(source, tmp_path):
     refused(source, "--train=.*nowhere: there is no such", "--train=nowhere", status=2)
     (source / "train").mkdir()
@@ -745,11 +787,11 @@ class Square:
 
 
 def test_workers_give_every_result_once():
-    for workers in (1, 3):
+    for workers in (1, 2):
         steps = []
-        tasks = [Square(n) for n in range(10)]
+        tasks = [Square(n) for n in range(4)]
         found = dict(run_tasks(iter(tasks), num_workers=workers, advance=steps.append))
-        assert found == {n: n**2 for n in range(10)} and sum(steps) == 10
+        assert found == {n: n**2 for n in range(4)} and sum(steps) == 4
 
 
 def test_a_worker_that_dies_or_fails_ends_the_run():
@@ -773,6 +815,6 @@ def test_progress_in_a_log(capsys, monkeypatch):
 def test_the_tools_do_without_oneflow():
     code = (
         "import sys, tools.make_ofrecord, tools.verify_ofrecord, tools.make_mini_imagenet\n"
-        "assert not {'oneflow', 'google.protobuf'} & set(sys.modules)"
+        "assert 'oneflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

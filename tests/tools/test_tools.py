@@ -24,24 +24,20 @@ from hypothesis import strategies as st
 from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
+from cnns.data.format import encode_record
+from cnns.data.images import CLASSES_FILE, read_classes
 from cnns.errors import RunError, UsageError
 from small import ROOT, read_manifest, tree
 from tools import make_mini_imagenet, make_ofrecord
+from tools.jpeg_util import BadImage, encode_jpeg, upright_jpeg
 from tools.ofrecord_writer import (
-    BadImage,
     Example,
-    PartWriter,
     Split,
     default_num_parts,
-    encode_example,
-    encode_jpeg,
-    read_classes,
     shuffled_parts,
     write_dataset,
+    write_part,
 )
-
-CLASSES = ROOT / "data" / "imagenet_classes.txt"
-
 
 # Reading back, independently of the writer.
 
@@ -147,12 +143,10 @@ def idx_files(tmp_path) -> Path:
 )
 def test_framing_round_trip(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("part") / "part-00000"
-    with PartWriter(path) as part:
-        for encoded, label in records:
-            part.write(encode_example(encoded, label))
+    info = write_part(path, [encode_record(*record) for record in records])
     assert read_parts(path.parent) == records
     data = path.read_bytes()
-    assert part.info == {
+    assert info == {
         "name": "part-00000",
         "num_examples": len(records),
         "num_bytes": len(data),
@@ -160,26 +154,26 @@ def test_framing_round_trip(tmp_path_factory, records):
     }
 
 
-@given(st.permutations(["filename", "class/text", "height", "data_id", "quality"]))
+@given(st.permutations(["filename", "class/text", "height", "data_id"]))
 @settings(max_examples=30, deadline=None)
 def test_record_bytes_do_not_depend_on_the_order_of_features(order):
-    more = {"filename": "a.jpg", "class/text": b"x", "height": 7, "data_id": [1, 2], "quality": 0.5}
-    assert encode_example(b"jpeg", 3, **{name: more[name] for name in order}) == encode_example(
-        b"jpeg", 3, **more
-    )
-    record = OFRecord.FromString(encode_example(b"jpeg", 3, **more))
-    assert list(record.feature["data_id"].int32_list.value) == [1, 2]
+    more = {"filename": "a.jpg", "class/text": b"x", "height": 7, "data_id": -1}
+    message = encode_record(b"jpeg", 3, **{name: more[name] for name in order})
+    assert message == encode_record(b"jpeg", 3, **more)
+    record = OFRecord.FromString(message)
+    assert message == record.SerializeToString(deterministic=True)
+    assert list(record.feature["data_id"].int32_list.value) == [-1]
     assert list(record.feature["filename"].bytes_list.value) == [b"a.jpg"]
-    assert list(record.feature["quality"].float_list.value) == [0.5]
 
 
 def test_record_refuses_what_it_cannot_hold():
     with pytest.raises(ValueError, match="below 0"):
-        encode_example(b"", -1)
+        encode_record(b"", -1)
     with pytest.raises(ValueError):
-        encode_example(b"", 2**31)
-    with pytest.raises(TypeError, match="height"):
-        encode_example(b"", 0, height=None)
+        encode_record(b"", 2**31)
+    for value in (None, [1], 0.5):
+        with pytest.raises(TypeError):
+            encode_record(b"", 0, height=value)
 
 
 @given(st.integers(1, 500), st.integers(1, 20), st.integers(0, 9))
@@ -198,9 +192,12 @@ def test_default_number_of_parts():
 
 
 def test_part_that_is_interrupted_is_not_there(tmp_path):
-    with pytest.raises(KeyboardInterrupt), PartWriter(tmp_path / "part-00000") as part:
-        part.write(b"message")
+    def messages():
+        yield b"message"
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_part(tmp_path / "part-00000", messages())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -577,13 +574,14 @@ def test_greyscale_jpeg_loses_next_to_nothing():
     for quality in (60, 90):
         buffer = io.BytesIO()
         photograph.save(buffer, "JPEG", quality=quality)
-        example = make_ofrecord.jpeg_example(buffer.getvalue(), 0)
+        encoded, was = upright_jpeg(buffer.getvalue())
+        assert was == "greyscale JPEG"
         before, after = (
             np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), int)
-            for data in (buffer.getvalue(), example.encoded)
+            for data in (buffer.getvalue(), encoded)
         )
         assert np.abs(before - after).mean() < 0.02
-        assert len(example.encoded) < 1.1 * len(buffer.getvalue())
+        assert len(encoded) < 1.1 * len(buffer.getvalue())
 
 
 def test_picture_on_its_side_is_stored_upright(tmp_path):
@@ -700,7 +698,7 @@ def test_class_list_gives_the_labels(tmp_path, capsys):
     names = {"n02123045": 281, "espresso": 967, "goldfish": 1, "tiger, Panthera tigris": 292}
     for label_name in names:
         save(picture(1), tmp_path / "in" / label_name / "x.jpg")
-    folder(tmp_path / "in", tmp_path / "out", f"--classes={CLASSES}")
+    folder(tmp_path / "in", tmp_path / "out", f"--classes={CLASSES_FILE}")
     assert sorted(label for _, label in read_parts(tmp_path / "out")) == [1, 281, 292, 967]
     manifest = read_manifest(tmp_path / "out")
     assert manifest["num_classes"] == 1000 and manifest["classes"][967] == "espresso"
@@ -719,7 +717,7 @@ def test_class_list_refusals(tmp_path, folders, match):
     for name in folders:
         save(picture(1), tmp_path / "in" / name / "x.jpg")
     with pytest.raises(RunError, match=match):
-        folder(tmp_path / "in", tmp_path / "out", f"--classes={CLASSES}")
+        folder(tmp_path / "in", tmp_path / "out", f"--classes={CLASSES_FILE}")
 
 
 @pytest.mark.parametrize(
@@ -832,7 +830,7 @@ def test_idx_broken_files(tmp_path):
     )
     refused(UsageError, "--num_examples=5: .*holds 4 images only", "--num_examples=5")
     refused(UsageError, "--num_val_examples needs --input", "--num_val_examples=1")
-    refused(UsageError, "both name the classes", "--dataset=mnist", f"--classes={CLASSES}")
+    refused(UsageError, "both name the classes", "--dataset=mnist", f"--classes={CLASSES_FILE}")
     refused(UsageError, "--input names a folder", f"--input={tmp_path}")
     with pytest.raises(UsageError, match="give --input, or both"):
         convert("idx", f"--images={images}", f"--output={tmp_path}/o")
@@ -880,7 +878,7 @@ def test_errors_are_one_line_with_the_right_status(tmp_path, script, flags, stat
 
 
 def test_class_list_of_imagenet():
-    names, ids = read_classes(CLASSES)
+    names, ids = read_classes(CLASSES_FILE)
     assert len(names) == len(set(ids)) == 1000
     assert ids == sorted(ids)
     facts = {
