@@ -26,6 +26,8 @@ from tools import imagenet, make_ofrecord, verify_ofrecord
 from tools.jpeg_util import BadImage, decode_jpeg, passed_through, walk_jpeg
 from tools.worker_pool import Progress, run_tasks
 
+pytestmark = pytest.mark.long
+
 NAMES, WNIDS = read_classes(CLASSES_FILE)
 TINY_WNIDS = WNIDS[:4]
 
