@@ -30,7 +30,6 @@ from onnx import version_converter
 from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
 import config
-import model_registry
 from cnns.checkpoint.files import sync_directory, write_durably
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import PREFIX, Snapshot
@@ -52,13 +51,7 @@ RTOL, ATOL = 1e-4, 1e-5
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     paths = find_images(args.image_path)
-    network, snapshot, snapshot_path = restore(
-        args.model_load_dir,
-        models=model_registry.MODELS,
-        model=args.model,
-        num_classes=args.num_classes,
-        **config.preprocessing_flags(args),
-    )
+    network, snapshot, snapshot_path = restore(**config.restore_flags(args))
     notice(f"Restoring model from {snapshot_path}.")
     images = [load_image(path, snapshot.preprocessing) for path in paths]
     reference = Reference(network)
@@ -86,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.export_parser(models=model_registry.MODELS).read(argv)
-    for flag, default in (("external_data", False), ("opset", 12)):
-        if args.check_only and getattr(args, flag) != default:
+    args = config.make_parser("export").read(argv)
+    for flag in ("external_data", "opset"):
+        if args.check_only and getattr(args, flag) != config.EXPORT_FLAGS[flag].default:
             raise UsageError(f"--{flag} has no effect with --check_only; leave it out")
     return args
 

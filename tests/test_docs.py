@@ -118,7 +118,7 @@ def check(words: list[str], root: Path) -> str:
         assert exit_.code == 0 and argv == ["--help"], words
     else:
         if script == "of_cnn_train_val.py":  # flags that contradict one another
-            config.finish_train_args(of_cnn_train_val.make_parser().complete(args), device="cpu")
+            config.finish_train_args(config.make_parser("train").complete(args), device="cpu")
     return "script"
 
 
