@@ -17,6 +17,7 @@ from argparse import Namespace
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import oneflow as flow
 from oneflow import nn
@@ -46,9 +47,8 @@ from cnns.launch.nodes import launch
 from cnns.launch.worker import command, is_worker, leave
 from cnns.log import Log, notice, open_log
 from cnns.models.model import check_switches
-from cnns.resume import compare_flags, compare_runs, inherited_flags
+from cnns.resume import compare_flags, compare_runs, inherited_flags, num_processes
 from cnns.run import Intervals, Parts, Progress, Run, Saver, announce
-from config import Plan
 from model_registry import MODELS
 from optimizer_util import Schedule
 
@@ -104,37 +104,19 @@ def parse_args(argv: list[str] | None) -> Namespace:
 class RunSpec:
     """What will be run, checked. Nothing is built yet, and nothing of it changes afterwards."""
 
-    flags: dict  # as they hold, by name; snapshots keep them
     device: str
-    about: Snapshot  # what its snapshots say, but for the progress
+    about: Snapshot  # what its snapshots say, but for the progress; the flags as they hold among it
     train_data: Dataset
     val_data: Dataset | None  # None: no validation
-    plan: Plan
+    schedule: Schedule
     start: Checkpoint | None  # weights to start from; None: random ones
     resumed: Checkpoint | None  # the same, where it is the snapshot of a run that is resumed
     held: frozenset  # snapshots that were in --model_save_dir when it was looked at
     notices: list[str]  # for the user
 
     @property
-    def batch_size(self) -> int:
-        """The global one."""
-        return self.flags["batch_size_per_device"] * self.num_processes
-
-    @property
-    def num_processes(self) -> int:
-        return config.num_processes(Namespace(**self.flags))
-
-    @property
-    def schedule(self) -> Schedule:
-        return Schedule(
-            self.flags["lr_decay"],
-            learning_rate=self.flags["learning_rate"],
-            total_steps=self.plan.total_steps,
-            warmup_steps=self.plan.warmup_steps,
-            step_milestones=self.plan.step_milestones,
-            decay_rate=self.flags["lr_decay_rate"],
-            exponential_steps=self.plan.exponential_steps,
-        )
+    def flags(self) -> dict[str, Any]:
+        return self.about.flags
 
     @property
     def progress(self) -> Progress:
@@ -174,27 +156,35 @@ def make_spec(given: Namespace) -> RunSpec:
         rate = rates[args.optimizer]
         args.learning_rate = rate * global_batch_size(args) / 256
         notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
+    batch_size = global_batch_size(args)
     plan = config.epochs_to_steps(
         num_examples=train_data.num_examples,
-        global_batch_size=global_batch_size(args),
+        global_batch_size=batch_size,
         num_epochs=args.num_epochs,
         warmup_epochs=args.warmup_epochs,
         lr_step_epochs=args.lr_step_epochs,
         lr_decay_epochs=args.lr_decay_epochs,
     )
+    schedule = Schedule(
+        args.lr_decay,
+        learning_rate=args.learning_rate,
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        step_milestones=plan.step_milestones,
+        decay_rate=args.lr_decay_rate,
+        exponential_steps=plan.exponential_steps,
+    )
     about = replace(
         about,
         steps_per_epoch=plan.steps_per_epoch,
-        global_batch_size=global_batch_size(args),
+        global_batch_size=batch_size,
         train_data=train_data.fingerprint(),
         flags=vars(args),
         versions=versions(),
     )
     if resumed is not None:
         notices += compare_runs(about, resumed.snapshot, path=resumed.path)
-    return RunSpec(
-        vars(args), device, about, train_data, val_data, plan, start, resumed, held, notices
-    )
+    return RunSpec(device, about, train_data, val_data, schedule, start, resumed, held, notices)
 
 
 def global_batch_size(args: Namespace) -> int:
@@ -326,14 +316,16 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log) -> Run:
         graph=build_train_graph(spec, model, loader),
         loader=loader,
         evaluator=build_evaluator(spec, model, log),
-        masks=DropoutMasks(model, seed=flags["seed"], batch_size=spec.batch_size, device=device),
+        masks=DropoutMasks(
+            model, seed=flags["seed"], batch_size=spec.about.global_batch_size, device=device
+        ),
         learning_rate=spec.schedule.rate,
-        batch_size=spec.batch_size,
+        batch_size=spec.about.global_batch_size,
         device=device,
     )
     intervals = Intervals(
         num_epochs=flags["num_epochs"],
-        steps_per_epoch=spec.plan.steps_per_epoch,
+        steps_per_epoch=spec.about.steps_per_epoch,
         print_steps=flags["loss_print_every_n_iter"],
         save_steps=flags["save_every_n_iter"],
         save_epochs=flags["save_epoch_interval"],
@@ -363,7 +355,7 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
     log(spec.train_data.loading_line)
     return ofrecord_util.train_loader(
         spec.train_data,
-        batch_size=spec.batch_size,
+        batch_size=spec.about.global_batch_size,
         preprocessing=spec.about.preprocessing,
         augmentation=Augmentation(
             area=flags["random_area"],
@@ -412,11 +404,10 @@ def build_evaluator(spec: RunSpec, model: nn.Module, log: Log) -> Evaluator | No
     if data is None:
         return None
     log(data.loading_line)
-    is_pool = flags["train_data_dir"] is None
-    own_size = flags["val_batch_size_per_device"] * spec.num_processes
+    batch_size = flags["val_batch_size_per_device"] * num_processes(flags)
     loader = ofrecord_util.val_loader(
         data,
-        batch_size=spec.batch_size if is_pool else own_size,
+        batch_size=batch_size if flags["val_data_dir"] else spec.about.global_batch_size,
         preprocessing=spec.about.preprocessing,
         device=spec.device,
     )

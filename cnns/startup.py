@@ -18,10 +18,10 @@ import tempfile
 import threading
 
 from cnns.errors import report
+from cnns.interrupts import SIGNALS
 from cnns.launch.worker import is_worker, prepare_worker
 
 NVIDIA_DRIVER = "/dev/nvidiactl"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HARMLESS = ("libibverbs not available",)
 
 
