@@ -1,6 +1,7 @@
 """The one table of networks.
 
-To add one, write its file in cnns/models/, add its line here, and one to the README's table.
+To add one, write its file in cnns/models/, add its record here and its line to the table of both
+READMEs. docs/flags.md, which lists the names, is generated: tools/write_flags.py.
 """
 
 import resnet_model

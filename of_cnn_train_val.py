@@ -49,6 +49,7 @@ from cnns.log import Log, notice, open_log
 from cnns.models.model import check_switches
 from cnns.resume import compare_flags, compare_runs, inherited_flags, num_processes
 from cnns.run import Intervals, Parts, Progress, Run, Saver, announce
+from config import Plan
 from model_registry import MODELS
 from optimizer_util import Schedule
 
@@ -135,7 +136,7 @@ def make_spec(given: Namespace) -> RunSpec:
     parser = config.make_parser("train")
     args = parser.complete(given)
     device = choose_device(args.device, count=args.gpu_num_per_node)
-    notices = []
+    notices: list[str] = []
     held = held_snapshots(args.model_save_dir)
     resumed = find_resume(args.resume, args.model_save_dir, models=MODELS)
     if resumed is not None:
@@ -156,16 +157,30 @@ def make_spec(given: Namespace) -> RunSpec:
         rate = rates[args.optimizer]
         args.learning_rate = rate * global_batch_size(args) / 256
         notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
-    batch_size = global_batch_size(args)
     plan = config.epochs_to_steps(
         num_examples=train_data.num_examples,
-        global_batch_size=batch_size,
+        global_batch_size=global_batch_size(args),
         num_epochs=args.num_epochs,
         warmup_epochs=args.warmup_epochs,
         lr_step_epochs=args.lr_step_epochs,
         lr_decay_epochs=args.lr_decay_epochs,
     )
-    schedule = Schedule(
+    about = replace(
+        about,
+        steps_per_epoch=plan.steps_per_epoch,
+        global_batch_size=global_batch_size(args),
+        train_data=train_data.fingerprint(),
+        flags=vars(args),
+        versions=versions(),
+    )
+    if resumed is not None:
+        notices += compare_runs(about, resumed.snapshot, path=resumed.path)
+    schedule = make_schedule(args, plan)
+    return RunSpec(device, about, train_data, val_data, schedule, start, resumed, held, notices)
+
+
+def make_schedule(args: Namespace, plan: Plan) -> Schedule:
+    return Schedule(
         args.lr_decay,
         learning_rate=args.learning_rate,
         total_steps=plan.total_steps,
@@ -174,17 +189,6 @@ def make_spec(given: Namespace) -> RunSpec:
         decay_rate=args.lr_decay_rate,
         exponential_steps=plan.exponential_steps,
     )
-    about = replace(
-        about,
-        steps_per_epoch=plan.steps_per_epoch,
-        global_batch_size=batch_size,
-        train_data=train_data.fingerprint(),
-        flags=vars(args),
-        versions=versions(),
-    )
-    if resumed is not None:
-        notices += compare_runs(about, resumed.snapshot, path=resumed.path)
-    return RunSpec(device, about, train_data, val_data, schedule, start, resumed, held, notices)
 
 
 def global_batch_size(args: Namespace) -> int:
@@ -192,7 +196,7 @@ def global_batch_size(args: Namespace) -> int:
 
 
 def open_data(args: Namespace) -> tuple[Dataset, Dataset | None]:
-    """The training and validation data, checked; None is no validation."""
+    """The training and validation data, checked; None: no validation."""
     batch_size = global_batch_size(args)
     if args.train_data_dir is None:
         pool = SyntheticLoader.POOL_BATCHES * batch_size

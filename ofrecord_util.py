@@ -9,8 +9,8 @@ it and gives
 
 with N the global batch size. A training loader's `batches(epoch, iteration)` begins after the first
 `iteration` batches of an epoch, and what it yields depends on the seed, the epoch and the iteration
-alone, so that a run can stop and go on anywhere. A validation loader's `batches()` are one round,
-of `num_batches`, and have one tensor more in front,
+alone, so that a run can stop and be resumed anywhere. A validation loader's `batches()` are one
+round, of `num_batches`, and have one tensor more in front,
 
     counted  (N,) int32, 1 in rows that hold an example for the first time, 0 in others
 
@@ -91,8 +91,8 @@ class OFRecordTrainLoader(OFRecordLoader):
 
     Each epoch has its own order of parts, and gives each process others of them. Within it records
     are drawn from a buffer that OneFlow fills up from the parts, and at their end from their
-    beginning: of the records of an epoch, about 0.37 times as many as the buffer holds come late
-    for it, and as many others twice.
+    beginning: of the records of an epoch, about 0.37 times as many as the buffer holds are missed,
+    and as many others are read twice.
     """
 
     def __init__(
@@ -151,8 +151,8 @@ class GPUDecodingTrainLoader(nn.Module):
 
     That decoder exists in graphs only, and a graph that is handed records has copies of them which
     are no longer valid, so the reader is in the graph as well. There it cannot be positioned: each
-    process keeps its parts for the whole run, and a run that goes on reads from the beginning of
-    its parts, in an order drawn for the step at which it goes on.
+    process keeps its parts for the whole run, and a resumed run reads from the beginning of its
+    parts, in an order drawn for the step at which it is resumed.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ def choose_buffer_size(augmentation: Augmentation, data: Shards, num_ranks: int)
 
 
 def allow_open_files(num_parts: int) -> None:
-    """Let this process open all parts at once, as OneFlow's reader does, and some files beside.
+    """Let this process open all parts at once, as OneFlow's reader does, and some other files.
 
     Raises RunError where the system does not allow it: the reader would end the process.
     """
@@ -332,7 +332,7 @@ def train_loader(
 ) -> nn.Module:
     """The training loader of a data set. `batch_size` is the global one.
 
-    `first_step` is the step at which the run goes on; only the GPU's decoder needs to know.
+    `first_step` is the step at which a run is resumed; only the GPU's decoder needs to know.
     """
     loader, _ = LOADERS[type(data)]
     if gpu_image_decoder:

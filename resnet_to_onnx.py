@@ -226,7 +226,7 @@ def free_batch(model: onnx.ModelProto) -> None:
 
 @contextmanager
 def new_file(path: str) -> Iterator[str]:
-    """A temporary name for the file `path`, in a directory of its own beside it; nothing is left.
+    """A temporary name for the file `path`, in a new directory next to it, which is removed.
 
     Raises UsageError where nothing can be written there.
     """
@@ -270,8 +270,8 @@ def write(model: onnx.ModelProto, path: str, *, external_data: bool) -> None:
 def put(temporary: str, path: str) -> None:
     """Put a new file, and that of its weights, in the place of what was there.
 
-    Two files cannot change places in one step, and nobody is to read one old, one new: where there
-    are weights beside, the old ones are first moved away, and back if the new ones cannot come.
+    Two files cannot be replaced in one step, and nobody may read an old one with a new one: where
+    there is a file of weights, the old ones are moved away first, and back if that fails.
     """
     old = temporary + ".old"
     if os.path.exists(path + DATA_SUFFIX) or os.path.exists(temporary + DATA_SUFFIX):

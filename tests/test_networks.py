@@ -316,7 +316,7 @@ def test_a_network_is_added_by_its_file_and_a_line_of_the_table(made_up, data):
     assert (before["head.weight"].shape, after["head.weight"].shape) == ((3, 4), (5, 4))
 
 
-def test_an_unknown_network_is_refused_and_a_new_one_is_in_the_help(made_up):
+def test_where_a_network_is_refused_the_new_one_is_listed(made_up):
     refused = call(of_cnn_train_val.main, "--model=made_down")
     assert refused.status == 2 and "'made_up'" in refused.stderr
 

@@ -54,7 +54,7 @@ class Dataset:
     def for_network(self, num_classes: int) -> "Dataset":
         """It, for a network of so many classes.
 
-        Raises UsageError where it is known to have labels that the network has not.
+        Raises UsageError where it is known to have labels outside the network's classes.
         """
         needed = self.num_classes
         if needed is None and self.max_label is not None:
