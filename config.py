@@ -9,12 +9,13 @@ import argparse
 import math
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cnns.data.crops import SHUFFLE_BUFFER_SIZE, Augmentation
 from cnns.data.format import MAX_CLASSES
-from cnns.distributed import choose_device
+from cnns.distributed import choose_device, explain_crash
 from cnns.errors import UsageError
 from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path
 from cnns.log import notice
@@ -38,7 +39,7 @@ EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
 COUNT = number(int, 1)
 
 
-def rgb_std(text: str) -> tuple[float, float, float]:
+def rgb_std(text: str) -> tuple[float, ...]:
     values = numbers(3)(text)
     if min(values) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be above 0 in each channel")
@@ -504,34 +505,25 @@ def job_flags(args: Namespace) -> dict:
     }
 
 
-def memory_flags(args: Namespace, *, batch: str) -> dict[str, str]:
-    """The arguments `asked` and `flag` of explain_crash; `batch` sets the size of a batch."""
+def explain_crashes(args: Namespace, *, batch: str) -> Callable[[int, Sequence[str]], str | None]:
+    """What explains to the parent of a job why a process crashed; `batch` sets a batch's size."""
     given = {name: getattr(args, name) for name in ("model", "image_size", batch)}
     if given[batch] is None:
         given[batch] = BATCH_SIZE_PER_DEVICE
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    return {"asked": " ".join(flags + ["--use_fp16"] * args.use_fp16), "flag": f"--{batch}"}
+    asked = " ".join(flags + ["--use_fp16"] * args.use_fp16)
+    return partial(explain_crash, asked=asked, flag=f"--{batch}")
 
 
-# Flags that may differ between the nodes of a job, beside those of a node: what they stand for is
-# compared by itself.
-COMPARED_OTHERWISE = (
-    "log_dir",
-    "resume",
-    "model_load_dir",
-    "model_save_dir",
-    "train_data_dir",
-    "val_data_dir",
-)
+def flags_of_a_job(args: Namespace, parser: FlagParser) -> dict[str, object]:
+    """The flags that have to be the same on every node, by name, as JSON knows them.
 
-
-def flags_of_a_job(args: Namespace, parser: FlagParser) -> dict:
-    """The flags that have to be the same on every node, by name, as JSON knows them."""
-    return {
-        f"--{name}": value
-        for name, value in vars(args).items()
-        if parser.flags[name].of != "node" and name not in COMPARED_OTHERWISE
+    Paths may differ: what is behind them is compared by itself.
+    """
+    compared = {
+        name for name, flag in parser.flags.items() if flag.of != "node" and flag.parse is not path
     }
+    return {f"--{name}": value for name, value in vars(args).items() if name in compared}
 
 
 # Checks and defaults that look at more than one flag.

@@ -12,7 +12,6 @@ import io
 import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
-from functools import partial
 
 import config
 import ofrecord_util
@@ -20,7 +19,7 @@ from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import checksum, versions
 from cnns.data.datasets import open_val_dataset
 from cnns.data.kinds import Dataset
-from cnns.distributed import explain_crash, place, takes_cuda
+from cnns.distributed import place, takes_cuda
 from cnns.errors import UsageError, run_main
 from cnns.evaluation import ArrayEvaluator, Evaluator
 from cnns.export import ExportedModel, find_export
@@ -36,12 +35,11 @@ def main(argv: list[str] | None = None) -> int | None:
         job = make_job(**config.job_flags(args))
         of_oneflow = args.backend == "oneflow"
         if job.world_size > 1 or of_oneflow and takes_cuda(args.device):
-            memory = config.memory_flags(args, batch="val_batch_size_per_device")
             return launch(
                 command(__file__, argv),
                 job=job,
                 facts=lambda: facts(args),
-                explain=partial(explain_crash, **memory),
+                explain=config.explain_crashes(args, batch="val_batch_size_per_device"),
             )
     device, data, (model, about, path) = prepare(args)
     log = open_log(args.log_dir, "of_cnn_evaluate")
@@ -53,6 +51,7 @@ def main(argv: list[str] | None = None) -> int | None:
         preprocessing=about.preprocessing,
         device=device,
     )
+    evaluator: Evaluator
     if args.backend == "onnxruntime":
         evaluator = ArrayEvaluator(model.logits, loader, top_k=args.top_k)
     else:
@@ -97,7 +96,7 @@ def prepare(args: Namespace) -> tuple[str, Dataset, tuple]:
         args.val_data_dir, part_num=args.val_data_part_num, num_examples=args.num_val_examples
     )
     if of_oneflow:
-        network = restore(**config.restore_flags(args), switches=config.switches(args))
+        network: tuple = restore(**config.restore_flags(args), switches=config.switches(args))
     else:
         exported = ExportedModel(find_export(args.onnx_path))
         network = exported, exported, exported.path

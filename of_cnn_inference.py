@@ -14,7 +14,6 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from queue import Queue
 from threading import Thread
 
@@ -23,7 +22,7 @@ import numpy as np
 import config
 from cnns.checkpoint.find import restore
 from cnns.data.images import Preprocessing, class_names, find_images, load_image
-from cnns.distributed import explain_crash, place, takes_cuda
+from cnns.distributed import place, takes_cuda
 from cnns.errors import RunError, UsageError, report, run_main
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import Predictor
@@ -39,12 +38,11 @@ STDIN = "-"
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.backend == "oneflow" and not is_worker() and takes_cuda(args.device):
-        memory = config.memory_flags(args, batch="batch_size")
         return launch(
             command(__file__, argv),
             job=Job(),
             facts=dict,
-            explain=partial(explain_crash, **memory),
+            explain=config.explain_crashes(args, batch="batch_size"),
             stdin=None,
         )
     paths = find_paths(args.image_path)

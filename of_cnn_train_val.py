@@ -16,7 +16,6 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import oneflow as flow
@@ -38,7 +37,7 @@ from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
 from cnns.data.synthetic import SyntheticLoader
-from cnns.distributed import choose_device, explain_crash, place, set_communication, takes_cuda
+from cnns.distributed import choose_device, place, set_communication, takes_cuda
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
 from cnns.graphs import DropoutMasks, TrainGraph
@@ -60,12 +59,11 @@ def main(argv: list[str] | None = None) -> int | None:
         args = config.make_parser("train").complete(given)
         job = make_job(**config.job_flags(args))
         if job.world_size > 1 or takes_cuda(args.device):
-            memory = config.memory_flags(args, batch="batch_size_per_device")
             return launch(
                 command(__file__, argv),
                 job=job,
                 facts=lambda: facts(given),
-                explain=partial(explain_crash, **memory),
+                explain=config.explain_crashes(args, batch="batch_size_per_device"),
             )
     spec = make_spec(given)
     for text in spec.notices:
@@ -109,6 +107,8 @@ class RunSpec:
     about: Snapshot  # what its snapshots say, but for the progress; the flags as they hold among it
     train_data: Dataset
     val_data: Dataset | None  # None: no validation
+    batch_size: int  # global
+    plan: Plan
     schedule: Schedule
     start: Checkpoint | None  # weights to start from; None: random ones
     resumed: Checkpoint | None  # the same, where it is the snapshot of a run that is resumed
@@ -152,14 +152,15 @@ def make_spec(given: Namespace) -> RunSpec:
     train_data = train_data.for_network(about.num_classes)
     if val_data is not None:
         val_data = val_data.for_network(about.num_classes)
+    batch_size = global_batch_size(args)
     if args.learning_rate is None:
-        rates = config.LEARNING_RATE_PER_256 | MODELS[about.model].learning_rates
-        rate = rates[args.optimizer]
-        args.learning_rate = rate * global_batch_size(args) / 256
+        own = MODELS[about.model].learning_rates
+        rate = own.get(args.optimizer, config.LEARNING_RATE_PER_256[args.optimizer])
+        args.learning_rate = rate * batch_size / 256
         notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
     plan = config.epochs_to_steps(
         num_examples=train_data.num_examples,
-        global_batch_size=global_batch_size(args),
+        global_batch_size=batch_size,
         num_epochs=args.num_epochs,
         warmup_epochs=args.warmup_epochs,
         lr_step_epochs=args.lr_step_epochs,
@@ -168,15 +169,26 @@ def make_spec(given: Namespace) -> RunSpec:
     about = replace(
         about,
         steps_per_epoch=plan.steps_per_epoch,
-        global_batch_size=global_batch_size(args),
+        global_batch_size=batch_size,
         train_data=train_data.fingerprint(),
         flags=vars(args),
         versions=versions(),
     )
     if resumed is not None:
         notices += compare_runs(about, resumed.snapshot, path=resumed.path)
-    schedule = make_schedule(args, plan)
-    return RunSpec(device, about, train_data, val_data, schedule, start, resumed, held, notices)
+    return RunSpec(
+        device=device,
+        about=about,
+        train_data=train_data,
+        val_data=val_data,
+        batch_size=batch_size,
+        plan=plan,
+        schedule=make_schedule(args, plan),
+        start=start,
+        resumed=resumed,
+        held=held,
+        notices=notices,
+    )
 
 
 def make_schedule(args: Namespace, plan: Plan) -> Schedule:
@@ -260,6 +272,7 @@ def choose_network(
         )
     model = args.model or (known.model if known else "resnet50")
     check_switches(MODELS, model, config.switches(args))
+    num_classes: int | None
     if known and not args.finetune:
         num_classes, classes = known.num_classes, train_data.classes or known.classes
     else:
@@ -320,16 +333,14 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log) -> Run:
         graph=build_train_graph(spec, model, loader),
         loader=loader,
         evaluator=build_evaluator(spec, model, log),
-        masks=DropoutMasks(
-            model, seed=flags["seed"], batch_size=spec.about.global_batch_size, device=device
-        ),
+        masks=DropoutMasks(model, seed=flags["seed"], batch_size=spec.batch_size, device=device),
         learning_rate=spec.schedule.rate,
-        batch_size=spec.about.global_batch_size,
+        batch_size=spec.batch_size,
         device=device,
     )
     intervals = Intervals(
         num_epochs=flags["num_epochs"],
-        steps_per_epoch=spec.about.steps_per_epoch,
+        steps_per_epoch=spec.plan.steps_per_epoch,
         print_steps=flags["loss_print_every_n_iter"],
         save_steps=flags["save_every_n_iter"],
         save_epochs=flags["save_epoch_interval"],
@@ -359,7 +370,7 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
     log(spec.train_data.loading_line)
     return ofrecord_util.train_loader(
         spec.train_data,
-        batch_size=spec.about.global_batch_size,
+        batch_size=spec.batch_size,
         preprocessing=spec.about.preprocessing,
         augmentation=Augmentation(
             area=flags["random_area"],
@@ -397,7 +408,7 @@ def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> Tra
         use_fp16=flags["use_fp16"],
         num_nodes=flags["num_nodes"],
     )
-    if spec.resumed is not None and spec.progress.step > 0:
+    if spec.resumed is not None and spec.resumed.state is not None:
         load_training_state(graph, model, spec.resumed.state, device=spec.device)
     return graph
 
@@ -411,7 +422,7 @@ def build_evaluator(spec: RunSpec, model: nn.Module, log: Log) -> Evaluator | No
     batch_size = flags["val_batch_size_per_device"] * num_processes(flags)
     loader = ofrecord_util.val_loader(
         data,
-        batch_size=batch_size if flags["val_data_dir"] else spec.about.global_batch_size,
+        batch_size=batch_size if flags["val_data_dir"] else spec.batch_size,
         preprocessing=spec.about.preprocessing,
         device=spec.device,
     )

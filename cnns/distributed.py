@@ -76,14 +76,17 @@ def cuda_devices() -> list[CudaDevice]:
         for attribute in CAPABILITY_ATTRIBUTES:
             driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, ordinal)
             capability.append(value.value)
-        devices.append(CudaDevice(name.value.decode(), *capability, size.value))
+        major, minor = capability
+        devices.append(CudaDevice(name.value.decode(), major, minor, size.value))
     return devices
 
 
 def unusable_device(count: int) -> str | None:
     """What is wrong with the first of `count` CUDA devices that OneFlow has no code for, if any."""
     capabilities = CAPABILITIES.get(flow.__version__)
-    for number, device in enumerate(cuda_devices()[:count] if capabilities else ()):
+    if capabilities is None:
+        return None
+    for number, device in enumerate(cuda_devices()[:count]):
         if device.major not in capabilities:
             return (
                 f"CUDA device {number} ({device.name}) has compute capability "

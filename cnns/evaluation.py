@@ -29,7 +29,9 @@ class Evaluator:
         use_fp16: bool = False,
     ):
         self.model, self.loader = model, loader
-        self.graph = EvalGraph(model, loader, top_k=top_k, use_fp16=use_fp16)
+        self.graph: EvalGraph | ArrayGraph = EvalGraph(
+            model, loader, top_k=top_k, use_fp16=use_fp16
+        )
 
     def round(self, agreement: Agreement | None = None) -> tuple[Counts, float]:
         """Counts over the loader's `num_examples`, and the seconds it took (without compilation).

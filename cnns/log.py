@@ -106,7 +106,7 @@ class Meter:
 
     def restart(self) -> None:
         """Forget what was gathered and start the clock."""
-        self.pending = []
+        self.pending: list[tuple] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:

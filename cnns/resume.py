@@ -74,6 +74,11 @@ def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
     Returns notices for the user. Raises UsageError.
     """
     flags, ranks, ranks_before = now.flags, num_processes(now.flags), num_processes(was.flags)
+    if was.global_batch_size is None:
+        raise UsageError(
+            f"--resume={path}: it holds weights only, of no run; start one from them with "
+            f"--model_load_dir={path}"
+        )
     if was.global_batch_size != now.global_batch_size:
         raise UsageError(
             f"--batch_size_per_device={flags['batch_size_per_device']} makes batches of "
@@ -87,16 +92,18 @@ def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
             f"of a run with {was.steps_per_epoch}; the training data are not the same"
         )
     if was.train_data != now.train_data:
+        examples, before = (
+            (data or {}).get("examples") for data in (now.train_data, was.train_data)
+        )
         raise UsageError(
             f"--train_data_dir={flags['train_data_dir']} is not what {path} was trained on: it has "
-            f"{now.train_data['examples']} images, and there were {was.train_data['examples']}, or "
-            "the parts differ"
+            f"{examples} images, and there were {before}, or the parts differ"
         )
     for field, value in vars(now.preprocessing).items():
-        before = getattr(was.preprocessing, field)
-        if value != before:
+        other = getattr(was.preprocessing, field)
+        if value != other:
             raise UsageError(
-                f"--{field}={value}, but {path} is of a run with {before}; leave it out"
+                f"--{field}={value}, but {path} is of a run with {other}; leave it out"
             )
     notices = []
     if ranks_before != ranks:

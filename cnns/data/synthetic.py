@@ -13,8 +13,8 @@ from cnns.data.kinds import Synthetic
 from cnns.distributed import to_device
 
 
-class SyntheticLoader(nn.Module):
-    """A pool of random images with random labels that stays on the device.
+class SyntheticPool(nn.Module):
+    """Random images with random labels that stay on the device.
 
     The pool is small, so that a network that learns shows it. Training and validation share it.
     """
@@ -28,7 +28,7 @@ class SyntheticLoader(nn.Module):
         batch_size: int,
         preprocessing: Preprocessing,
         device: str,
-        **_: Any,  # what augmentation needs
+        **augmentation: Any,  # not needed
     ):
         super().__init__()
         placement, size = flow.env.all_device_placement(device), preprocessing.image_size
@@ -40,19 +40,22 @@ class SyntheticLoader(nn.Module):
             label = rng.integers(0, data.num_classes, batch_size, np.int32)
             self.pool.append((to_device(image, placement), to_device(label, placement)))
 
-    def batches(self, epoch: int = 0, iteration: int = 0) -> Iterator[tuple]:
-        """The pool, from its first batch, in every epoch."""
-        return itertools.islice(itertools.cycle(self.pool), iteration % len(self.pool), None)
-
     def forward(self, image: flow.Tensor, label: flow.Tensor) -> tuple[flow.Tensor, flow.Tensor]:
         return image, label
 
 
-class SyntheticValLoader(SyntheticLoader):
+class SyntheticLoader(SyntheticPool):
+    """The pool, from its first batch, in every epoch."""
+
+    def batches(self, epoch: int = 0, iteration: int = 0) -> Iterator[tuple]:
+        return itertools.islice(itertools.cycle(self.pool), iteration % len(self.pool), None)
+
+
+class SyntheticValLoader(SyntheticPool):
     """The pool once, of which the first `num_examples` count."""
 
-    def __init__(self, data: Synthetic, *, batch_size: int, device: str, **synthetic_loader: Any):
-        super().__init__(data, batch_size=batch_size, device=device, **synthetic_loader)
+    def __init__(self, data: Synthetic, *, batch_size: int, device: str, **pool: Any):
+        super().__init__(data, batch_size=batch_size, device=device, **pool)
         self.num_examples = data.num_examples
         self.num_batches = -(-data.num_examples // batch_size)
         placement = flow.env.all_device_placement(device)
