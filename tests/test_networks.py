@@ -28,7 +28,7 @@ from cnns.errors import UsageError
 from cnns.export import ExportedModel
 from cnns.graphs import DropoutMasks, Predictor, TrainGraph
 from cnns.models.alexnet import AlexNet
-from cnns.models.layers import Dropout, Switches, adaptive_mean
+from cnns.models.layers import Dropout, adaptive_mean
 from cnns.models.model import Model
 from cnns.models.vgg import VGG
 from golden import seeded
@@ -183,16 +183,8 @@ def test_a_run_with_dropout_resumes_to_the_bit(data, tmp_path, monkeypatch):
 # The scripts.
 
 
-def small_vgg(num_classes: int = 1000, switches: Switches = Switches()):
-    return VGG(num_classes, hidden=32)
-
-
-def small_alexnet(num_classes: int = 1000, switches: Switches = Switches()):
-    return AlexNet(num_classes, hidden=32)
-
-
 # The hidden layers of these two hold up to 120 million weights.
-NETWORKS = {"vgg": small_vgg, "alexnet": small_alexnet}
+NETWORKS = {"vgg": partial(VGG, hidden=32), "alexnet": partial(AlexNet, hidden=32)}
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +258,6 @@ class MadeUp(nn.Module):
     def forward(self, image):
         logits = self.head(self.conv(image).relu().mean(dim=(2, 3)))
         return logits + ballast(image.placement) if image.is_global else logits
-
-def made_up(num_classes, switches):
-    return MadeUp(num_classes)
 """
 
 
@@ -278,7 +267,7 @@ def made_up(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     entry = Model(
-        importlib.import_module("made_up").made_up,
+        importlib.import_module("made_up").MadeUp,
         signature=("conv.weight", (4, 3, 8, 8)),
         last_layer="head",
         image_size=32,

@@ -30,7 +30,7 @@ def default_resize_shorter(image_size: int) -> int:
 class Model:
     """A network of the table."""
 
-    network: Callable[[int, Switches], nn.Module]  # from the number of classes
+    network: Callable[..., nn.Module]  # takes the number of classes and, if it has any, Switches
     # A parameter, and its shape, by which its weights are told from those of others.
     signature: tuple[str, tuple[int, ...]] | None = None
     last_layer: str = "fc"  # whose rows are the classes
@@ -49,7 +49,7 @@ class Model:
 
     def build(self, num_classes: int, switches: Switches = Switches()) -> nn.Module:
         """The network with initial weights. The switches are those it has: see `check_switches`."""
-        return self.network(num_classes, switches)
+        return self.network(num_classes, switches) if self.switches else self.network(num_classes)
 
     def installed_weights(self) -> str | None:
         """The file of pretrained weights that was installed for it, if any."""
@@ -85,9 +85,10 @@ class Model:
             fields.setdefault("resize_shorter", default_resize_shorter(fields["image_size"]))
         result = replace(own, **fields)
         if result.image_size < self.min_image_size:
+            name = self.network.__name__.lower()
             raise UsageError(
-                f"--image_size={result.image_size} is too small for {self.network.__name__}; give "
-                f"at least {self.min_image_size}"
+                f"--image_size={result.image_size} is too small for {name}; give at least "
+                f"{self.min_image_size}"
             )
         if result.resize_shorter < result.image_size:
             raise UsageError(
