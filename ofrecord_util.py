@@ -49,7 +49,7 @@ class OFRecordLoader(nn.Module):
 
     def __init__(self, data: Shards, *, batch_size: int, device: str):
         super().__init__()
-        self.data = data
+        self.shards = data
         self.rank, self.num_ranks = flow.env.get_rank(), flow.env.get_world_size()
         self.batch_size = batch_size // self.num_ranks  # of this process
         self.placement = flow.env.all_device_placement(device)
@@ -58,7 +58,7 @@ class OFRecordLoader(nn.Module):
 
     def share(self, order: Sequence[int]) -> list[int]:
         """The parts that this process reads when all are taken in the given order."""
-        counts = [self.data.part_counts[number] for number in order]
+        counts = [self.shards.part_counts[number] for number in order]
         cuts = split_evenly(counts, self.num_ranks)
         return list(order[cuts[self.rank] : cuts[self.rank + 1]])
 
@@ -69,7 +69,7 @@ class OFRecordLoader(nn.Module):
         its rank, so it is shown links under the right numbers. It opens all of its own before the
         first batch.
         """
-        with link_parts(self.data, parts, self.rank * len(parts)) as links:
+        with link_parts(self.shards, parts, self.rank * len(parts)) as links:
             num_parts = len(parts) * self.num_ranks
             read = make_reader(links, num_parts, batch_size=self.batch_size, **reader)
             record = read()
@@ -116,7 +116,7 @@ class OFRecordTrainLoader(OFRecordLoader):
     def order(self, epoch: int) -> list[int]:
         """The parts of all processes, as they follow one another in an epoch."""
         rng = np.random.default_rng((self.seed, epoch))
-        return rng.permutation(len(self.data.part_counts)).tolist()
+        return rng.permutation(len(self.shards.part_counts)).tolist()
 
     def batches(self, epoch: int, iteration: int = 0) -> Iterator[tuple]:
         """Batches of an epoch, behind the first `iteration` of them, which are read and dropped."""
@@ -276,7 +276,7 @@ class OFRecordValLoader(OFRecordLoader):
     def batches(self) -> Iterator[tuple]:
         first, end = self.bounds[self.rank], self.bounds[self.rank + 1]
         end = min(end, self.num_examples)
-        records = self.read(self.share(range(len(self.data.part_counts))) or [0])
+        records = self.read(self.share(range(len(self.shards.part_counts))) or [0])
         for i, record in enumerate(itertools.islice(records, self.num_batches)):
             row = first + np.arange(i * self.batch_size, (i + 1) * self.batch_size)
             image = self.normalise(self.resize(self.decode(record))[0])
