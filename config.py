@@ -1,26 +1,32 @@
 """The flags of the scripts, one record each; their checks; and the arithmetic from epochs to steps.
 
 To add a flag, add its record to a group here and read it in the script. A script composes the
-groups that it uses. Names are those of OneFlow-Benchmark's scripts. Closed choices are handed in by
-the script as the keys of the table that builds the thing, so that an advertised choice always
-exists.
-Nothing here needs OneFlow.
+groups that it uses. Names are those of OneFlow-Benchmark's scripts. Closed choices are the keys of
+the table that builds the thing, so that an advertised choice always exists.
 """
 
 import argparse
 import math
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cnns.data.crops import SHUFFLE_BUFFER_SIZE, Augmentation
 from cnns.data.format import MAX_CLASSES
+from cnns.distributed import choose_device, explain_crash
 from cnns.errors import UsageError
 from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path
+from cnns.log import notice
+from cnns.models.layers import Switches
 from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT
+from model_registry import MODELS
+from optimizer_util import OPTIMIZERS, SCHEDULES
 
 BATCH_SIZE_PER_DEVICE = 64
+NUM_EPOCHS = 90
+WARMUP_EPOCHS = 5
 SYNTHETIC_STEPS_PER_EPOCH = 30
 # What a run on synthetic data takes on a CPU, so that a first try ends in about a minute.
 CPU_TRIAL = {"image_size": 64, "batch_size_per_device": 8, "num_epochs": 2}
@@ -30,10 +36,10 @@ OPSETS = (9, 21)  # lowest and highest that resnet_to_onnx.py writes
 # the Inception-v3 paper (arXiv:1512.00567).
 LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072}
 EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
-KINDS_OF_DATA = {"synthetic": "synthetic data", "arrays": "arrays", "parts": "OFRecord parts"}
+COUNT = number(int, 1)
 
 
-def rgb_std(text: str) -> tuple[float, float, float]:
+def rgb_std(text: str) -> tuple[float, ...]:
     values = numbers(3)(text)
     if min(values) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be above 0 in each channel")
@@ -49,320 +55,255 @@ def optimizer_name(text: str) -> str:
     return {"momentum": "sgd"}.get(text.lower(), text.lower())
 
 
-# Groups of flags.
+def describe_learning_rates() -> str:
+    text = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATE_PER_256.items())
+    text += ", per 256 images of global batch"
+    networks: dict[tuple[str, float], list[str]] = {}
+    for model, entry in sorted(MODELS.items()):
+        for own in entry.learning_rates.items():
+            networks.setdefault(own, []).append(model)
+    for (optimizer, rate), names in networks.items():
+        text += f"; {optimizer} for {' and '.join(names)}: {rate:g}"
+    return text
+
+
+# Groups of flags, by name.
 
 IN_TRAINING = "as in the snapshot to start from, else the network's own"
-PREPROCESSING_FLAGS = (
-    Flag(
-        "image_size",
-        "height and width of the network's input, pixels",
-        number(int, 8),
-        otherwise=IN_TRAINING,
+PREPROCESSING_FLAGS = {
+    "image_size": Flag(
+        "height and width of the network's input, pixels", number(int, 8), otherwise=IN_TRAINING
     ),
-    Flag(
-        "resize_shorter",
+    "resize_shorter": Flag(
         "validation and inference: pixels of the shorter side before the centre crop",
         number(int, 8),
         otherwise="256 per 224 pixels of --image_size",
     ),
-    Flag(
-        "rgb_mean",
+    "rgb_mean": Flag(
         "subtracted from each channel, 0 to 255",
         numbers(3),
         otherwise=IN_TRAINING,
         aliases=("--rgb-mean",),
     ),
-    Flag(
-        "rgb_std",
-        "divides each channel after that",
-        rgb_std,
-        otherwise=IN_TRAINING,
-        aliases=("--rgb-std",),
+    "rgb_std": Flag(
+        "divides each channel after that", rgb_std, otherwise=IN_TRAINING, aliases=("--rgb-std",)
     ),
-)
-MODEL_FLAGS = (
-    Flag("model", "network", otherwise="that of the snapshot to start from, else resnet50"),
-    Flag(
-        "num_classes",
+}
+MODEL_FLAGS = {
+    "model": Flag(
+        "network", choices=MODELS, otherwise="that of the snapshot to start from, else resnet50"
+    ),
+    "num_classes": Flag(
         "length of the logits",
         number(int, 1, MAX_CLASSES),
         otherwise="as in the snapshot to start from, else as in the manifest of the training data, "
         "else 1000",
     ),
-    *PREPROCESSING_FLAGS,
-)
-# The same for the scripts that start from a snapshot.
-SNAPSHOT_MODEL_FLAGS = tuple(
-    flag
-    if flag.name == "resize_shorter"
-    else replace(
-        flag, otherwise="that of the snapshot" if flag.name == "model" else "as in the snapshot"
-    )
-    for flag in MODEL_FLAGS
-)
-DEVICE_FLAGS = (
-    Flag(
-        "device",
+    **PREPROCESSING_FLAGS,
+}
+# The same for the scripts that read a snapshot.
+SNAPSHOT_MODEL_FLAGS = {
+    name: replace(flag, otherwise=flag.otherwise.partition(" to start from")[0])
+    for name, flag in MODEL_FLAGS.items()
+}
+DEVICE_FLAGS = {
+    "device": Flag(
         "auto takes CUDA where there is one and says which it took",
         default="auto",
         choices=("auto", "cuda", "cpu"),
         of="start",
     ),
-    Flag("num_nodes", "number of machines", number(int, 1), 1, of="start"),
-    Flag(
-        "node_ips",
+    "num_nodes": Flag("number of machines", COUNT, 1, of="start"),
+    "node_ips": Flag(
         "addresses of the machines, joined by commas, the same on each; the first prints and saves",
         addresses,
         of="start",
     ),
-    Flag(
-        "node_rank",
+    "node_rank": Flag(
         "which of --node_ips this machine is, from 0",
         number(int, 0),
         otherwise="found by its own addresses, else as the scheduler says (Slurm, Open MPI, PMI, "
         "PBS)",
         of="node",
     ),
-    Flag(
-        "gpu_num_per_node",
+    "gpu_num_per_node": Flag(
         "devices per machine, each with a process of its own; processes on a CPU",
-        number(int, 1),
+        COUNT,
         1,
         of="start",
     ),
-    Flag(
-        "ctrl_port",
+    "ctrl_port": Flag(
         "TCP port of the first machine to which the others connect; OneFlow takes the next one",
         number(int, 1, 65535),
         50051,
         of="node",
     ),
-    Flag(
-        "start_timeout",
+    "start_timeout": Flag(
         "seconds within which all machines have to connect",
         number(float, 0, above=True),
         120.0,
         of="node",
     ),
-)
-PRECISION_FLAGS = (
-    Flag(
-        "use_fp16",
+}
+PRECISION_FLAGS = {
+    "use_fp16": Flag(
         "compute in half precision where that is safe (automatic mixed precision), with dynamic "
         "loss scaling; loss, weights and snapshots stay float32; a CPU computes in float32",
         default=False,
-        switch=True,
     ),
     # OneFlow's convolutions and batch norms for a CPU are wrong in that layout.
-    Flag(
-        "channel_last",
-        "compute with activations (N, H, W, C)",
-        default=False,
-        switch=True,
-        cuda=True,
-    ),
-    Flag("pad_output", "give images a fourth channel, of zeros", default=False, switch=True),
-    Flag(
-        "fuse_bn_relu", "batch norm and ReLU in one kernel", default=False, switch=True, cuda=True
-    ),
-    Flag(
-        "fuse_bn_add_relu",
-        "batch norm, sum and ReLU in one kernel",
-        default=False,
-        switch=True,
-        cuda=True,
-    ),
-)
-CUDA_TRAINING_FLAGS = (
-    Flag(
-        "gpu_image_decoder",
+    "channel_last": Flag("compute with activations (N, H, W, C)", default=False, cuda=True),
+    "pad_output": Flag("give images a fourth channel, of zeros", default=False),
+    "fuse_bn_relu": Flag("batch norm and ReLU in one kernel", default=False, cuda=True),
+    "fuse_bn_add_relu": Flag("batch norm, sum and ReLU in one kernel", default=False, cuda=True),
+}
+CUDA_TRAINING_FLAGS = {
+    "gpu_image_decoder": Flag(
         "decode and crop training images on the GPU; OFRecord parts only, and a resumed run then "
         "reads from the beginning of its parts, in another order than one that never stopped",
         default=False,
-        switch=True,
         cuda=True,
     ),
-    Flag(
-        "nccl_fusion_threshold_mb",
+    "nccl_fusion_threshold_mb": Flag(
         "send gradients in pieces of at least so many MB",
-        number(int, 1),
+        COUNT,
         otherwise="OneFlow's default",
         cuda=True,
     ),
-    Flag(
-        "nccl_fusion_max_ops",
-        "join at most so many gradients in a piece",
-        number(int, 1),
-        otherwise="OneFlow's default",
-        cuda=True,
+    "nccl_fusion_max_ops": Flag(
+        "join at most so many gradients in a piece", COUNT, otherwise="OneFlow's default", cuda=True
     ),
-)
-CUDA_FLAGS = tuple(flag.name for flag in (*PRECISION_FLAGS, *CUDA_TRAINING_FLAGS) if flag.cuda)
-BATCH_FLAGS = (
-    Flag(
-        "batch_size_per_device",
+}
+CUDA_FLAGS = [name for name, f in (PRECISION_FLAGS | CUDA_TRAINING_FLAGS).items() if f.cuda]
+BATCH_FLAGS = {
+    "batch_size_per_device": Flag(
         "training images per device and step",
-        number(int, 1),
+        COUNT,
         otherwise=f"{BATCH_SIZE_PER_DEVICE}, and {CPU_TRIAL['batch_size_per_device']} for "
         "synthetic data on a CPU",
     ),
-)
-AUGMENTATION_FLAGS = (
-    Flag(
-        "random_area",
+}
+AUGMENTATION_FLAGS = {
+    "random_area": Flag(
         "random crop: share of the image's area",
         interval(0, 1),
         Augmentation.area,
         metavar="MIN,MAX",
     ),
-    Flag(
-        "random_aspect_ratio",
-        "random crop: width over height",
-        interval(0),
-        Augmentation.aspect_ratio,
-        metavar="MIN,MAX",
+    "random_aspect_ratio": Flag(
+        "random crop: width over height", interval(0), Augmentation.aspect_ratio, metavar="MIN,MAX"
     ),
-    Flag("random_flip", "probability of a mirror image", number(float, 0, 1), Augmentation.flip),
-)
-SHUFFLE_FLAG = Flag(
-    "shuffle_buffer_size",
-    "records among which OneFlow's OFRecord reader draws the next one; 1: each image of a device's "
-    "share once per epoch",
-    number(int, 1),
-    otherwise=f"{SHUFFLE_BUFFER_SIZE}, at most a 50th of that share",
-)
-TRAIN_DATA_FLAGS = (
-    Flag(
-        "train_data_dir",
+    "random_flip": Flag("probability of a mirror image", number(float, 0, 1), Augmentation.flip),
+}
+TRAIN_DATA_FLAGS = {
+    "train_data_dir": Flag(
         "directory of OFRecord parts, or an .npz file with images (N, H, W, 3) uint8 and labels "
         "(N,); without it the data are synthetic",
         path,
     ),
-    Flag("train_data_part_num", "read the first so many parts", number(int, 1), otherwise="all"),
-    Flag(
-        "num_examples",
-        "training images per epoch, drawn from all there are",
-        number(int, 1),
-        otherwise="all",
+    "train_data_part_num": Flag("read the first so many parts", COUNT, otherwise="all"),
+    "num_examples": Flag(
+        "training images per epoch, drawn from all there are", COUNT, otherwise="all"
     ),
-    *AUGMENTATION_FLAGS,
-    SHUFFLE_FLAG,
-)
-VAL_DATA_FLAGS = (
-    Flag(
-        "val_data_dir", "directory of OFRecord parts, or an .npz file with images and labels", path
+    **AUGMENTATION_FLAGS,
+    "shuffle_buffer_size": Flag(
+        "records among which OneFlow's OFRecord reader draws the next one; 1: each image of a "
+        "device's share once per epoch",
+        COUNT,
+        otherwise=f"{SHUFFLE_BUFFER_SIZE}, at most a 50th of that share",
     ),
-    Flag("val_data_part_num", "read the first so many parts", number(int, 1), otherwise="all"),
-    Flag("num_val_examples", "score the first so many images", number(int, 1), otherwise="all"),
-    Flag(
-        "val_batch_size_per_device",
-        "validation images per device and step; the figures do not depend on it",
-        number(int, 1),
-        50,
+}
+VAL_DATA_FLAGS = {
+    "val_data_dir": Flag(
+        "directory of OFRecord parts, or an .npz file with images and labels", path
     ),
-    Flag("top_k", "k of the second accuracy that is printed", number(int, 1), 5),
-)
-OPTIMIZER_FLAGS = (
-    Flag(
-        "optimizer",
+    "val_data_part_num": Flag("read the first so many parts", COUNT, otherwise="all"),
+    "num_val_examples": Flag("score the first so many images", COUNT, otherwise="all"),
+    "val_batch_size_per_device": Flag(
+        "validation images per device and step; the figures do not depend on it", COUNT, 50
+    ),
+    "top_k": Flag("k of the second accuracy that is printed", COUNT, 5),
+}
+OPTIMIZER_FLAGS = {
+    "optimizer": Flag(
         "adam decays weights decoupled from the gradient; --model_update=momentum is sgd",
         optimizer_name,
         "sgd",
+        choices=OPTIMIZERS,
         aliases=("--model_update",),
         fixed=True,
     ),
-    Flag(
-        "learning_rate",
-        "peak learning rate",
-        number(float, 0),
-        otherwise=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATE_PER_256.items())
-        + ", per 256 images of global batch; sgd for alexnet and vgg: 0.01",
+    "learning_rate": Flag(
+        "peak learning rate", number(float, 0), otherwise=describe_learning_rates()
     ),
-    Flag(
-        "wd",
+    "wd": Flag(
         "weight decay of convolution and fc weights and of the fc bias, none on batch norms",
         number(float, 0),
         1 / 32768,
         otherwise="1/32768",
     ),
-    Flag("momentum", "momentum", number(float, 0, 1), 0.875, needs=("optimizer", ("sgd",))),
-    Flag(
-        "decay_rate",
-        "decay of the mean square",
-        number(float, 0, 1),
-        0.9,
-        needs=("optimizer", ("rmsprop",)),
+    "momentum": Flag("momentum", number(float, 0, 1), 0.875, needs=("optimizer", ("sgd",))),
+    "decay_rate": Flag(
+        "decay of the mean square", number(float, 0, 1), 0.9, needs=("optimizer", ("rmsprop",))
     ),
-    Flag(
-        "epsilon",
+    "epsilon": Flag(
         "added to the denominator of the update",
         number(float, 0),
         otherwise=" and ".join(f"{value:g} for {name}" for name, value in EPSILON.items()),
         needs=("optimizer", tuple(EPSILON)),
     ),
-    Flag(
-        "gradient_clipping",
+    "gradient_clipping": Flag(
         "largest global norm of the gradients, before weight decay is added; 0: no limit",
         number(float, 0),
         0.0,
     ),
-    Flag("label_smoothing", "label smoothing factor", number(float, 0, 1), 0.1),
-    Flag(
-        "warmup_epochs",
+    "label_smoothing": Flag("label smoothing factor", number(float, 0, 1), 0.1),
+    "warmup_epochs": Flag(
         "epochs of linear warm-up from 0",
         number(float, 0),
-        otherwise="5, but at most half of the run",
+        otherwise=f"{WARMUP_EPOCHS}, but at most half of the run",
     ),
-    Flag("lr_decay", "schedule after the warm-up", str.lower, "cosine"),
-    Flag(
-        "lr_step_epochs",
+    "lr_decay": Flag("schedule after the warm-up", str.lower, "cosine", choices=SCHEDULES),
+    "lr_step_epochs": Flag(
         "epochs after which the rate is divided by 10",
         numbers(None, low=0),
         (30.0, 60.0, 80.0),
         needs=("lr_decay", ("step",)),
     ),
-    Flag(
-        "lr_decay_rate",
+    "lr_decay_rate": Flag(
         "factor per --lr_decay_epochs",
         number(float, 0, 1, above=True),
         0.94,
         needs=("lr_decay", ("exponential",)),
     ),
-    Flag(
-        "lr_decay_epochs",
+    "lr_decay_epochs": Flag(
         "epochs per --lr_decay_rate",
         number(float, 0, above=True),
         2.0,
         needs=("lr_decay", ("exponential",)),
     ),
-)
-NUM_EPOCHS_ALIASES = ("--num_epoch",)
-RUN_FLAGS = (
-    Flag(
-        "num_epochs",
+}
+RUN_FLAGS = {
+    "num_epochs": Flag(
         "passes over the training data",
-        number(int, 1),
-        otherwise=f"90, and {CPU_TRIAL['num_epochs']} for synthetic data on a CPU",
-        aliases=NUM_EPOCHS_ALIASES,
+        COUNT,
+        otherwise=f"{NUM_EPOCHS}, and {CPU_TRIAL['num_epochs']} for synthetic data on a CPU",
+        aliases=("--num_epoch",),
     ),
-    Flag(
-        "model_load_dir",
+    "model_load_dir": Flag(
         "weights to start from: a snapshot, or weights from elsewhere (.safetensors, .pth, a "
         "folder of OneFlow)",
         path,
         otherwise="random ones",
         of="start",
     ),
-    Flag(
-        "finetune",
+    "finetune": Flag(
         "take all of --model_load_dir, or of the weights that were installed for --model, but the "
         "last layer, which starts from random weights and may have another number of classes",
         default=False,
-        switch=True,
         of="start",
     ),
-    Flag(
-        "resume",
+    "resume": Flag(
         "resume as if the run had never stopped: from a snapshot, from the newest whole one in a "
         "directory, or, with auto, from the newest in --model_save_dir, and from the start where "
         "there is none; flags that are not given are those of the run",
@@ -370,51 +311,39 @@ RUN_FLAGS = (
         metavar="DIR|auto",
         of="start",
     ),
-    Flag(
-        "model_save_dir",
+    "model_save_dir": Flag(
         "where snapshots go; nothing there is overwritten but last and best",
         path,
-        otherwise="where the resumed run's are, else ./output/snapshots/model_save-<date and time>",
+        otherwise=f"where the resumed run's are, else ./{SNAPSHOT_ROOT}/model_save-<date and time>",
         of="start",
     ),
-    Flag(
-        "save_epoch_interval",
-        "epochs between snapshots; the last epoch is always saved",
-        number(int, 1),
-        1,
+    "save_epoch_interval": Flag(
+        "epochs between snapshots; the last epoch is always saved", COUNT, 1
     ),
-    Flag(
-        "save_every_n_iter",
-        "also save `last` every so many iterations of an epoch",
-        number(int, 1),
-        otherwise="never",
+    "save_every_n_iter": Flag(
+        "also save `last` every so many iterations of an epoch", COUNT, otherwise="never"
     ),
-    Flag(
-        "save_init", "save the initial model as well; train.sh gives it", default=False, switch=True
-    ),
-    Flag(
-        "save_last", "keep the newest snapshot under the name `last` too", default=True, switch=True
-    ),
-    Flag(
-        "keep_snapshots",
+    "save_init": Flag("save the initial model as well; train.sh gives it", default=False),
+    "save_last": Flag("keep the newest snapshot under the name `last` too", default=True),
+    "keep_snapshots": Flag(
         "keep the newest so many snapshots of epochs and remove older ones; best, last and "
         "initial_model always stay",
-        number(int, 1),
+        COUNT,
         otherwise="nothing is removed",
     ),
-    Flag("loss_print_every_n_iter", "iterations between lines", number(int, 1), 10),
-    Flag(
-        "seed",
+    "loss_print_every_n_iter": Flag("iterations between lines", COUNT, 10),
+    "seed": Flag(
         "of initial weights, the order of the data, crops and flips",
         number(int, 0, 2**31 - 1),
         0,
         fixed=True,
     ),
-)
-LOG_FLAGS = (Flag("log_dir", "also append every line to <script>.log in this directory", path),)
-SNAPSHOT_FLAGS = (
-    Flag(
-        "model_load_dir",
+}
+LOG_FLAGS = {
+    "log_dir": Flag("also append every line to <script>.log in this directory", path),
+}
+SNAPSHOT_FLAGS = {
+    "model_load_dir": Flag(
         "snapshot to read, or weights from elsewhere (.safetensors, .pth, a folder of OneFlow)",
         path,
         otherwise=f"the published folder {PUBLISHED_FOLDER} where that exists, else the newest "
@@ -422,171 +351,141 @@ SNAPSHOT_FLAGS = (
         "installed for it",
         of="start",
     ),
-)
-BACKEND_FLAGS = (
-    Flag(
-        "backend",
+}
+BACKEND_FLAGS = {
+    "backend": Flag(
         "what computes: OneFlow from a snapshot, or ONNX Runtime, on the CPU, from a file of "
         "resnet_to_onnx.py, whose classes and preprocessing hold",
         default="oneflow",
         choices=("oneflow", "onnxruntime"),
     ),
-    Flag(
-        "onnx_path",
+    "onnx_path": Flag(
         "file to read",
         onnx_path,
         otherwise=f"the newest in {ONNX_ROOT}",
         needs=("backend", ("onnxruntime",)),
     ),
-)
-EXPORT_FLAGS = (
-    Flag(
-        "onnx_path",
+}
+EXPORT_FLAGS = {
+    "onnx_path": Flag(
         "file to write; one that is there is replaced once the new one has been proved equal",
         onnx_path,
         otherwise=f"{ONNX_ROOT}/<name of the snapshot>.onnx",
     ),
-    Flag(
-        "opset",
-        f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[1]}",
-        number(int, *OPSETS),
-        12,
+    "opset": Flag(
+        f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[1]}", number(int, *OPSETS), 12
     ),
-    Flag(
-        "external_data",
+    "external_data": Flag(
         "put the weights into a second file, <onnx_path>.data, which has to stay beside it",
         default=False,
-        switch=True,
     ),
-    Flag(
-        "check_only", "export nothing; compare the file that is there", default=False, switch=True
-    ),
-)
+    "check_only": Flag("export nothing; compare the file that is there", default=False),
+}
 
 
-def image_path_flag(names: list[str], text: str) -> Flag:
+def image_path_flags(text: str, *names: str) -> dict[str, Flag]:
     default = [os.path.join("data", name) for name in names]
-    return Flag("image_path", text, default=default, otherwise=" ".join(default), many=True)
+    return {"image_path": Flag(text, default=default, otherwise=" ".join(default), many=True)}
 
 
-def with_choices(flags: Iterable[Flag], **choices: Iterable[str]) -> tuple[Flag, ...]:
-    """The flags, those named with the choices given here."""
-    return tuple(
-        replace(flag, choices=tuple(sorted(choices[flag.name]))) if flag.name in choices else flag
-        for flag in flags
-    )
-
-
-# One parser per script.
-
-
-def train_parser(
-    *, models: Iterable[str], optimizers: Iterable[str], schedules: Iterable[str]
-) -> FlagParser:
-    return FlagParser(
+COMMON_FLAGS = {
+    "model": SNAPSHOT_MODEL_FLAGS,
+    "devices": DEVICE_FLAGS,
+    "precision and kernels": PRECISION_FLAGS,
+}
+# Description and groups of each script's flags.
+SCRIPTS = {
+    "train": (
         "Train a CNN with OneFlow and validate it after each epoch.",
-        {
-            "model": with_choices(MODEL_FLAGS, model=models),
-            "devices": DEVICE_FLAGS,
-            "precision and kernels": PRECISION_FLAGS,
+        COMMON_FLAGS
+        | {
+            "model": MODEL_FLAGS,
             "CUDA only": CUDA_TRAINING_FLAGS,
             "batches": BATCH_FLAGS,
             "training data": TRAIN_DATA_FLAGS,
             "validation data": VAL_DATA_FLAGS,
-            "optimizer and schedule": with_choices(
-                OPTIMIZER_FLAGS, optimizer=optimizers, lr_decay=schedules
-            ),
+            "optimizer and schedule": OPTIMIZER_FLAGS,
             "run": RUN_FLAGS,
             "log": LOG_FLAGS,
         },
-    )
-
-
-def evaluate_parser(*, models: Iterable[str]) -> FlagParser:
-    return FlagParser(
+    ),
+    "evaluate": (
         "Score a snapshot on a validation set: every image exactly once.",
-        {
-            "model": with_choices(SNAPSHOT_MODEL_FLAGS, model=models),
-            "devices": DEVICE_FLAGS,
-            "precision and kernels": PRECISION_FLAGS,
+        COMMON_FLAGS
+        | {
             "validation data": VAL_DATA_FLAGS,
             "snapshot": SNAPSHOT_FLAGS,
             "backend": BACKEND_FLAGS,
-            "run": (
-                Flag(
-                    "num_epochs",
-                    "rounds over the validation set",
-                    number(int, 1),
-                    1,
-                    aliases=NUM_EPOCHS_ALIASES,
-                ),
-            ),
+            "run": {
+                "num_epochs": Flag(
+                    "rounds over the validation set", COUNT, 1, aliases=("--num_epoch",)
+                )
+            },
             "log": LOG_FLAGS,
         },
-    )
-
-
-def inference_parser(*, models: Iterable[str]) -> FlagParser:
-    return FlagParser(
+    ),
+    "inference": (
         "Classify images.",
-        {
-            "model": with_choices(SNAPSHOT_MODEL_FLAGS, model=models),
-            "devices": DEVICE_FLAGS,
-            "precision and kernels": PRECISION_FLAGS,
+        COMMON_FLAGS
+        | {
             "snapshot": SNAPSHOT_FLAGS,
             "backend": BACKEND_FLAGS,
-            "images": (
-                image_path_flag(
-                    ["cat.jpg"], "image files, directories of images, or - for paths on stdin"
-                ),
-                Flag("top_k", "classes to print for each image", number(int, 1), 1),
-                Flag(
-                    "batch_size",
+            "images": image_path_flags(
+                "image files, directories of images, or - for paths on stdin", "cat.jpg"
+            )
+            | {
+                "top_k": Flag("classes to print for each image", COUNT, 1),
+                "batch_size": Flag(
                     "images that the network takes at once; the figures are the same to six digits",
-                    number(int, 1),
+                    COUNT,
                     1,
                 ),
-                Flag(
-                    "output",
+                "output": Flag(
                     "text: the path, then `probability name` lines; csv: a header, then a line for "
                     "each class; json: an object for each image, one a line",
                     default="text",
                     choices=("text", "csv", "json"),
                 ),
-            ),
+            },
         },
-    )
-
-
-def export_parser(*, models: Iterable[str]) -> FlagParser:
-    return FlagParser(
+    ),
+    "export": (
         "Export a snapshot to ONNX, and prove the file equal to it.",
         {
-            "model": with_choices(SNAPSHOT_MODEL_FLAGS, model=models),
+            "model": SNAPSHOT_MODEL_FLAGS,
             "snapshot": SNAPSHOT_FLAGS,
             "ONNX file": EXPORT_FLAGS,
-            "check": (
-                image_path_flag(
-                    ["cat.jpg", "coffee.jpg"],
-                    "image files, or directories of images, to compare on, beside random ones",
-                ),
+            "check": image_path_flags(
+                "image files, or directories of images, to compare on, beside random ones",
+                "cat.jpg",
+                "coffee.jpg",
             ),
         },
-    )
+    ),
+}
+
+
+def make_parser(script: str) -> FlagParser:
+    """The parser of a script, a key of SCRIPTS."""
+    return FlagParser(*SCRIPTS[script])
 
 
 # What the scripts hand on.
 
 
-def switch_flags(args: Namespace) -> dict[str, bool]:
-    """The fields of cnns.models.layers.Switches."""
-    names = ("channel_last", "pad_output", "fuse_bn_relu", "fuse_bn_add_relu")
-    return {name: getattr(args, name) for name in names}
+def switches(args: Namespace) -> Switches:
+    return Switches(**{name: getattr(args, name) for name in vars(Switches())})
 
 
 def preprocessing_flags(args: Namespace) -> dict:
     """The fields of cnns.data.images.Preprocessing that flags set; None where one was not given."""
-    return {flag.name: getattr(args, flag.name) for flag in PREPROCESSING_FLAGS}
+    return {name: getattr(args, name) for name in PREPROCESSING_FLAGS}
+
+
+def restore_flags(args: Namespace) -> dict:
+    """The arguments of cnns.checkpoint.find.restore but `switches`."""
+    own = {name: getattr(args, name) for name in ("model_load_dir", "model", "num_classes")}
+    return {"models": MODELS, **own, **preprocessing_flags(args)}
 
 
 def num_processes(args: Namespace) -> int:
@@ -606,34 +505,25 @@ def job_flags(args: Namespace) -> dict:
     }
 
 
-def memory_flags(args: Namespace, *, batch: str) -> dict[str, str]:
-    """The arguments `asked` and `flag` of explain_crash; `batch` sets the size of a batch."""
+def explain_crashes(args: Namespace, *, batch: str) -> Callable[[int, Sequence[str]], str | None]:
+    """What explains to the parent of a job why a process crashed; `batch` sets a batch's size."""
     given = {name: getattr(args, name) for name in ("model", "image_size", batch)}
     if given[batch] is None:
         given[batch] = BATCH_SIZE_PER_DEVICE
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    return {"asked": " ".join(flags + ["--use_fp16"] * args.use_fp16), "flag": f"--{batch}"}
+    asked = " ".join(flags + ["--use_fp16"] * args.use_fp16)
+    return partial(explain_crash, asked=asked, flag=f"--{batch}")
 
 
-# Flags that may differ between the nodes of a job, beside those of a node: what they stand for is
-# compared by itself.
-COMPARED_OTHERWISE = (
-    "log_dir",
-    "resume",
-    "model_load_dir",
-    "model_save_dir",
-    "train_data_dir",
-    "val_data_dir",
-)
+def flags_of_a_job(args: Namespace, parser: FlagParser) -> dict[str, object]:
+    """The flags that have to be the same on every node, by name, as JSON knows them.
 
-
-def flags_of_a_job(args: Namespace, parser: FlagParser) -> dict:
-    """The flags that have to be the same on every node, by name, as JSON knows them."""
-    return {
-        f"--{name}": value
-        for name, value in vars(args).items()
-        if parser.flags[name].of != "node" and name not in COMPARED_OTHERWISE
+    Paths may differ: what is behind them is compared by itself.
+    """
+    compared = {
+        name for name, flag in parser.flags.items() if flag.of != "node" and flag.parse is not path
     }
+    return {f"--{name}": value for name, value in vars(args).items() if name in compared}
 
 
 # Checks and defaults that look at more than one flag.
@@ -649,15 +539,24 @@ def check_precision_flags(args: Namespace, *, device: str) -> list[str]:
     return ["--use_fp16: a CPU computes in float32."] if args.use_fp16 else []
 
 
+def take_device(args: Namespace) -> str:
+    """`cuda` or `cpu`, which can do what the flags ask for. Raises UsageError."""
+    device = choose_device(args.device, count=args.gpu_num_per_node)
+    for text in check_precision_flags(args, device=device):
+        notice(text)
+    return device
+
+
 # Flags that say what a file for ONNX Runtime says itself, or how OneFlow computes.
 OF_ONEFLOW = {
-    "model_load_dir": "the network comes from --onnx_path",
-    **dict.fromkeys(("model", "num_classes"), "the network comes from --onnx_path"),
     **dict.fromkeys(
-        (flag.name for flag in PREPROCESSING_FLAGS),
+        ("model_load_dir", "model", "num_classes"), "the network comes from --onnx_path"
+    ),
+    **dict.fromkeys(
+        PREPROCESSING_FLAGS,
         "the preprocessing is that of the file; give it to resnet_to_onnx.py",
     ),
-    **dict.fromkeys((flag.name for flag in PRECISION_FLAGS), "it is about how OneFlow computes"),
+    **dict.fromkeys(PRECISION_FLAGS, "it is about how OneFlow computes"),
 }
 
 
@@ -680,52 +579,31 @@ def check_backend_flags(args: Namespace) -> None:
         )
 
 
-def data_kind(train_data_dir: str | None) -> str:
-    """A key of KINDS_OF_DATA."""
-    if train_data_dir is None:
-        return "synthetic"
-    return "arrays" if train_data_dir.endswith(".npz") else "parts"
-
-
 def check_data_flags(args: Namespace) -> None:
     """Refuse flags that the chosen kind of data would ignore."""
+    records = CUDA_TRAINING_FLAGS | TRAIN_DATA_FLAGS | VAL_DATA_FLAGS
 
-    def refuse(flags: Iterable[Flag], why: str) -> None:
-        for flag in flags:
-            if getattr(args, flag.name) != flag.default:
-                raise UsageError(f"--{flag.name} {why}; leave it out")
+    def refuse(why: str, *names: str) -> None:
+        for name in names:
+            if getattr(args, name) != records[name].default:
+                raise UsageError(f"--{name} {why}; leave it out")
 
-    def named(*names: str) -> list[Flag]:
-        return [flag for flag in (*TRAIN_DATA_FLAGS, *VAL_DATA_FLAGS) if flag.name in names]
-
-    of_parts = (SHUFFLE_FLAG, *CUDA_TRAINING_FLAGS[:1])
-    kind = data_kind(args.train_data_dir)
-    if kind == "synthetic":
-        refuse(
-            named("train_data_part_num", "val_data_dir", "val_data_part_num"),
-            "needs --train_data_dir, and without it data are synthetic",
-        )
-        refuse(
-            (*AUGMENTATION_FLAGS, *of_parts, *named("val_batch_size_per_device")),
-            "has no effect on synthetic data",
-        )
+    of_parts = ("shuffle_buffer_size", "gpu_image_decoder")
+    if args.train_data_dir is None:
+        of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num")
+        refuse("needs --train_data_dir, and without it data are synthetic", *of_files)
+        ignored = (*AUGMENTATION_FLAGS, *of_parts, "val_batch_size_per_device")
+        refuse("has no effect on synthetic data", *ignored)
         return
-    if kind == "arrays":
-        refuse(of_parts, "has no effect on an .npz file, which is shuffled as a whole")
+    if args.train_data_dir.endswith(".npz"):
+        refuse("has no effect on an .npz file, which is shuffled as a whole", *of_parts)
     if args.val_data_dir is None:
-        refuse(
-            named("val_data_part_num", "num_val_examples", "val_batch_size_per_device"),
-            "needs --val_data_dir",
-        )
+        of_validation = ("val_data_part_num", "num_val_examples", "val_batch_size_per_device")
+        refuse("needs --val_data_dir", *of_validation)
 
 
-def finish_train_args(
-    args: Namespace, *, device: str, trial: Mapping[str, int] | None = None
-) -> list[str]:
+def finish_train_args(args: Namespace, *, device: str) -> list[str]:
     """Fill in the defaults of the training script that depend on the device and the data.
-
-    Args:
-        trial: what replaces parts of CPU_TRIAL.
 
     Returns notices for the user. Raises UsageError where flags contradict one another.
     """
@@ -733,15 +611,9 @@ def finish_train_args(
     check_data_flags(args)
     if args.epsilon is None:
         args.epsilon = EPSILON.get(args.optimizer)
-    synthetic = args.train_data_dir is None
-    if not synthetic and args.val_data_dir is None:
-        notices.append("No --val_data_dir: training without validation.")
-    if synthetic and device == "cpu":
-        taken = {
-            flag: value
-            for flag, value in (CPU_TRIAL | dict(trial or {})).items()
-            if getattr(args, flag) is None
-        }
+    if args.train_data_dir is None and device == "cpu":
+        trial = CPU_TRIAL | (dict(MODELS[args.model].trial) if args.model else {})
+        taken = {flag: value for flag, value in trial.items() if getattr(args, flag) is None}
         vars(args).update(taken)
         if taken:
             notices.append(
@@ -749,12 +621,14 @@ def finish_train_args(
                 + " ".join(f"--{flag}={value}" for flag, value in taken.items())
                 + "; give these flags to choose otherwise."
             )
+    elif args.train_data_dir is not None and args.val_data_dir is None:
+        notices.append("No --val_data_dir: training without validation.")
     if args.batch_size_per_device is None:
         args.batch_size_per_device = BATCH_SIZE_PER_DEVICE
     if args.num_epochs is None:
-        args.num_epochs = 90
+        args.num_epochs = NUM_EPOCHS
     if args.warmup_epochs is None:
-        args.warmup_epochs = min(5, args.num_epochs // 2)
+        args.warmup_epochs = min(WARMUP_EPOCHS, args.num_epochs // 2)
     check_schedule_flags(args)
     if args.lr_decay == "step" and args.lr_step_epochs[0] >= args.num_epochs:
         notices.append(
@@ -781,56 +655,7 @@ def check_schedule_flags(args: Namespace) -> None:
         )
 
 
-# Resuming.
-
-
-def inherited_flags(flags: Mapping[str, object], parser: FlagParser, *, device: str) -> dict:
-    """Of the flags that a snapshot holds, those that hold on where a run is resumed.
-
-    They came from JSON. On a CPU those that need CUDA are left out.
-    """
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in flags.items()
-        if name in parser.flags
-        and parser.flags[name].of == "run"
-        and not (device == "cpu" and name in CUDA_FLAGS)
-    }
-
-
-def compare_flags(
-    args: Namespace, flags: Mapping[str, object], parser: FlagParser, *, path: str
-) -> list[str]:
-    """Refuse flags that contradict the run that left `flags` in the snapshot `path`.
-
-    Returns a notice for each other flag that differs, since it holds from here on. Raises
-    UsageError.
-    """
-    notices = []
-    kinds = [
-        KINDS_OF_DATA[data_kind(each)]
-        for each in (args.train_data_dir, flags.get("train_data_dir"))
-    ]
-    if kinds[0] != kinds[1]:
-        raise UsageError(
-            f"--train_data_dir: {path} is of a run on {kinds[1]}, and this would be {kinds[0]}; "
-            f"start a new run from the weights with --model_load_dir={path}"
-        )
-    for name, value in flags.items():
-        was = tuple(value) if isinstance(value, list) else value
-        now = getattr(args, name, was)
-        if name not in parser.flags or parser.flags[name].of != "run" or now == was:
-            continue
-        if parser.flags[name].fixed:
-            raise UsageError(
-                f"--{name}={now}, but {path} is of a run with {was}; leave it out, or start a new "
-                f"run from the weights with --model_load_dir={path}"
-            )
-        came_with_choice = was is None and now == parser.flags[name].default
-        if now is not None and not came_with_choice:  # None: it belonged to another schedule
-            before = "not set" if was is None else was
-            notices.append(f"--{name}={now} from here on; it was {before}.")
-    return notices
+# Epochs to steps.
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """The one table of networks.
 
-To add one, write its file in cnns/models/, add its line here, and one to the README's table.
+To add one, write its file in cnns/models/, add its record here and its line to the table of both
+READMEs. docs/flags.md, which lists the names, is generated: tools/write_flags.py.
 """
 
 import resnet_model
-from cnns.models.alexnet import alexnet
-from cnns.models.efficientnet import efficientnet_lite0
-from cnns.models.inception import inceptionv3
-from cnns.models.mobilenet import mobilenetv2
+from cnns.models.alexnet import AlexNet
+from cnns.models.efficientnet import EfficientNetLite
+from cnns.models.inception import InceptionV3
+from cnns.models.mobilenet import MobileNetV2
 from cnns.models.model import ALL_SWITCHES, Model
-from cnns.models.vgg import vgg
+from cnns.models.vgg import VGG
 
 MODELS: dict[str, Model] = {
     "resnet18": Model(
@@ -30,14 +31,14 @@ MODELS: dict[str, Model] = {
     ),
     # Their rate is that of torchvision's training script.
     "vgg": Model(
-        vgg,
+        VGG,
         signature=("features.40.weight", (512, 512, 3, 3)),
         last_layer="classifier.6",
         min_image_size=32,
         learning_rates={"sgd": 0.01},
     ),
     "alexnet": Model(
-        alexnet,
+        AlexNet,
         signature=("features.0.weight", (64, 3, 11, 11)),
         last_layer="classifier.6",
         min_image_size=63,
@@ -45,7 +46,7 @@ MODELS: dict[str, Model] = {
     ),
     # Mean and standard deviation are those that its published weights were trained with.
     "inceptionv3": Model(
-        inceptionv3,
+        InceptionV3,
         signature=("Mixed_7c.branch_pool.conv.weight", (192, 2048, 1, 1)),
         image_size=299,
         rgb_mean=(127.5, 127.5, 127.5),
@@ -54,13 +55,13 @@ MODELS: dict[str, Model] = {
         trial={"image_size": 75},
     ),
     "mobilenetv2": Model(
-        mobilenetv2,
+        MobileNetV2,
         signature=("features.18.0.weight", (1280, 320, 1, 1)),
         last_layer="classifier.1",
     ),
     # As its published weights were trained.
     "efficientnet_lite0": Model(
-        efficientnet_lite0,
+        EfficientNetLite,
         signature=("_conv_head.weight", (1280, 320, 1, 1)),
         last_layer="_fc",
         rgb_mean=(127.0, 127.0, 127.0),

@@ -14,17 +14,15 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from queue import Queue
 from threading import Thread
 
 import numpy as np
 
 import config
-import model_registry
 from cnns.checkpoint.find import restore
 from cnns.data.images import Preprocessing, class_names, find_images, load_image
-from cnns.distributed import choose_device, explain_crash, place, takes_cuda
+from cnns.distributed import place, takes_cuda
 from cnns.errors import RunError, UsageError, report, run_main
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import Predictor
@@ -32,7 +30,6 @@ from cnns.launch.job import Job
 from cnns.launch.nodes import launch
 from cnns.launch.worker import command, is_worker, leave
 from cnns.log import notice
-from cnns.models.layers import Switches
 
 Predict = Callable[[np.ndarray], np.ndarray]  # (N, 3, H, W) normalised to (N, C) probabilities
 STDIN = "-"
@@ -40,16 +37,14 @@ STDIN = "-"
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.backend == "oneflow" and not is_worker():
-        if takes_cuda(args.device):
-            memory = config.memory_flags(args, batch="batch_size")
-            return launch(
-                command(__file__, argv),
-                job=Job(),
-                facts=dict,
-                explain=partial(explain_crash, **memory),
-                stdin=None,
-            )
+    if args.backend == "oneflow" and not is_worker() and takes_cuda(args.device):
+        return launch(
+            command(__file__, argv),
+            job=Job(),
+            facts=dict,
+            explain=config.explain_crashes(args, batch="batch_size"),
+            stdin=None,
+        )
     paths = find_paths(args.image_path)
     predict, preprocessing, names = BACKENDS[args.backend](args)
     write = WRITERS[args.output](names, args.top_k)
@@ -63,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.inference_parser(models=model_registry.MODELS).read(argv)
+    args = config.make_parser("inference").read(argv)
     config.check_backend_flags(args)
     if config.num_processes(args) > 1:
         raise UsageError(
@@ -78,18 +73,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 
 def oneflow_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]:
-    device = choose_device(args.device)
-    for text in config.check_precision_flags(args, device=device):
-        notice(text)
-    model, snapshot, snapshot_path = restore(
-        args.model_load_dir,
-        models=model_registry.MODELS,
-        model=args.model,
-        num_classes=args.num_classes,
-        switches=Switches(**config.switch_flags(args)),
-        **config.preprocessing_flags(args),
-    )
-    notice(f"Restoring model from {snapshot_path}.")
+    device = config.take_device(args)
+    model, snapshot, path = restore(**config.restore_flags(args), switches=config.switches(args))
+    notice(f"Restoring model from {path}.")
     predictor = Predictor(place(model, device), device=device, use_fp16=args.use_fp16)
     names = class_names(snapshot.num_classes, snapshot.classes)
     return predictor, snapshot.preprocessing, names
@@ -146,35 +132,28 @@ def load_all(
 def ahead(items: Iterable, *, depth: int) -> Iterator:
     """The same items, of which up to `depth` are made in a thread before they are asked for."""
     queue: Queue = Queue(depth)
-    end = object()
+    end, errors = object(), []
 
     def fill() -> None:
         try:
             for item in items:
                 queue.put(item)
-            queue.put(end)
         except BaseException as error:  # raised where the items are used
-            queue.put(Failure(error))
+            errors.append(error)
+        queue.put(end)
 
     # A daemon, since it may wait for standard input when everything else is over.
     Thread(target=fill, daemon=True).start()
     while (item := queue.get()) is not end:
-        if isinstance(item, Failure):
-            raise item.error
         yield item
-
-
-class Failure:
-    """An exception on its way from one thread to another."""
-
-    def __init__(self, error: BaseException):
-        self.error = error
+    if errors:
+        raise errors[0]
 
 
 class Failures:
     """Counts images, and reports those that cannot be read."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count, self.bad = 0, 0
 
     def taken_out(
@@ -204,12 +183,14 @@ def batches(items: Iterator, size: int) -> Iterator[list]:
 
 # Results. Each of these returns what writes the probabilities (C,) of one image.
 
+Write = Callable[[str, np.ndarray], None]
+
 
 def best(probabilities: np.ndarray, top_k: int) -> np.ndarray:
     return np.argsort(-probabilities, kind="stable")[:top_k]
 
 
-def text_writer(names: list[str], top_k: int) -> Callable[[str, np.ndarray], None]:
+def text_writer(names: list[str], top_k: int) -> Write:
     """The path, then the most probable classes, one `probability name` a line."""
 
     def write(path: str, probabilities: np.ndarray) -> None:
@@ -220,7 +201,7 @@ def text_writer(names: list[str], top_k: int) -> Callable[[str, np.ndarray], Non
     return write
 
 
-def csv_writer(names: list[str], top_k: int) -> Callable[[str, np.ndarray], None]:
+def csv_writer(names: list[str], top_k: int) -> Write:
     """A header, then one line for each class."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(("path", "rank", "class", "name", "probability"))
@@ -233,23 +214,22 @@ def csv_writer(names: list[str], top_k: int) -> Callable[[str, np.ndarray], None
     return write
 
 
-def json_writer(names: list[str], top_k: int) -> Callable[[str, np.ndarray], None]:
+def json_writer(names: list[str], top_k: int) -> Write:
     """One object a line, `{"path": ..., "classes": [{"rank": 1, ...}]}`."""
 
     def write(path: str, probabilities: np.ndarray) -> None:
-        classes = [
-            # The digits that a float32 has, as in the other forms.
-            {"rank": k, "class": int(i), "name": names[i], "probability": float(str(p))}
-            for k, i in enumerate(best(probabilities, top_k), 1)
-            for p in (probabilities[i],)
-        ]
+        classes = []
+        for rank, i in enumerate(best(probabilities, top_k), 1):
+            probability = float(str(probabilities[i]))  # the digits that a float32 has
+            row = {"rank": rank, "class": int(i), "name": names[i], "probability": probability}
+            classes.append(row)
         print(json.dumps({"path": printable(path), "classes": classes}), flush=True)
 
     return write
 
 
 def printable(path: str) -> str:
-    """A path whose bytes are no UTF-8 as something that can be printed."""
+    """A path whose bytes are not UTF-8, as something that can be printed."""
     return path.encode(errors="surrogateescape").decode(errors="replace")
 
 

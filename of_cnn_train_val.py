@@ -16,13 +16,12 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import oneflow as flow
 from oneflow import nn
 
 import config
-import model_registry
 import ofrecord_util
 import optimizer_util
 from cnns.checkpoint.find import (
@@ -35,44 +34,36 @@ from cnns.checkpoint.find import (
 from cnns.checkpoint.snapshot import Snapshot, load_training_state, versions
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint
 from cnns.data.crops import Augmentation
-from cnns.data.datasets import (
-    Dataset,
-    check_labels,
-    check_shares,
-    open_train_dataset,
-    open_val_dataset,
-)
-from cnns.data.images import Preprocessing
-from cnns.data.synthetic import SyntheticLoader, SyntheticValLoader
-from cnns.distributed import choose_device, explain_crash, place, set_communication, takes_cuda
+from cnns.data.datasets import open_train_dataset, open_val_dataset
+from cnns.data.kinds import Dataset, Synthetic
+from cnns.data.synthetic import SyntheticLoader
+from cnns.distributed import choose_device, place, set_communication, takes_cuda
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
-from cnns.flags import FlagParser
 from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.launch.job import make_job
 from cnns.launch.nodes import launch
 from cnns.launch.worker import command, is_worker, leave
 from cnns.log import Log, notice, open_log
-from cnns.models.layers import Switches
 from cnns.models.model import check_switches
+from cnns.resume import compare_flags, compare_runs, inherited_flags, num_processes
 from cnns.run import Intervals, Parts, Progress, Run, Saver, announce
 from config import Plan
+from model_registry import MODELS
 from optimizer_util import Schedule
 
 
 def main(argv: list[str] | None = None) -> int | None:
     given = parse_args(argv)
     if not is_worker():
-        args = make_parser().complete(given)
+        args = config.make_parser("train").complete(given)
         job = make_job(**config.job_flags(args))
         if job.world_size > 1 or takes_cuda(args.device):
             return launch(
                 command(__file__, argv),
                 job=job,
                 facts=lambda: facts(given),
-                explain=partial(
-                    explain_crash, **config.memory_flags(args, batch="batch_size_per_device")
-                ),
+                explain=config.explain_crashes(args, batch="batch_size_per_device"),
             )
     spec = make_spec(given)
     for text in spec.notices:
@@ -92,17 +83,9 @@ def main(argv: list[str] | None = None) -> int | None:
     return None
 
 
-def make_parser() -> FlagParser:
-    return config.train_parser(
-        models=model_registry.MODELS,
-        optimizers=optimizer_util.OPTIMIZERS,
-        schedules=optimizer_util.SCHEDULES,
-    )
-
-
 def parse_args(argv: list[str] | None) -> Namespace:
     """The flags that were given, and no other."""
-    given = make_parser().parse_args(argv)
+    given = config.make_parser("train").parse_args(argv)
     if getattr(given, "resume", "auto") != "auto":
         if "model_load_dir" in given:
             raise UsageError(
@@ -120,32 +103,21 @@ def parse_args(argv: list[str] | None) -> Namespace:
 class RunSpec:
     """What will be run, checked. Nothing is built yet, and nothing of it changes afterwards."""
 
-    flags: dict  # as they hold, by name; snapshots keep them
     device: str
-    model: str
-    num_classes: int
-    classes: tuple[str, ...] | None  # names, in label order
-    preprocessing: Preprocessing
-    train_data: Dataset | None  # None: synthetic
-    val_data: Dataset | None  # None: synthetic, or no validation
+    about: Snapshot  # what its snapshots say, but for the progress; the flags as they hold among it
+    train_data: Dataset
+    val_data: Dataset | None  # None: no validation
     batch_size: int  # global
     plan: Plan
+    schedule: Schedule
     start: Checkpoint | None  # weights to start from; None: random ones
     resumed: Checkpoint | None  # the same, where it is the snapshot of a run that is resumed
     held: frozenset  # snapshots that were in --model_save_dir when it was looked at
-    notices: tuple[str, ...]  # for the user
+    notices: list[str]  # for the user
 
     @property
-    def schedule(self) -> Schedule:
-        return Schedule(
-            self.flags["lr_decay"],
-            learning_rate=self.flags["learning_rate"],
-            total_steps=self.plan.total_steps,
-            warmup_steps=self.plan.warmup_steps,
-            step_milestones=self.plan.step_milestones,
-            decay_rate=self.flags["lr_decay_rate"],
-            exponential_steps=self.plan.exponential_steps,
-        )
+    def flags(self) -> dict[str, Any]:
+        return self.about.flags
 
     @property
     def progress(self) -> Progress:
@@ -156,243 +128,181 @@ class RunSpec:
 
     def describe(self, progress: Progress) -> Snapshot:
         """What a snapshot of this run says."""
-        return Snapshot(
-            model=self.model,
-            num_classes=self.num_classes,
-            preprocessing=self.preprocessing,
-            classes=self.classes,
-            steps_per_epoch=self.plan.steps_per_epoch,
-            global_batch_size=self.batch_size,
-            train_data=None if self.train_data is None else self.train_data.fingerprint(),
-            flags=self.flags,
-            versions=versions(),
-            **vars(progress),
-        )
+        return replace(self.about, **vars(progress))
 
 
 def make_spec(given: Namespace) -> RunSpec:
     """Check flags, data and snapshots. Raises UsageError or RunError."""
-    parser = make_parser()
+    parser = config.make_parser("train")
     args = parser.complete(given)
     device = choose_device(args.device, count=args.gpu_num_per_node)
-    notices = []
+    notices: list[str] = []
     held = held_snapshots(args.model_save_dir)
-    resumed = find_resume(args.resume, args.model_save_dir, models=model_registry.MODELS)
+    resumed = find_resume(args.resume, args.model_save_dir, models=MODELS)
     if resumed is not None:
-        flags = config.inherited_flags(resumed.snapshot.flags, parser, device=device)
+        flags = inherited_flags(resumed.snapshot.flags, parser, device=device)
         args = parser.complete(given, flags)
         args.model_load_dir, args.finetune = None, False  # of the first start
-        notices += config.compare_flags(args, resumed.snapshot.flags, parser, path=resumed.path)
-    trial = model_registry.MODELS[args.model].trial if args.model else {}
-    notices += config.finish_train_args(args, device=device, trial=trial)
+        notices += compare_flags(args, resumed.snapshot.flags, parser, path=resumed.path)
+    notices += config.finish_train_args(args, device=device)
     train_data, val_data = open_data(args)
-    if train_data is not None:
-        notices += check_shares(
-            train_data, num_processes=config.num_processes(args), path=args.train_data_dir
-        )
+    notices += train_data.check_shares(config.num_processes(args))
     start = resumed or open_start(args)
-    network, more = choose_network(args, start, train_data, val_data)
-    notices += more
+    about = choose_network(args, start, train_data, notices)
+    train_data = train_data.for_network(about.num_classes)
+    if val_data is not None:
+        val_data = val_data.for_network(about.num_classes)
+    batch_size = global_batch_size(args)
     if args.learning_rate is None:
-        own_rates = model_registry.MODELS[network["model"]].learning_rates
-        rate = (config.LEARNING_RATE_PER_256 | own_rates)[args.optimizer]
-        args.learning_rate = rate * global_batch_size(args) / 256
+        own = MODELS[about.model].learning_rates
+        rate = own.get(args.optimizer, config.LEARNING_RATE_PER_256[args.optimizer])
+        args.learning_rate = rate * batch_size / 256
         notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
-    spec = RunSpec(
-        flags=vars(args),
-        device=device,
-        train_data=train_data,
-        val_data=val_data,
-        batch_size=global_batch_size(args),
-        plan=make_plan(args, train_data),
-        start=start,
-        resumed=resumed,
-        held=held,
-        notices=(),
-        **network,
-    )
-    if resumed is not None:
-        notices += check_resumed(spec, resumed)
-    return replace(spec, notices=tuple(notices))
-
-
-def open_start(args: Namespace) -> Checkpoint | None:
-    """The weights to start from, of any format. Raises UsageError where --finetune has none."""
-    path = args.model_load_dir
-    if args.finetune and args.model is not None and path is None:
-        path = model_registry.MODELS[args.model].installed_weights()
-        args.model_load_dir = path
-    if path is not None:
-        path = find_snapshot(path, models=model_registry.MODELS)
-        return open_checkpoint(path, models=model_registry.MODELS, model=args.model)
-    if args.finetune:
-        raise UsageError(
-            "--finetune needs --model_load_dir, the weights to start from, or a --model with "
-            "installed ones (efficientnet_lite0)"
-        )
-    return None
-
-
-def global_batch_size(args: Namespace, per_device: int | None = None) -> int:
-    return (per_device or args.batch_size_per_device) * config.num_processes(args)
-
-
-def open_data(args: Namespace) -> tuple[Dataset | None, Dataset | None]:
-    """The training and validation data, checked; None is synthetic training, or no validation."""
-    train_data = val_data = None
-    batch_size = global_batch_size(args)
-    if args.train_data_dir is not None:
-        train_data = open_train_dataset(
-            args.train_data_dir, part_num=args.train_data_part_num, num_examples=args.num_examples
-        )
-        if batch_size > train_data.num_examples:
-            raise UsageError(
-                f"--batch_size_per_device={args.batch_size_per_device} makes batches of "
-                f"{batch_size}, and there are {train_data.num_examples} training images; give a "
-                "smaller one"
-            )
-    pool = SyntheticLoader.POOL_BATCHES * batch_size
-    if args.train_data_dir is None and (args.num_val_examples or 0) > pool:
-        raise UsageError(
-            f"--num_val_examples={args.num_val_examples}, but synthetic data have {pool} images; "
-            "give at most that, or leave the flag out"
-        )
-    if args.val_data_dir is not None:
-        val_data = open_val_dataset(
-            args.val_data_dir, part_num=args.val_data_part_num, num_examples=args.num_val_examples
-        )
-    return train_data, val_data
-
-
-def make_plan(args: Namespace, train_data: Dataset | None) -> Plan:
-    """Epochs as steps."""
-    batch_size = global_batch_size(args)
-    if train_data is None:
-        num_examples = args.num_examples or config.SYNTHETIC_STEPS_PER_EPOCH * batch_size
-    else:
-        num_examples = train_data.num_examples
-    return config.epochs_to_steps(
-        num_examples=num_examples,
+    plan = config.epochs_to_steps(
+        num_examples=train_data.num_examples,
         global_batch_size=batch_size,
         num_epochs=args.num_epochs,
         warmup_epochs=args.warmup_epochs,
         lr_step_epochs=args.lr_step_epochs,
         lr_decay_epochs=args.lr_decay_epochs,
     )
+    about = replace(
+        about,
+        steps_per_epoch=plan.steps_per_epoch,
+        global_batch_size=batch_size,
+        train_data=train_data.fingerprint(),
+        flags=vars(args),
+        versions=versions(),
+    )
+    if resumed is not None:
+        notices += compare_runs(about, resumed.snapshot, path=resumed.path)
+    return RunSpec(
+        device=device,
+        about=about,
+        train_data=train_data,
+        val_data=val_data,
+        batch_size=batch_size,
+        plan=plan,
+        schedule=make_schedule(args, plan),
+        start=start,
+        resumed=resumed,
+        held=held,
+        notices=notices,
+    )
+
+
+def make_schedule(args: Namespace, plan: Plan) -> Schedule:
+    return Schedule(
+        args.lr_decay,
+        learning_rate=args.learning_rate,
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        step_milestones=plan.step_milestones,
+        decay_rate=args.lr_decay_rate,
+        exponential_steps=plan.exponential_steps,
+    )
+
+
+def global_batch_size(args: Namespace) -> int:
+    return args.batch_size_per_device * config.num_processes(args)
+
+
+def open_data(args: Namespace) -> tuple[Dataset, Dataset | None]:
+    """The training and validation data, checked; None: no validation."""
+    batch_size = global_batch_size(args)
+    if args.train_data_dir is None:
+        pool = SyntheticLoader.POOL_BATCHES * batch_size
+        if (args.num_val_examples or 0) > pool:
+            raise UsageError(
+                f"--num_val_examples={args.num_val_examples}, but synthetic data have {pool} "
+                "images; give at most that, or leave the flag out"
+            )
+        epoch = args.num_examples or config.SYNTHETIC_STEPS_PER_EPOCH * batch_size
+        val_data = Synthetic(num_examples=args.num_val_examples or pool, seed=args.seed)
+        return replace(val_data, num_examples=epoch), val_data
+    train_data = open_train_dataset(
+        args.train_data_dir, part_num=args.train_data_part_num, num_examples=args.num_examples
+    )
+    if batch_size > train_data.num_examples:
+        raise UsageError(
+            f"--batch_size_per_device={args.batch_size_per_device} makes batches of {batch_size}, "
+            f"and there are {train_data.num_examples} training images; give a smaller one"
+        )
+    if args.val_data_dir is None:
+        return train_data, None
+    return train_data, open_val_dataset(
+        args.val_data_dir, part_num=args.val_data_part_num, num_examples=args.num_val_examples
+    )
+
+
+def open_start(args: Namespace) -> Checkpoint | None:
+    """The weights to start from, of any format. Raises UsageError where --finetune has none."""
+    if args.finetune and args.model is not None and args.model_load_dir is None:
+        args.model_load_dir = MODELS[args.model].installed_weights()
+    if args.model_load_dir is not None:
+        path = find_snapshot(args.model_load_dir, models=MODELS)
+        return open_checkpoint(path, models=MODELS, model=args.model)
+    if args.finetune:
+        installed = ", ".join(name for name, entry in MODELS.items() if entry.weights)
+        raise UsageError(
+            "--finetune needs --model_load_dir, the weights to start from, or a --model with "
+            f"installed ones ({installed})"
+        )
+    return None
 
 
 def choose_network(
-    args: Namespace,
-    start: Checkpoint | None,
-    train_data: Dataset | None,
-    val_data: Dataset | None,
-) -> tuple[dict, list[str]]:
-    """Fields of RunSpec that say what the network is, and notices for the user.
+    args: Namespace, start: Checkpoint | None, train_data: Dataset, notices: list[str]
+) -> Snapshot:
+    """What the network is; adds notices for the user.
 
     Model, class count and preprocessing are those of the flags, else of the weights to start from,
     else of the training data and the table of models.
     """
-    notices = []
     known = start.snapshot if start else None
     if start is not None:
         notices += start.notices()
         check_fits(
             start.snapshot,
-            models=model_registry.MODELS,
+            models=MODELS,
             model=args.model,
             num_classes=args.num_classes,
             path=start.path,
             finetune=args.finetune if args.resume is None else None,
         )
     model = args.model or (known.model if known else "resnet50")
-    check_switches(model_registry.MODELS, model, Switches(**config.switch_flags(args)))
-    of_data = None if train_data is None else train_data.num_classes
-    num_classes = args.num_classes or (of_data if args.finetune else None)
-    if num_classes is None:
-        num_classes = known.num_classes if known else of_data
+    check_switches(MODELS, model, config.switches(args))
+    num_classes: int | None
+    if known and not args.finetune:
+        num_classes, classes = known.num_classes, train_data.classes or known.classes
+    else:
+        num_classes = args.num_classes or train_data.num_classes
+        if num_classes is None and known:
+            num_classes = known.num_classes
+        classes = train_data.classes
     if num_classes is None:
         num_classes = 1000
-        if train_data is not None:
+        if args.train_data_dir is not None:
             notices.append(
                 f"Classes: 1000 ({args.train_data_dir} does not say; see --num_classes)."
             )
-    for data, path in ((train_data, args.train_data_dir), (val_data, args.val_data_dir)):
-        if data is not None:
-            check_labels(data, num_classes=num_classes, path=path)
-    classes = None if train_data is None else train_data.classes
-    if classes is None and known and not args.finetune:
-        classes = known.classes
-    entry = model_registry.MODELS[model]
-    preprocessing = entry.override(
-        known.preprocessing if known else entry.preprocessing(), **config.preprocessing_flags(args)
-    )
-    return {
-        "model": model,
-        "num_classes": num_classes,
-        "classes": classes,
-        "preprocessing": preprocessing,
-    }, notices
-
-
-def check_resumed(spec: RunSpec, resumed: Checkpoint) -> list[str]:
-    """Raise UsageError where the run of a snapshot cannot be resumed as `spec`. Returns notices."""
-    was, flags, path = resumed.snapshot, spec.flags, resumed.path
-    ranks = flags["num_nodes"] * flags["gpu_num_per_node"]
-    if was.global_batch_size != spec.batch_size:
-        raise UsageError(
-            f"--batch_size_per_device={flags['batch_size_per_device']} makes batches of "
-            f"{spec.batch_size} images, but {path} is of a run with batches of "
-            f"{was.global_batch_size}; {ranks} processes need {was.global_batch_size / ranks:g} "
-            "each"
-        )
-    if was.steps_per_epoch != spec.plan.steps_per_epoch:
-        raise UsageError(
-            f"--num_examples: an epoch has {spec.plan.steps_per_epoch} iterations, but {path} is "
-            f"of a run with {was.steps_per_epoch}; the training data are not the same"
-        )
-    data = None if spec.train_data is None else spec.train_data.fingerprint()
-    if was.train_data != data:
-        raise UsageError(
-            f"--train_data_dir={flags['train_data_dir']} is not what {path} was trained on: it has "
-            f"{data['examples']} images, and there were {was.train_data['examples']}, or the parts "
-            "differ"
-        )
-    for field, now in vars(spec.preprocessing).items():
-        if now != getattr(was.preprocessing, field):
-            raise UsageError(
-                f"--{field}={now}, but {path} is of a run with "
-                f"{getattr(was.preprocessing, field)}; leave it out"
-            )
-    notices = []
-    ranks_before = was.flags.get("num_nodes", 1) * was.flags.get("gpu_num_per_node", 1)
-    if ranks_before != ranks:
-        notices.append(
-            f"The run had {ranks_before} processes; what is left of it has its data in another "
-            "order."
-        )
-    if flags["gpu_image_decoder"]:
-        notices.append(
-            "--gpu_image_decoder: reading starts at the beginning of the parts, in a new order; "
-            "only runs without this flag resume as if they had never stopped."
-        )
-    num_epochs = flags["num_epochs"]
-    if was.epoch is not None and was.epoch + 1 >= num_epochs:
-        notices.append(f"{path} has finished all {num_epochs} epochs; more: --num_epochs.")
-    return notices
+    own = known.preprocessing if known else MODELS[model].preprocessing()
+    preprocessing = MODELS[model].override(own, **config.preprocessing_flags(args))
+    return Snapshot(model, num_classes, preprocessing, classes)
 
 
 def facts(given: Namespace) -> dict:
     """What has to be the same on every node. Raises as `make_spec`."""
     with redirect_stderr(io.StringIO()):  # the processes will say it
         spec = make_spec(given)
-    description = spec.describe(spec.progress)
-    return config.flags_of_a_job(Namespace(**spec.flags), make_parser()) | {
+    about = spec.about
+    return config.flags_of_a_job(Namespace(**spec.flags), config.make_parser("train")) | {
         "device": spec.device,
-        "training data": description.train_data,
-        "validation data": None if spec.val_data is None else spec.val_data.fingerprint(),
-        "snapshot to resume": position(description),
-        "model": [spec.model, spec.num_classes, *vars(spec.preprocessing).values()],
-        "versions": description.versions,
+        "training data": about.train_data,
+        "validation data": spec.val_data.fingerprint() if spec.val_data else None,
+        "snapshot to resume": position(spec.describe(spec.progress)),
+        "model": [about.model, about.num_classes, *vars(about.preprocessing).values()],
+        "versions": about.versions,
     }
 
 
@@ -410,13 +320,23 @@ def check_still_newest(spec: RunSpec) -> None:
 
 def build_run(spec: RunSpec, *, save_dir: str, log: Log) -> Run:
     """The run of a spec, on its devices, about to start where its progress stands."""
-    flags, progress = spec.flags, spec.progress
-    saver = Saver(
-        save_dir,
-        spec.describe,
-        log,
-        last_good=spec.resumed.path if spec.resumed else None,
-        saved_step=progress.step,
+    flags, device = spec.flags, spec.device
+    set_communication(
+        use_fp16=flags["use_fp16"],
+        nccl_fusion_threshold_mb=flags["nccl_fusion_threshold_mb"],
+        nccl_fusion_max_ops=flags["nccl_fusion_max_ops"],
+    )
+    model = place(build_model(spec), device)
+    loader = build_train_loader(spec, log)
+    parts = Parts(
+        model=model,
+        graph=build_train_graph(spec, model, loader),
+        loader=loader,
+        evaluator=build_evaluator(spec, model, log),
+        masks=DropoutMasks(model, seed=flags["seed"], batch_size=spec.batch_size, device=device),
+        learning_rate=spec.schedule.rate,
+        batch_size=spec.batch_size,
+        device=device,
     )
     intervals = Intervals(
         num_epochs=flags["num_epochs"],
@@ -427,19 +347,47 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log) -> Run:
         keep_snapshots=flags["keep_snapshots"],
         save_last=flags["save_last"],
     )
-    return Run(build_parts(spec, log), intervals, progress, saver, log)
+    last_good = spec.resumed.path if spec.resumed else None
+    step = spec.progress.step
+    saver = Saver(save_dir, spec.describe, log, last_good=last_good, saved_step=step)
+    return Run(parts, intervals, spec.progress, saver, log)
 
 
-def build_parts(spec: RunSpec, log: Log) -> Parts:
-    """Network, graphs and loaders, on their devices."""
+def build_model(spec: RunSpec) -> nn.Module:
+    """The network with initial weights drawn by --seed, or with those to start from."""
+    flow.manual_seed(spec.flags["seed"])
+    switches = config.switches(Namespace(**spec.flags))
+    model = MODELS[spec.about.model].build(spec.about.num_classes, switches)
+    if spec.start is not None:
+        for text in spec.start.load(model, finetune=spec.flags["finetune"]):
+            notice(text)
+    return model
+
+
+def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
+    """What feeds the training graph."""
     flags = spec.flags
-    set_communication(
-        use_fp16=flags["use_fp16"],
-        nccl_fusion_threshold_mb=flags["nccl_fusion_threshold_mb"],
-        nccl_fusion_max_ops=flags["nccl_fusion_max_ops"],
+    log(spec.train_data.loading_line)
+    return ofrecord_util.train_loader(
+        spec.train_data,
+        batch_size=spec.batch_size,
+        preprocessing=spec.about.preprocessing,
+        augmentation=Augmentation(
+            area=flags["random_area"],
+            aspect_ratio=flags["random_aspect_ratio"],
+            flip=flags["random_flip"],
+            shuffle_buffer_size=flags["shuffle_buffer_size"],
+        ),
+        seed=flags["seed"],
+        device=spec.device,
+        gpu_image_decoder=flags["gpu_image_decoder"],
+        first_step=spec.progress.step,
     )
-    model = place(build_model(spec), spec.device)
-    loader = build_train_loader(spec, log)
+
+
+def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> TrainGraph:
+    """The graph of a step, as it was left by the run that is resumed, if one is."""
+    flags = spec.flags
     optimizer = optimizer_util.build_optimizer(
         model,
         flags["optimizer"],
@@ -460,95 +408,25 @@ def build_parts(spec: RunSpec, log: Log) -> Parts:
         use_fp16=flags["use_fp16"],
         num_nodes=flags["num_nodes"],
     )
-    if spec.progress.step > 0:
-        load_training_state(graph, model, spec.start.state, device=spec.device)
-    return Parts(
-        model=model,
-        graph=graph,
-        loader=loader,
-        evaluator=build_evaluator(spec, model, log),
-        masks=DropoutMasks(
-            model, seed=flags["seed"], batch_size=spec.batch_size, device=spec.device
-        ),
-        learning_rate=spec.schedule.rate,
-        batch_size=spec.batch_size,
-        device=spec.device,
-    )
-
-
-def build_model(spec: RunSpec) -> nn.Module:
-    """The network with initial weights drawn by --seed, or with those to start from."""
-    flow.manual_seed(spec.flags["seed"])
-    model = model_registry.MODELS[spec.model].build(
-        spec.num_classes, Switches(**config.switch_flags(Namespace(**spec.flags)))
-    )
-    if spec.start is not None:
-        for text in spec.start.load(model, finetune=spec.flags["finetune"]):
-            notice(text)
-    return model
-
-
-def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
-    """What feeds the training graph."""
-    flags = spec.flags
-    if spec.train_data is None:
-        log("Loading synthetic data.")
-        return SyntheticLoader(**synthetic_settings(spec))
-    log(f"Loading data from {flags['train_data_dir']}")
-    return ofrecord_util.train_loader(
-        spec.train_data,
-        batch_size=spec.batch_size,
-        preprocessing=spec.preprocessing,
-        augmentation=Augmentation(
-            area=flags["random_area"],
-            aspect_ratio=flags["random_aspect_ratio"],
-            flip=flags["random_flip"],
-            shuffle_buffer_size=flags["shuffle_buffer_size"],
-        ),
-        seed=flags["seed"],
-        device=spec.device,
-        gpu_image_decoder=flags["gpu_image_decoder"],
-        first_step=spec.progress.step,
-    )
-
-
-def synthetic_settings(spec: RunSpec) -> dict:
-    return {
-        "batch_size": spec.batch_size,
-        "num_classes": spec.num_classes,
-        "image_size": spec.preprocessing.image_size,
-        "seed": spec.flags["seed"],
-        "device": spec.device,
-    }
+    if spec.resumed is not None and spec.resumed.state is not None:
+        load_training_state(graph, model, spec.resumed.state, device=spec.device)
+    return graph
 
 
 def build_evaluator(spec: RunSpec, model: nn.Module, log: Log) -> Evaluator | None:
     """What validates after each epoch. Synthetic validation is over the training pool."""
-    flags = spec.flags
-    if spec.train_data is None:
-        log("Loading synthetic data.")
-        available = SyntheticLoader.POOL_BATCHES * spec.batch_size
-        num_examples = min(flags["num_val_examples"] or available, available)
-        loader = SyntheticValLoader(num_examples=num_examples, **synthetic_settings(spec))
-    elif spec.val_data is not None:
-        log(f"Loading data from {flags['val_data_dir']}")
-        num_examples = spec.val_data.num_examples
-        ranks = flags["num_nodes"] * flags["gpu_num_per_node"]
-        loader = ofrecord_util.val_loader(
-            spec.val_data,
-            batch_size=flags["val_batch_size_per_device"] * ranks,
-            preprocessing=spec.preprocessing,
-            device=spec.device,
-        )
-    else:
+    flags, data = spec.flags, spec.val_data
+    if data is None:
         return None
-    return Evaluator(
-        model,
-        loader,
-        num_examples=num_examples,
-        top_k=flags["top_k"],
-        use_fp16=flags["use_fp16"],
+    log(data.loading_line)
+    batch_size = flags["val_batch_size_per_device"] * num_processes(flags)
+    loader = ofrecord_util.val_loader(
+        data,
+        batch_size=batch_size if flags["val_data_dir"] else spec.batch_size,
+        preprocessing=spec.about.preprocessing,
+        device=spec.device,
     )
+    return Evaluator(model, loader, top_k=flags["top_k"], use_fp16=flags["use_fp16"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data: checks of OFRecord directories in Python, then the loaders that feed the graphs.
+"""The loaders of OFRecord parts, and which loader feeds the graphs from which kind of data set.
 
 A loader is an `nn.Module` that a graph owns, in two halves. `batches(...)` runs outside the graph
 and yields, without end, the tensors that one call of the graph takes; `forward(*batch)` runs inside
@@ -9,8 +9,8 @@ it and gives
 
 with N the global batch size. A training loader's `batches(epoch, iteration)` begins after the first
 `iteration` batches of an epoch, and what it yields depends on the seed, the epoch and the iteration
-alone, so that a run can stop and go on anywhere. A validation loader's `batches()` are one round,
-of `num_batches`, and have one tensor more in front,
+alone, so that a run can stop and be resumed anywhere. A validation loader's `batches()` are one
+round, of `num_batches`, and have one tensor more in front,
 
     counted  (N,) int32, 1 in rows that hold an example for the first time, 0 in others
 
@@ -21,18 +21,20 @@ import itertools
 import os
 import resource
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import oneflow as flow
 from oneflow import nn
 
 from cnns.data.arrays import ArrayTrainLoader, ArrayValLoader
-from cnns.data.checks import Shards
 from cnns.data.crops import SHUFFLE_BUFFER_SIZE, Augmentation, derive_seeds
-from cnns.data.datasets import Dataset, split_evenly
 from cnns.data.format import PART_PREFIX
 from cnns.data.images import Preprocessing
+from cnns.data.kinds import Arrays, Dataset, Shards, Synthetic, split_evenly
+from cnns.data.synthetic import SyntheticLoader, SyntheticValLoader
 from cnns.distributed import to_global
 from cnns.errors import RunError
 
@@ -45,14 +47,14 @@ class OFRecordLoader(nn.Module):
     of its own.
     """
 
-    def __init__(self, shards: Shards, *, batch_size: int, device: str):
+    def __init__(self, data: Shards, *, batch_size: int, device: str):
         super().__init__()
-        self.shards = shards
+        self.shards = data
         self.rank, self.num_ranks = flow.env.get_rank(), flow.env.get_world_size()
         self.batch_size = batch_size // self.num_ranks  # of this process
         self.placement = flow.env.all_device_placement(device)
         self.label = nn.OFRecordRawDecoder("class/label", shape=(), dtype=flow.int32)
-        allow_open_files(len(shards.part_counts))
+        allow_open_files(len(data.part_counts))
 
     def share(self, order: Sequence[int]) -> list[int]:
         """The parts that this process reads when all are taken in the given order."""
@@ -60,7 +62,7 @@ class OFRecordLoader(nn.Module):
         cuts = split_evenly(counts, self.num_ranks)
         return list(order[cuts[self.rank] : cuts[self.rank + 1]])
 
-    def read(self, parts: Sequence[int], *, skip: int = 0, **reader) -> Iterator[flow.Tensor]:
+    def read(self, parts: Sequence[int], *, skip: int = 0, **reader: Any) -> Iterator[flow.Tensor]:
         """Batches of records, round and round the parts in the given order, behind `skip` batches.
 
         The native reader takes parts by their numbers, and of these those that are a process's by
@@ -68,14 +70,8 @@ class OFRecordLoader(nn.Module):
         first batch.
         """
         with link_parts(self.shards, parts, self.rank * len(parts)) as links:
-            read = nn.OFRecordReader(
-                links,
-                batch_size=self.batch_size,
-                data_part_num=len(parts) * self.num_ranks,
-                part_name_prefix=PART_PREFIX,
-                part_name_suffix_length=5,
-                **reader,
-            )
+            num_parts = len(parts) * self.num_ranks
+            read = make_reader(links, num_parts, batch_size=self.batch_size, **reader)
             record = read()
             self.label(record).numpy()  # waits until it was read
         for i in range(skip):
@@ -86,7 +82,7 @@ class OFRecordLoader(nn.Module):
             yield record
             record = read()
 
-    def forward(self, image, label):
+    def forward(self, image: flow.Tensor, label: flow.Tensor) -> tuple[flow.Tensor, flow.Tensor]:
         return image, label
 
 
@@ -95,13 +91,13 @@ class OFRecordTrainLoader(OFRecordLoader):
 
     Each epoch has its own order of parts, and gives each process others of them. Within it records
     are drawn from a buffer that OneFlow fills up from the parts, and at their end from their
-    beginning: of the records of an epoch, about 0.37 times as many as the buffer holds come late
-    for it, and as many others twice.
+    beginning: of the records of an epoch, about 0.37 times as many as the buffer holds are missed,
+    and as many others are read twice.
     """
 
     def __init__(
         self,
-        shards: Shards,
+        data: Shards,
         *,
         batch_size: int,
         preprocessing: Preprocessing,
@@ -109,15 +105,13 @@ class OFRecordTrainLoader(OFRecordLoader):
         seed: int,
         device: str,
     ):
-        super().__init__(shards, batch_size=batch_size, device=device)
+        super().__init__(data, batch_size=batch_size, device=device)
         self.seed = seed
         self.augmentation = augmentation
-        self.shuffle_buffer_size = augmentation.shuffle_buffer_size or default_buffer_size(
-            shards.num_examples // self.num_ranks
-        )
+        self.shuffle_buffer_size = choose_buffer_size(augmentation, data, self.num_ranks)
         size = preprocessing.image_size
         self.resize = nn.image.Resize(target_size=[size, size])
-        self.normalise = crop_normalisation(preprocessing)
+        self.normalise = make_normalisation(preprocessing)
 
     def order(self, epoch: int) -> list[int]:
         """The parts of all processes, as they follow one another in an epoch."""
@@ -157,13 +151,13 @@ class GPUDecodingTrainLoader(nn.Module):
 
     That decoder exists in graphs only, and a graph that is handed records has copies of them which
     are no longer valid, so the reader is in the graph as well. There it cannot be positioned: each
-    process keeps its parts for the whole run, and a run that goes on reads from the beginning of
-    its parts, in an order drawn for the step at which it goes on.
+    process keeps its parts for the whole run, and a resumed run reads from the beginning of its
+    parts, in an order drawn for the step at which it is resumed.
     """
 
     def __init__(
         self,
-        shards: Shards,
+        data: Shards,
         *,
         batch_size: int,
         preprocessing: Preprocessing,
@@ -176,20 +170,17 @@ class GPUDecodingTrainLoader(nn.Module):
         self.device = device
         placement = flow.env.all_device_placement("cpu")
         on_cpu = {"placement": placement, "sbp": [flow.sbp.split(0)]}
-        num_ranks, num_parts = flow.env.get_world_size(), len(shards.part_counts)
+        num_ranks, num_parts = flow.env.get_world_size(), len(data.part_counts)
         record_seed, crop_seed, flip_seed = derive_seeds(3, seed, first_step)
         allow_open_files(num_parts)
         order = np.random.default_rng((seed, first_step)).permutation(num_parts)
-        self.links = link_parts(shards, order.tolist())  # opened when the graph is compiled
-        self.read = nn.OFRecordReader(
+        self.links = link_parts(data, order.tolist())  # opened when the graph is compiled
+        self.read = make_reader(
             self.links.name,
+            num_parts,
             batch_size=batch_size,
-            data_part_num=num_parts,
-            part_name_prefix=PART_PREFIX,
-            part_name_suffix_length=5,
             random_shuffle=True,
-            shuffle_buffer_size=augmentation.shuffle_buffer_size
-            or default_buffer_size(shards.num_examples // num_ranks),
+            shuffle_buffer_size=choose_buffer_size(augmentation, data, num_ranks),
             # Several processes would come to disagree about who reads which part.
             shuffle_after_epoch=num_ranks == 1,
             random_seed=record_seed,
@@ -210,35 +201,47 @@ class GPUDecodingTrainLoader(nn.Module):
         self.flip = nn.CoinFlip(
             batch_size=batch_size, probability=augmentation.flip, random_seed=flip_seed, **on_cpu
         )
-        self.normalise = crop_normalisation(preprocessing)
+        self.normalise = make_normalisation(preprocessing)
 
     def batches(self, epoch: int, iteration: int = 0) -> Iterator[tuple]:
         """Nothing to hand in, without end."""
         return itertools.repeat(())
 
-    def forward(self):
+    def forward(self) -> tuple[flow.Tensor, flow.Tensor]:
         record = self.read()
         image = self.decode(self.encoded(record))  # (N, H, W, 3) uint8, on the device
         image = self.normalise(image, self.flip().to(self.device))
         return image, self.label(record).to(self.device)
 
 
-def crop_normalisation(preprocessing: Preprocessing) -> nn.Module:
-    """(N, H, W, 3) uint8 and (N,) flips to (N, 3, H, W) float32, mirrored and normalised."""
+def make_reader(directory: str, num_parts: int, **settings: Any) -> nn.Module:
+    """OneFlow's reader of `link_parts`."""
+    return nn.OFRecordReader(
+        directory,
+        data_part_num=num_parts,
+        part_name_prefix=PART_PREFIX,
+        part_name_suffix_length=5,
+        **settings,
+    )
+
+
+def make_normalisation(preprocessing: Preprocessing, **crop: float) -> nn.Module:
+    """(N, H, W, 3) uint8, and (N,) flips if any, to (N, 3, H, W) float32, normalised."""
     return nn.CropMirrorNormalize(
         color_space="RGB",
         output_layout="NCHW",
         mean=preprocessing.rgb_mean,
         std=preprocessing.rgb_std,
         output_dtype=flow.float,
+        **crop,
     )
 
 
-def link_parts(shards: Shards, order: Sequence[int], first: int = 0) -> tempfile.TemporaryDirectory:
+def link_parts(data: Shards, order: Sequence[int], first: int = 0) -> tempfile.TemporaryDirectory:
     """A directory of links to parts, numbered from `first` on in the given order."""
     links = tempfile.TemporaryDirectory(prefix="ofrecord-order-")
     for i, number in enumerate(order, first):
-        path = os.path.abspath(shards.part_path(number))
+        path = os.path.abspath(data.part_path(number))
         os.symlink(path, os.path.join(links.name, f"{PART_PREFIX}{i:05d}"))
     return links
 
@@ -249,19 +252,11 @@ class OFRecordValLoader(OFRecordLoader):
     Where there are fewer parts than processes, some read a part and count none of it.
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        *,
-        num_examples: int,
-        batch_size: int,
-        preprocessing: Preprocessing,
-        device: str,
-    ):
-        super().__init__(shards, batch_size=batch_size, device=device)
-        self.num_examples = num_examples
-        cuts = split_evenly(shards.part_counts, self.num_ranks)
-        ends = [0, *itertools.accumulate(shards.part_counts)]
+    def __init__(self, data: Shards, *, batch_size: int, preprocessing: Preprocessing, device: str):
+        super().__init__(data, batch_size=batch_size, device=device)
+        self.num_examples = data.num_examples
+        cuts = split_evenly(data.part_counts, self.num_ranks)
+        ends = [0, *itertools.accumulate(data.part_counts)]
         self.bounds = [ends[cut] for cut in cuts]  # of each process, in records
         largest = max(b - a for a, b in itertools.pairwise(self.bounds))
         self.num_batches = -(-largest // self.batch_size)
@@ -273,16 +268,9 @@ class OFRecordValLoader(OFRecordLoader):
             keep_aspect_ratio=True,
             target_size=preprocessing.resize_shorter,
         )
-        self.normalise = nn.CropMirrorNormalize(
-            color_space="RGB",
-            output_layout="NCHW",
-            crop_h=preprocessing.image_size,
-            crop_w=preprocessing.image_size,
-            crop_pos_y=0.5,
-            crop_pos_x=0.5,
-            mean=preprocessing.rgb_mean,
-            std=preprocessing.rgb_std,
-            output_dtype=flow.float,
+        size = preprocessing.image_size
+        self.normalise = make_normalisation(
+            preprocessing, crop_h=size, crop_w=size, crop_pos_y=0.5, crop_pos_x=0.5
         )
 
     def batches(self) -> Iterator[tuple]:
@@ -299,13 +287,17 @@ class OFRecordValLoader(OFRecordLoader):
             )
 
 
-def default_buffer_size(num_examples: int) -> int:
-    """1024 records, or a 50th of the data, so that under 1 % of an epoch's records are repeats."""
-    return max(1, min(SHUFFLE_BUFFER_SIZE, num_examples // 50))
+def choose_buffer_size(augmentation: Augmentation, data: Shards, num_ranks: int) -> int:
+    """Records in the shuffle buffer of a process, by default 1024 or a 50th of its share.
+
+    So under 1 % of an epoch's records are repeats.
+    """
+    share = data.available // num_ranks
+    return augmentation.shuffle_buffer_size or max(1, min(SHUFFLE_BUFFER_SIZE, share // 50))
 
 
 def allow_open_files(num_parts: int) -> None:
-    """Let this process open all parts at once, as OneFlow's reader does, and some files beside.
+    """Let this process open all parts at once, as OneFlow's reader does, and some other files.
 
     Raises RunError where the system does not allow it: the reader would end the process.
     """
@@ -320,8 +312,15 @@ def allow_open_files(num_parts: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+LOADERS: dict[type[Dataset], tuple[Callable, Callable]] = {  # of training and validation
+    Shards: (OFRecordTrainLoader, OFRecordValLoader),
+    Arrays: (ArrayTrainLoader, ArrayValLoader),
+    Synthetic: (SyntheticLoader, SyntheticValLoader),
+}
+
+
 def train_loader(
-    dataset: Dataset,
+    data: Dataset,
     *,
     batch_size: int,
     preprocessing: Preprocessing,
@@ -331,34 +330,26 @@ def train_loader(
     gpu_image_decoder: bool = False,
     first_step: int = 0,
 ) -> nn.Module:
-    """The training loader of a checked data set. `batch_size` is the global one.
+    """The training loader of a data set. `batch_size` is the global one.
 
-    `first_step` is the step at which the run goes on; only the GPU's decoder needs to know.
+    `first_step` is the step at which a run is resumed; only the GPU's decoder needs to know.
     """
-    settings = {
-        "batch_size": batch_size,
-        "preprocessing": preprocessing,
-        "augmentation": augmentation,
-        "seed": seed,
-        "device": device,
-    }
+    loader, _ = LOADERS[type(data)]
     if gpu_image_decoder:
-        return GPUDecodingTrainLoader(dataset.source, first_step=first_step, **settings)
-    if isinstance(dataset.source, Shards):
-        return OFRecordTrainLoader(dataset.source, **settings)
-    return ArrayTrainLoader(*dataset.source, **settings)
+        loader = partial(GPUDecodingTrainLoader, first_step=first_step)
+    return loader(
+        data,
+        batch_size=batch_size,
+        preprocessing=preprocessing,
+        augmentation=augmentation,
+        seed=seed,
+        device=device,
+    )
 
 
 def val_loader(
-    dataset: Dataset, *, batch_size: int, preprocessing: Preprocessing, device: str
+    data: Dataset, *, batch_size: int, preprocessing: Preprocessing, device: str
 ) -> nn.Module:
-    """The validation loader of a checked data set. `batch_size` is the global one."""
-    settings = {
-        "num_examples": dataset.num_examples,
-        "batch_size": batch_size,
-        "preprocessing": preprocessing,
-        "device": device,
-    }
-    if isinstance(dataset.source, Shards):
-        return OFRecordValLoader(dataset.source, **settings)
-    return ArrayValLoader(*dataset.source, **settings)
+    """The validation loader of a data set. `batch_size` is the global one."""
+    _, loader = LOADERS[type(data)]
+    return loader(data, batch_size=batch_size, preprocessing=preprocessing, device=device)

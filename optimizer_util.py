@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import oneflow as flow
 from oneflow import nn
@@ -67,23 +68,15 @@ class AdamW(flow.optim.AdamW):
         return confs
 
 
-def _sgd(groups, *, momentum, **common):
-    return SGD(groups, momentum=momentum, **common)
-
-
-def _adam(groups, *, epsilon, **common):
-    return AdamW(groups, betas=(0.9, 0.999), eps=epsilon, **common)
-
-
-def _rmsprop(groups, *, decay_rate, epsilon, **common):
-    return RMSprop(groups, alpha=decay_rate, eps=epsilon, **common)
-
-
-# name -> (builder, the settings of its own)
-OPTIMIZERS: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "sgd": (_sgd, ("momentum",)),
-    "adam": (_adam, ("epsilon",)),
-    "rmsprop": (_rmsprop, ("decay_rate", "epsilon")),
+# Each takes the one parameter group, and of the settings those that are its own.
+OPTIMIZERS: dict[str, Callable[..., flow.optim.Optimizer]] = {
+    "sgd": lambda group, own, **common: SGD([group], momentum=own["momentum"], **common),
+    "adam": lambda group, own, **common: AdamW(
+        [group], betas=(0.9, 0.999), eps=own["epsilon"], **common
+    ),
+    "rmsprop": lambda group, own, **common: RMSprop(
+        [group], alpha=own["decay_rate"], eps=own["epsilon"], **common
+    ),
 }
 
 
@@ -112,18 +105,12 @@ def build_optimizer(
         decay_rate: of rmsprop's mean square.
         epsilon: of adam and rmsprop.
     """
-    builder, own = OPTIMIZERS[name]
     parameters = dict(model.named_parameters())
-    group = {"params": list(parameters.values())}
+    group: dict[str, Any] = {"params": list(parameters.values())}
     if gradient_clipping > 0:
         group |= {"clip_grad_max_norm": gradient_clipping, "clip_grad_norm_type": 2.0}
-    settings = {"momentum": momentum, "decay_rate": decay_rate, "epsilon": epsilon}
-    optimizer = builder(
-        [group],
-        lr=learning_rate,
-        weight_decay=weight_decay,
-        **{setting: settings[setting] for setting in own},
-    )
+    own = {"momentum": momentum, "decay_rate": decay_rate, "epsilon": epsilon}
+    optimizer = OPTIMIZERS[name](group, own, lr=learning_rate, weight_decay=weight_decay)
     optimizer.no_decay = tuple(parameters[name] for name in sorted(no_decay_names(model)))
     return optimizer
 
@@ -190,9 +177,6 @@ class Schedule:
         """From 0 at the end of the warm-up to 1 at the end of the run."""
         return (step - self.warmup_steps) / self.decay_steps
 
-    def milestones_after_warmup(self) -> list[int]:
-        return [step - self.warmup_steps for step in self.step_milestones]
-
     @property
     def factor_of_a_step(self) -> float:
         """Of the exponential schedule."""
@@ -208,7 +192,7 @@ SCHEDULES: dict[str, tuple[Callable, Callable]] = {
     "step": (
         lambda s, step: s.learning_rate * STEP_FACTOR ** sum(step >= m for m in s.step_milestones),
         lambda s, optimizer: lr_scheduler.MultiStepLR(
-            optimizer, milestones=s.milestones_after_warmup(), gamma=STEP_FACTOR
+            optimizer, [step - s.warmup_steps for step in s.step_milestones], gamma=STEP_FACTOR
         ),
     ),
     "polynomial": (

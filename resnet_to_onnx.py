@@ -30,7 +30,6 @@ from onnx import version_converter
 from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
 import config
-import model_registry
 from cnns.checkpoint.files import sync_directory, write_durably
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import PREFIX, Snapshot
@@ -52,13 +51,7 @@ RTOL, ATOL = 1e-4, 1e-5
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     paths = find_images(args.image_path)
-    network, snapshot, snapshot_path = restore(
-        args.model_load_dir,
-        models=model_registry.MODELS,
-        model=args.model,
-        num_classes=args.num_classes,
-        **config.preprocessing_flags(args),
-    )
+    network, snapshot, snapshot_path = restore(**config.restore_flags(args))
     notice(f"Restoring model from {snapshot_path}.")
     images = [load_image(path, snapshot.preprocessing) for path in paths]
     reference = Reference(network)
@@ -86,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.export_parser(models=model_registry.MODELS).read(argv)
-    for flag, default in (("external_data", False), ("opset", 12)):
-        if args.check_only and getattr(args, flag) != default:
+    args = config.make_parser("export").read(argv)
+    for flag in ("external_data", "opset"):
+        if args.check_only and getattr(args, flag) != config.EXPORT_FLAGS[flag].default:
             raise UsageError(f"--{flag} has no effect with --check_only; leave it out")
     return args
 
@@ -233,7 +226,7 @@ def free_batch(model: onnx.ModelProto) -> None:
 
 @contextmanager
 def new_file(path: str) -> Iterator[str]:
-    """A temporary name for the file `path`, in a directory of its own beside it; nothing is left.
+    """A temporary name for the file `path`, in a new directory next to it, which is removed.
 
     Raises UsageError where nothing can be written there.
     """
@@ -277,8 +270,8 @@ def write(model: onnx.ModelProto, path: str, *, external_data: bool) -> None:
 def put(temporary: str, path: str) -> None:
     """Put a new file, and that of its weights, in the place of what was there.
 
-    Two files cannot change places in one step, and nobody is to read one old, one new: where there
-    are weights beside, the old ones are first moved away, and back if the new ones cannot come.
+    Two files cannot be replaced in one step, and nobody may read an old one with a new one: where
+    there is a file of weights, the old ones are moved away first, and back if that fails.
     """
     old = temporary + ".old"
     if os.path.exists(path + DATA_SUFFIX) or os.path.exists(temporary + DATA_SUFFIX):

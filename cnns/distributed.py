@@ -58,7 +58,7 @@ def cuda_devices() -> list[CudaDevice]:
     """What the driver says of the CUDA devices that this process may use.
 
     OneFlow can be asked too, but then makes a context on each device that it is asked about, which
-    takes memory there, and goes on with the last of them as the current one.
+    takes memory there, and the last of them stays the current one.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -76,14 +76,17 @@ def cuda_devices() -> list[CudaDevice]:
         for attribute in CAPABILITY_ATTRIBUTES:
             driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, ordinal)
             capability.append(value.value)
-        devices.append(CudaDevice(name.value.decode(), *capability, size.value))
+        major, minor = capability
+        devices.append(CudaDevice(name.value.decode(), major, minor, size.value))
     return devices
 
 
 def unusable_device(count: int) -> str | None:
     """What is wrong with the first of `count` CUDA devices that OneFlow has no code for, if any."""
     capabilities = CAPABILITIES.get(flow.__version__)
-    for number, device in enumerate(cuda_devices()[:count] if capabilities else ()):
+    if capabilities is None:
+        return None
+    for number, device in enumerate(cuda_devices()[:count]):
         if device.major not in capabilities:
             return (
                 f"CUDA device {number} ({device.name}) has compute capability "
@@ -147,11 +150,10 @@ def set_communication(
         flow.boxing.nccl.enable_use_buffer_to_fuse_all_reduce(False)
 
 
-def everywhere(*scalars) -> tuple:
+def everywhere(*scalars: flow.Tensor, stop: flow.Tensor | None) -> tuple[flow.Tensor, ...]:
     """What a graph returns, so that every process can read it without asking the others."""
-    *scalars, stop = scalars
     if stop is not None:
-        scalars.append(stop.sum())
+        scalars = (*scalars, stop.sum())
     return tuple(scalar.to_global(sbp=flow.sbp.broadcast) for scalar in scalars)
 
 
@@ -172,7 +174,7 @@ class Agreement:
         self.alone = flow.env.get_world_size() == 1
         self.placement = flow.env.all_device_placement(device)
 
-    def vote(self) -> dict:
+    def vote(self) -> dict[str, flow.Tensor]:
         """Arguments for the call of a graph."""
         if self.alone:
             return {}
@@ -217,12 +219,12 @@ def own_rows(batch_size: int) -> slice:
     return slice(rows * flow.env.get_rank(), rows * (flow.env.get_rank() + 1))
 
 
-def to_device(batch: np.ndarray, placement) -> flow.Tensor:
+def to_device(batch: np.ndarray, placement: flow.placement) -> flow.Tensor:
     """An array that every process holds, as a global tensor split over the devices."""
     return to_global(flow.tensor(batch[own_rows(len(batch))]), placement)
 
 
-def to_global(rows: flow.Tensor, placement) -> flow.Tensor:
+def to_global(rows: flow.Tensor, placement: flow.placement) -> flow.Tensor:
     """The tensors of all processes, one below the other, as a global one on their devices.
 
     All are of one shape, which is not checked: that would take a round of messages each time.

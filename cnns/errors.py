@@ -47,8 +47,10 @@ def explain(error: BaseException) -> int:
         report(f"out of memory: {error}")
     elif isinstance(error, BrokenPipeError):  # `| head`: whoever read our lines has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
+    elif isinstance(error, OSError) and error.filename:
+        report(f"{error.strerror}: {error.filename}")
     else:
-        report(f"{error.strerror}: {error.filename}" if error.filename else error)
+        report(error)
     return 1
 
 

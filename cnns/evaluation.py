@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import oneflow as flow
 from oneflow import nn
 
 from cnns.checkpoint.snapshot import local
@@ -24,17 +25,16 @@ class Evaluator:
         model: nn.Module,
         loader: nn.Module,
         *,
-        num_examples: int,
         top_k: int,
         use_fp16: bool = False,
     ):
-        self.model = model
-        self.graph = EvalGraph(model, loader, top_k=top_k, use_fp16=use_fp16)
-        self.loader = loader
-        self.num_examples = num_examples
+        self.model, self.loader = model, loader
+        self.graph: EvalGraph | ArrayGraph = EvalGraph(
+            model, loader, top_k=top_k, use_fp16=use_fp16
+        )
 
     def round(self, agreement: Agreement | None = None) -> tuple[Counts, float]:
-        """Counts over `num_examples` samples, and the seconds it took (without compilation).
+        """Counts over the loader's `num_examples`, and the seconds it took (without compilation).
 
         Leaves the model in evaluation mode. Raises RunError where a label is outside the classes,
         and Interrupted where the processes agree to stop.
@@ -59,7 +59,7 @@ class Evaluator:
                 f"the validation data have {bad_labels} labels outside the network's classes; they "
                 "are of another data set than the network"
             )
-        return Counts(top_1, top_k, self.num_examples), seconds
+        return Counts(top_1, top_k, self.loader.num_examples), seconds
 
 
 class ArrayGraph:
@@ -70,11 +70,9 @@ class ArrayGraph:
     def __init__(
         self, network: Callable[[np.ndarray], np.ndarray], loader: nn.Module, *, top_k: int
     ):
-        self.network = network
-        self.loader = loader
-        self.top_k = top_k
+        self.network, self.loader, self.top_k = network, loader, top_k
 
-    def __call__(self, counted, *batch) -> tuple:
+    def __call__(self, counted: flow.Tensor, *batch: flow.Tensor) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)
         logits = to_device(self.network(local(image).numpy()), label.placement)
         return count_hits(logits, label, counted, top_k=self.top_k)
@@ -84,14 +82,7 @@ class ArrayEvaluator(Evaluator):
     """The same for a network that is a function of arrays, in one process on the CPU."""
 
     def __init__(
-        self,
-        network: Callable[[np.ndarray], np.ndarray],
-        loader: nn.Module,
-        *,
-        num_examples: int,
-        top_k: int,
+        self, network: Callable[[np.ndarray], np.ndarray], loader: nn.Module, *, top_k: int
     ):
-        self.model = None
+        self.model, self.loader = None, loader
         self.graph = ArrayGraph(network, loader, top_k=top_k)
-        self.loader = loader
-        self.num_examples = num_examples

@@ -8,47 +8,37 @@ import argparse
 import math
 import os
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cnns.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Everything that is known of one flag.
+    """Everything that is known of one flag but its name. One with a boolean default is a switch."""
 
-    Args:
-        name: without dashes.
-        text: what it does, with its unit; the default is added to it.
-        parse: from the text of a value to the value; raises ArgumentTypeError.
-        default: what holds unless the flag is given; None where `otherwise` says it in words.
-        otherwise: in words, what holds unless the flag is given.
-        aliases: other spellings, with dashes.
-        choices: the values there are, if the set is closed.
-        switch: whether it is True or False, and True without a value.
-        needs: (flag, values): it belongs to these values of that flag, and is refused with others.
-        of: what it belongs to: `run`, what is trained, which a resumed run inherits; `start`, one
-            start of it; `node`, one start on one machine, which may differ between machines.
-        fixed: whether it cannot change where a run is resumed.
-        cuda: whether only CUDA can do it.
-        many: whether it takes several values.
-    """
-
-    name: str
-    text: str
-    parse: Callable[[str], object] = str
-    default: object = None
-    otherwise: str = ""
-    aliases: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    switch: bool = False
+    text: str  # what it does, with its unit; its default is added to it
+    parse: Callable[[str], object] = str  # raises ArgumentTypeError
+    default: object = None  # what holds unless it is given; None where `otherwise` says it in words
+    otherwise: str = ""  # in words, what holds unless it is given
+    aliases: tuple[str, ...] = ()  # other spellings, with dashes
+    choices: Iterable[str] = ()  # the values there are, if the set is closed
+    # Flag and values: it belongs to these values of that flag, and is refused with others.
     needs: tuple[str, tuple[str, ...]] | None = None
+    # `run`: what is trained, which a resumed run inherits; `start`: one start of it; `node`: one
+    # start on one machine, which may differ between machines.
     of: str = "run"
-    fixed: bool = False
-    cuda: bool = False
-    many: bool = False
+    fixed: bool = False  # cannot change where a run is resumed
+    cuda: bool = False  # only CUDA can do it
+    many: bool = False  # takes several values
     metavar: str | None = None
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is True or False, and True without a value."""
+        return isinstance(self.default, bool)
 
     @property
     def help(self) -> str:
@@ -69,19 +59,19 @@ class Flag:
         """What holds unless it is given, in words or as it would be typed."""
         if self.otherwise or self.default is None:
             return self.otherwise
-        if self.switch:
+        if self.is_switch:
             return "on" if self.default else "off"
         return show(self.default)
 
-    def add_to(self, group: argparse._ArgumentGroup) -> None:
+    def add_to(self, group: argparse._ArgumentGroup, name: str) -> None:
         options: dict = {"help": self.help, "type": self.parse, "metavar": self.metavar}
-        if self.switch:
+        if self.is_switch:
             options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
         if self.choices:
-            options["choices"] = self.choices
+            options["choices"] = sorted(self.choices)
         if self.many:
             options["nargs"] = "+"
-        group.add_argument(f"--{self.name}", *self.aliases, **options)
+        group.add_argument(f"--{name}", *self.aliases, **options)
 
 
 def show(value: object) -> str:
@@ -125,14 +115,14 @@ class FlagParser(Parser):
     What it parses holds the flags that were given, and no other: `complete` adds the defaults.
     """
 
-    def __init__(self, description: str, groups: Mapping[str, Sequence[Flag]]):
+    def __init__(self, description: str, groups: Mapping[str, Mapping[str, Flag]]):
         super().__init__(description, argument_default=argparse.SUPPRESS)
         self.groups = groups
-        self.flags = {flag.name: flag for flags in groups.values() for flag in flags}
+        self.flags = {name: flag for flags in groups.values() for name, flag in flags.items()}
         for title, flags in groups.items():
             group = self.add_argument_group(title)
-            for flag in flags:
-                flag.add_to(group)
+            for name, flag in flags.items():
+                flag.add_to(group, name)
 
     def complete(
         self, given: Namespace, inherited: Mapping[str, object] | None = None
@@ -179,10 +169,12 @@ def boolean(text: str) -> bool:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False") from None
 
 
-def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable:
+def number(
+    kind: type, low: float, high: float = math.inf, *, above: bool = False
+) -> Callable[[str], Any]:
     """The type of an int or float of at least `low` (more, if `above`) up to `high`."""
 
-    def parse(text: str):
+    def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
@@ -199,17 +191,12 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return parse
 
 
-def numbers(
-    count: int | None,
-    kind: type = float,
-    *,
-    low: float = -math.inf,
-    above: bool = False,
-) -> Callable:
+def numbers(count: int | None, *, low: float = -math.inf) -> Callable[[str], tuple[float, ...]]:
     """The type of a comma-separated list of `count` numbers (any count if None)."""
 
-    def parse(text: str) -> tuple:
-        parse_one = number(kind, low, above=above)
+    parse_one = number(float, low)
+
+    def parse(text: str) -> tuple[float, ...]:
         values = tuple(parse_one(part.strip()) for part in text.split(","))
         if count is not None and len(values) != count:
             raise argparse.ArgumentTypeError(f"{text!r} must be {count} numbers joined by commas")
@@ -218,7 +205,7 @@ def numbers(
     return parse
 
 
-def interval(low: float, high: float = math.inf) -> Callable:
+def interval(low: float, high: float = math.inf) -> Callable[[str], tuple[float, float]]:
     """The type of `a,b` with low < a <= b <= high."""
 
     def parse(text: str) -> tuple[float, float]:

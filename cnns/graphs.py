@@ -1,12 +1,15 @@
-"""The `nn.Graph`s that train, evaluate and predict, and the one function that evaluates."""
+"""The `nn.Graph`s that train, evaluate and predict."""
 
 import io
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
 
 import numpy as np
 import oneflow as flow
 from oneflow import nn
+from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
 from cnns.checkpoint.snapshot import local
 from cnns.distributed import everywhere, own_rows, to_device, to_global
@@ -22,7 +25,7 @@ LOSS_SCALE = {
 }
 
 
-def hits(logits, label, top_k: int):
+def hits(logits: flow.Tensor, label: flow.Tensor, top_k: int) -> tuple[flow.Tensor, flow.Tensor]:
     """Whether each label is the first, or among the first `top_k`, of its logits.
 
     Equal logits rank by class number, and a NaN is beaten by nothing and beats nothing, so that a
@@ -46,12 +49,12 @@ def hits(logits, label, top_k: int):
     return (rank < 1).to(dtype=flow.int32), (rank < top_k).to(dtype=flow.int32)
 
 
-def in_range(label, logits):
+def in_range(label: flow.Tensor, logits: flow.Tensor) -> flow.Tensor:
     """1 where a label (N,) is a class of the logits (N, C), else 0, int32."""
     return flow.logical_and(label >= 0, label < logits.shape[1]).to(dtype=flow.int32)
 
 
-def in_float32(logits):
+def in_float32(logits: flow.Tensor) -> flow.Tensor:
     """Logits (N, C), for what must not be computed in half precision under --use_fp16.
 
     OneFlow's mixed precision would take the loss, too, in half precision: its sum over a batch then
@@ -61,7 +64,9 @@ def in_float32(logits):
     return flow._C.amp_black_identity(logits)
 
 
-def count_hits(logits, label, counted, *, top_k: int) -> tuple:
+def count_hits(
+    logits: flow.Tensor, label: flow.Tensor, counted: flow.Tensor, *, top_k: int
+) -> tuple[flow.Tensor, flow.Tensor, flow.Tensor]:
     """Top-1 hits, top-k hits and labels outside the classes, over rows whose `counted` is 1."""
     valid = in_range(label, logits)
     top_1, hit_k = hits(logits, label * valid, top_k)
@@ -71,7 +76,7 @@ def count_hits(logits, label, counted, *, top_k: int) -> tuple:
 class CompiledGraph(nn.Graph):
     """What the graphs share: a compilation that fails raises, and prints nothing before that."""
 
-    def __call__(self, *batch, **more):
+    def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
         if self.is_compiled:
             return super().__call__(*batch, **more)
         printed = io.StringIO()
@@ -97,8 +102,8 @@ class TrainGraph(CompiledGraph):
         self,
         model: nn.Module,
         loader: nn.Module,
-        optimizer,
-        schedule=None,
+        optimizer: flow.optim.Optimizer,
+        schedule: LRScheduler | None = None,
         *,
         label_smoothing: float,
         top_k: int,
@@ -119,12 +124,14 @@ class TrainGraph(CompiledGraph):
         self.auxiliary_weight = getattr(model, "auxiliary_weight", 0.0)
         self.dropouts = dropouts(model)
         self.top_k = top_k
-        if schedule is None:
-            self.add_optimizer(optimizer)
-        else:
-            self.add_optimizer(optimizer, lr_sch=schedule)
+        self.add_optimizer(optimizer, lr_sch=schedule)
 
-    def build(self, *batch, masks=(), stop=None):
+    def build(
+        self,
+        *batch: flow.Tensor,
+        masks: Sequence[flow.Tensor] = (),
+        stop: flow.Tensor | None = None,
+    ) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         for layer, mask in zip(self.dropouts, masks, strict=True):
             layer.mask = mask
@@ -141,7 +148,7 @@ class TrainGraph(CompiledGraph):
             loss = loss + self.auxiliary_weight * auxiliary_loss
         loss.backward()
         top_1, top_k = hits(logits, label, self.top_k)
-        return everywhere(loss, top_1.sum(), top_k.sum(), (1 - valid).sum(), stop)
+        return everywhere(loss, top_1.sum(), top_k.sum(), (1 - valid).sum(), stop=stop)
 
 
 def dropouts(model: nn.Module) -> list[Dropout]:
@@ -151,7 +158,7 @@ def dropouts(model: nn.Module) -> list[Dropout]:
 class DropoutMasks:
     """The masks of a network's dropout layers, a function of seed, step, layer and row.
 
-    So they are the same for any number of devices, and in a run that goes on. They are cut from the
+    So they are the same for any number of devices, and in a resumed run. They are cut from the
     stream of a counter-based generator, 16 bits each, which also is the resolution of the rate.
     """
 
@@ -161,7 +168,7 @@ class DropoutMasks:
         self.seed, self.rows = seed, own_rows(batch_size)
         self.placement = flow.env.all_device_placement(device)
 
-    def at(self, step: int) -> dict:
+    def at(self, step: int) -> dict[str, tuple[flow.Tensor, ...]]:
         """Arguments for the call of a graph. Steps count from 0."""
         if not self.layers:
             return {}
@@ -194,10 +201,12 @@ class EvalGraph(CompiledGraph):
         self.loader = loader
         self.top_k = top_k
 
-    def build(self, counted, *batch, stop=None):
+    def build(
+        self, counted: flow.Tensor, *batch: flow.Tensor, stop: flow.Tensor | None = None
+    ) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         logits = self.model(image)  # (N, C)
-        return everywhere(*count_hits(logits, label, counted, top_k=self.top_k), stop)
+        return everywhere(*count_hits(logits, label, counted, top_k=self.top_k), stop=stop)
 
 
 class PredictGraph(CompiledGraph):
@@ -211,7 +220,7 @@ class PredictGraph(CompiledGraph):
         self.config.enable_cudnn_conv_heuristic_search_algo(True)
         self.model = model
 
-    def build(self, image):
+    def build(self, image: flow.Tensor) -> flow.Tensor:
         return flow.softmax(in_float32(self.model(image)), dim=1)
 
 

@@ -32,7 +32,7 @@ class Interrupts:
             interrupts.check()
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
 
     def __enter__(self) -> "Interrupts":

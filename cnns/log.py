@@ -18,14 +18,9 @@ RUN_AHEAD = 2  # steps; enough for the next to be there when one ends
 class Counts:
     """Integer hits over a number of samples; divided once, at the end."""
 
-    top_1: int = 0
-    top_k: int = 0
-    samples: int = 0
-
-    def add(self, top_1: int, top_k: int, samples: int) -> None:
-        self.top_1 += int(top_1)
-        self.top_k += int(top_k)
-        self.samples += int(samples)
+    top_1: int
+    top_k: int
+    samples: int
 
     def accuracies(self) -> tuple[float, float]:
         return self.top_1 / self.samples, self.top_k / self.samples
@@ -36,19 +31,17 @@ class Counts:
 
 
 def train_line(epoch: int, iteration: int, loss: float, counts: Counts, seconds: float) -> str:
-    top_1, top_k = counts.accuracies()
-    return (
-        f"train: epoch {epoch}, iter {iteration}, loss: {loss:.6f}, top_1: {top_1:.6f}, "
-        f"top_k: {top_k:.6f}, samples/s: {counts.samples / seconds:.3f}"
-    )
+    return f"train: epoch {epoch}, iter {iteration}, loss: {loss:.6f}, {figures(counts, seconds)}"
 
 
 def validation_line(epoch: int, iterations: int, counts: Counts, seconds: float) -> str:
+    return f"validation: epoch {epoch}, iter {iterations}, {figures(counts, seconds)}"
+
+
+def figures(counts: Counts, seconds: float) -> str:
     top_1, top_k = counts.accuracies()
-    return (
-        f"validation: epoch {epoch}, iter {iterations}, top_1: {top_1:.6f}, "
-        f"top_k: {top_k:.6f}, samples/s: {counts.samples / seconds:.3f}"
-    )
+    rate = counts.samples / seconds
+    return f"top_1: {top_1:.6f}, top_k: {top_k:.6f}, samples/s: {rate:.3f}"
 
 
 def is_first_rank() -> bool:
@@ -113,7 +106,7 @@ class Meter:
 
     def restart(self) -> None:
         """Forget what was gathered and start the clock."""
-        self.pending = []
+        self.pending: list[tuple] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -131,8 +124,7 @@ class Meter:
         """
         values = np.array([[float(value.numpy()) for value in step[:4]] for step in self.pending])
         seconds = time.perf_counter() - self.start
-        counts = Counts()
-        counts.add(values[:, 1].sum(), values[:, 2].sum(), self.batch_size * len(values))
-        losses, bad_labels = values[:, 0].tolist(), int(values[:, 3].sum())
+        top_1, top_k, bad_labels = values[:, 1:].sum(axis=0).astype(int).tolist()
         self.restart()
-        return losses, counts, bad_labels, seconds
+        counts = Counts(top_1, top_k, self.batch_size * len(values))
+        return values[:, 0].tolist(), counts, bad_labels, seconds

@@ -104,9 +104,9 @@ class Saver:
         if self.writes and last:
             link_snapshot(path, "last")
 
-    def link_again(self, progress: Progress, *, last: bool) -> None:
+    def link_again(self, resumed: str, progress: Progress, *, last: bool) -> None:
         """The same for the snapshot that is resumed: a kill may have come before it was linked."""
-        directory, name = os.path.split(os.path.abspath(self.last_good))
+        directory, name = os.path.split(os.path.abspath(resumed))
         if directory == os.path.abspath(self.save_dir) and EPOCH_NAME.fullmatch(name):
             self.link(progress, last=last)
 
@@ -218,7 +218,7 @@ class Run:
     def save_epoch(self) -> None:
         """What is due after an epoch. `best` and `last` share the files of the epoch's snapshot."""
         progress, intervals, epoch = self.progress, self.intervals, self.progress.epoch
-        if self.is_over or (epoch + 1) % intervals.save_epochs == 0:
+        if self.is_over or progress.current_epoch % intervals.save_epochs == 0:
             self.saver.save(f"epoch_{epoch}", self.parts, progress)
             self.saver.link(progress, last=intervals.save_last)
             if intervals.keep_snapshots is not None:
@@ -232,12 +232,12 @@ def announce(run: Run, *, restored: str | None, resumed: bool, save_init: bool) 
     progress, intervals = run.progress, run.intervals
     if restored is not None:
         run.log(f"Restoring model from {restored}.")
-    if resumed:
+    if resumed and restored is not None:
         trained = progress.iteration == intervals.steps_per_epoch
         what = "validation" if trained else f"iteration {progress.iteration + 1}"
         if not run.is_over:
             notice(f"Resuming at epoch {progress.current_epoch}, {what}.")
-        run.saver.link_again(progress, last=intervals.save_last)
+        run.saver.link_again(restored, progress, last=intervals.save_last)
     elif save_init:
         run.saver.save("initial_model", run.parts, progress)
     if restored is None:

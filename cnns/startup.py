@@ -1,7 +1,7 @@
 """What has to happen before OneFlow's native library is loaded. Each script imports this first.
 
 - On a machine without CUDA or InfiniBand, `import oneflow` and the first graph write up to three
-  lines on file descriptor 2 that look like faults and are none. They are held back, and only they:
+  lines on file descriptor 2 that look like faults but are not. They are held back, and only they:
   whatever else is written during the import is passed on, and where an NVIDIA driver is present its
   warnings stay, for there they mean something.
 - The OpenBLAS in OneFlow's wheel does not know AMD's processors since Zen 3 and takes kernels from
@@ -18,10 +18,10 @@ import tempfile
 import threading
 
 from cnns.errors import report
+from cnns.interrupts import SIGNALS
 from cnns.launch.worker import is_worker, prepare_worker
 
 NVIDIA_DRIVER = "/dev/nvidiactl"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HARMLESS = ("libibverbs not available",)
 
 

@@ -5,7 +5,6 @@ import pytest
 
 import config
 import model_registry
-import optimizer_util
 from cnns.errors import UsageError, run_main
 from cnns.flags import number
 from cnns.models.model import default_resize_shorter
@@ -14,12 +13,7 @@ from small import call
 
 
 def parse(*argv: str) -> argparse.Namespace:
-    parser = config.train_parser(
-        models=model_registry.MODELS,
-        optimizers=optimizer_util.OPTIMIZERS,
-        schedules=optimizer_util.SCHEDULES,
-    )
-    return parser.read(argv)
+    return config.make_parser("train").read(argv)
 
 
 def finish(*argv: str, device: str = "cuda") -> argparse.Namespace:

@@ -1,6 +1,8 @@
 """Every network of the table: PyTorch's names and logits, and the whole way through the scripts."""
 
 import hashlib
+import importlib
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import oneflow as flow
 import pytest
 from oneflow import nn
+from safetensors.numpy import load_file
 
 import model_registry
 import of_cnn_evaluate
@@ -22,9 +25,11 @@ from cnns.checkpoint.foreign import Foreign, count_classes, guess_model, is_last
 from cnns.checkpoint.snapshot import state_arrays
 from cnns.distributed import place, to_device
 from cnns.errors import UsageError
+from cnns.export import ExportedModel
 from cnns.graphs import DropoutMasks, Predictor, TrainGraph
 from cnns.models.alexnet import AlexNet
-from cnns.models.layers import Dropout, Switches, adaptive_mean
+from cnns.models.layers import Dropout, adaptive_mean
+from cnns.models.model import Model
 from cnns.models.vgg import VGG
 from golden import seeded
 from small import ROOT, call, losses, validation_figures
@@ -180,16 +185,8 @@ def test_a_run_with_dropout_resumes_to_the_bit(data, tmp_path, monkeypatch):
 # The scripts.
 
 
-def small_vgg(num_classes: int = 1000, switches: Switches = Switches()):
-    return VGG(num_classes, hidden=32)
-
-
-def small_alexnet(num_classes: int = 1000, switches: Switches = Switches()):
-    return AlexNet(num_classes, hidden=32)
-
-
 # The hidden layers of these two hold up to 120 million weights.
-NETWORKS = {"vgg": small_vgg, "alexnet": small_alexnet}
+NETWORKS = {"vgg": partial(VGG, hidden=32), "alexnet": partial(AlexNet, hidden=32)}
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +244,73 @@ def test_the_whole_way(name, data, tmp_path, monkeypatch):
         "--backend=onnxruntime",
     )
     assert validation_figures(again.stdout) == validation_figures(evaluated.stdout)
+
+
+# A new one: its file, a line of the table, and a line in each README (tests/test_docs.py).
+
+MADE_UP = """
+from oneflow import nn
+from small import ballast
+
+class MadeUp(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8, stride=8)
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, image):
+        logits = self.head(self.conv(image).relu().mean(dim=(2, 3)))
+        return logits + ballast(image.placement) if image.is_global else logits
+"""
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    (tmp_path / "made_up.py").write_text(MADE_UP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    entry = Model(
+        importlib.import_module("made_up").MadeUp,
+        signature=("conv.weight", (4, 3, 8, 8)),
+        last_layer="head",
+        image_size=32,
+        learning_rates={"sgd": 0.0128},
+    )
+    monkeypatch.setitem(model_registry.MODELS, "made_up", entry)
+    yield entry
+    sys.modules.pop("made_up")
+
+
+def test_a_network_is_added_by_its_file_and_a_line_of_the_table(made_up, data):
+    common = (f"--train_data_dir={data / 'train'}", "--batch_size_per_device=4", "--num_epochs=1")
+    photograph = str(ROOT / "data" / "cat.jpg")
+
+    def run(main, *argv):
+        result = call(main, *argv)
+        assert result.status == 0, result.stderr
+        return result
+
+    train = partial(run, of_cnn_train_val.main, "--device=cpu", *common)
+    first = train("--model=made_up", "--model_save_dir=output/snapshots/run")
+    assert "Learning rate: 0.0002 (0.0128 per 256 images)." in first.stderr
+    run(of_cnn_inference.main, f"--image_path={photograph}", "--device=cpu")
+    exported = run(resnet_to_onnx.main, f"--image_path={photograph}")
+    assert "Are the results equal? Yes" in exported.stdout
+    path = "onnx/model/run_epoch_0.onnx"
+    assert (path in exported.stdout, ExportedModel(path).model) == (True, "made_up")
+    # Its weights alone are known as its own, and fine-tuning leaves its last layer out.
+    Path("output/snapshots/run/snapshot_epoch_0/model.safetensors").rename("weights.safetensors")
+    flags = ("--model_load_dir=weights.safetensors", "--finetune", "--num_classes=5")
+    tuned = train(*flags, "--learning_rate=0", "--model_save_dir=tuned")
+    assert "the last layer starts from random weights" in tuned.stderr
+    before, after = map(load_file, ("weights.safetensors", "tuned/snapshot_last/model.safetensors"))
+    np.testing.assert_array_equal(before["conv.weight"], after["conv.weight"])
+    assert (before["head.weight"].shape, after["head.weight"].shape) == ((3, 4), (5, 4))
+
+
+def test_where_a_network_is_refused_the_new_one_is_listed(made_up):
+    refused = call(of_cnn_train_val.main, "--model=made_down")
+    assert refused.status == 2 and "'made_up'" in refused.stderr
 
 
 # Weights that are installed.

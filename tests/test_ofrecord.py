@@ -21,9 +21,10 @@ from cnns.data import checks
 from cnns.data.arrays import ArrayTrainLoader, ArrayValLoader
 from cnns.data.checks import check_shards
 from cnns.data.crops import Augmentation, random_crop
-from cnns.data.datasets import check_labels, open_train_dataset, open_val_dataset
+from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.format import count_records
 from cnns.data.images import Preprocessing, center_crop, load_image
+from cnns.data.kinds import Arrays, Shards
 from cnns.errors import RunError, UsageError
 from small import ROOT, jpeg, record, write_manifest, write_parts
 
@@ -247,9 +248,8 @@ def test_validation_equals_inference_and_pillow(tmp_path):
         path = ROOT / "data" / name
         inference = load_image(str(path), preprocessing)
         picture = np.asarray(Image.open(path))
-        arrays = ArrayValLoader(
-            picture[None], np.zeros(1), num_examples=1, batch_size=1, **settings
-        )
+        one = Arrays(path="", num_examples=1, images=picture[None], labels=np.zeros(1))
+        arrays = ArrayValLoader(one, batch_size=1, **settings)
         np.testing.assert_allclose(first_images(arrays)[0], inference, atol=1e-5)
         reference = by_pillow(path)  # (224, 224, 3), 0 to 255
         np.testing.assert_allclose(to_levels(inference), reference, atol=1e-3)
@@ -378,7 +378,11 @@ def test_the_buffer_repeats_under_one_percent_of_an_epoch(numbered):
 
 @pytest.mark.parametrize("num_examples, size", [(1, 1), (99, 1), (5000, 100), (1_281_167, 1024)])
 def test_the_default_buffer_is_small_for_small_data(num_examples, size):
-    assert ofrecord_util.default_buffer_size(num_examples) == size
+    data = Shards(
+        path="", num_examples=1, suffix_length=5, part_counts=(num_examples, num_examples)
+    )
+    assert ofrecord_util.choose_buffer_size(Augmentation(), data, 2) == size
+    assert ofrecord_util.choose_buffer_size(Augmentation(shuffle_buffer_size=9), data, 2) == 9
 
 
 def test_augmentation_depends_on_epoch_and_iteration_alone(tmp_path):
@@ -427,8 +431,7 @@ sys.exit(run_main(lambda: print(len(test_ofrecord.epoch_of(loader(), 0, count=1)
 def array_loader(count=10, batch_size=4, seed=5, augmentation=None):
     images = np.repeat(np.arange(count, dtype=np.uint8) * 20, 40 * 30 * 3).reshape(-1, 40, 30, 3)
     return ArrayTrainLoader(
-        images,
-        np.arange(count),
+        Arrays(path="", num_examples=count, images=images, labels=np.arange(count)),
         batch_size=batch_size,
         preprocessing=PREPROCESSING,
         augmentation=augmentation or Augmentation(),
@@ -551,9 +554,9 @@ def test_npz_files(tmp_path):
 
 def test_more_classes_than_the_network_has(parts):
     data = open_train_dataset(str(parts))
-    check_labels(data, num_classes=4, path=str(parts))
+    assert data.for_network(4) == data
     with pytest.raises(UsageError, match="--num_classes=3"):
-        check_labels(data, num_classes=3, path=str(parts))
+        data.for_network(3)
 
 
 def test_jpeg_of_the_tests_is_faithful():

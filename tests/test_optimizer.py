@@ -10,11 +10,12 @@ from oneflow import nn
 import config
 import optimizer_util
 import resnet_model
+from cnns.data.kinds import Synthetic
 from cnns.data.synthetic import SyntheticLoader
 from cnns.distributed import place
 from cnns.graphs import TrainGraph
 from optimizer_util import Schedule
-from small import ballast
+from small import TINY, ballast
 
 LR, WD, EPS = 0.1, 0.05, 1e-3
 
@@ -140,7 +141,12 @@ def test_only_batch_norms_do_not_decay(name, num_decaying, total):
     optimizer = optimizer_util.build_optimizer(
         model, "sgd", learning_rate=LR, weight_decay=decay, momentum=0.875
     )
-    loader = SyntheticLoader(batch_size=2, num_classes=9, image_size=32, seed=0, device="cpu")
+    loader = SyntheticLoader(
+        Synthetic(num_examples=4, num_classes=9),
+        batch_size=2,
+        preprocessing=TINY.preprocessing(),
+        device="cpu",
+    )
     graph = TrainGraph(model, loader, optimizer, label_smoothing=0.1, top_k=5)
     graph.build_graph(*next(loader.batches()))
     updates = [op for op in graph._full_graph_proto.net.op if op.name.endswith("_optimizer")]

@@ -18,6 +18,7 @@ from cnns.checkpoint.weights import load_weights
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset
 from cnns.data.images import Preprocessing
+from cnns.data.kinds import Synthetic
 from cnns.data.synthetic import SyntheticLoader
 from cnns.distributed import place, set_communication
 from cnns.graphs import EvalGraph, PredictGraph, TrainGraph
@@ -133,7 +134,12 @@ def make_train_graph(*, use_fp16, num_nodes=1):
     optimizer = optimizer_util.build_optimizer(
         model, "sgd", learning_rate=0.1, weight_decay=0.0, momentum=0.9
     )
-    loader = SyntheticLoader(batch_size=4, num_classes=10, image_size=32, seed=0, device="cpu")
+    loader = SyntheticLoader(
+        Synthetic(num_examples=8, num_classes=10),
+        batch_size=4,
+        preprocessing=TINY.preprocessing(),
+        device="cpu",
+    )
     graph = TrainGraph(
         model,
         loader,

@@ -11,8 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cnns.startup  # noqa: F401  (before oneflow, see there)
 
 import config
-import model_registry
-import optimizer_util
 from cnns.flags import Flag, FlagParser
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
@@ -20,29 +18,19 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 
 def make_parsers() -> dict[str, FlagParser]:
     """The parser of each script, by the word for it in the tables."""
-    models = model_registry.MODELS
-    return {
-        "train": config.train_parser(
-            models=models,
-            optimizers=optimizer_util.OPTIMIZERS,
-            schedules=optimizer_util.SCHEDULES,
-        ),
-        "evaluate": config.evaluate_parser(models=models),
-        "inference": config.inference_parser(models=models),
-        "export": config.export_parser(models=models),
-    }
+    return {script: config.make_parser(script) for script in config.SCRIPTS}
 
 
-def describe(flag: Flag) -> tuple[str, str, str]:
+def describe(name: str, flag: Flag) -> tuple[str, str, str]:
     """The cells flag, default and text of one flag."""
-    name = f"`--{flag.name}`"
+    name = f"`--{name}`"
     if flag.aliases:
         name += f" (also {', '.join(f'`{alias}`' for alias in flag.aliases)})"
     text = flag.whole_text
     if flag.choices:
-        text += "; one of " + ", ".join(f"`{choice}`" for choice in flag.choices)
+        text += "; one of " + ", ".join(f"`{choice}`" for choice in sorted(flag.choices))
     default = flag.unless_given
-    if default and not (flag.otherwise or flag.switch):
+    if default and not (flag.otherwise or flag.is_switch):
         default = f"`{default}`"
     return name, escape(default), escape(text)
 
@@ -58,8 +46,8 @@ def collect(parsers: dict[str, FlagParser]) -> dict[str, dict[tuple[str, str, st
     groups: dict = {}
     for script, parser in parsers.items():
         for title, flags in parser.groups.items():
-            for flag in flags:
-                groups.setdefault(title, {}).setdefault(describe(flag), []).append(script)
+            for name, flag in flags.items():
+                groups.setdefault(title, {}).setdefault(describe(name, flag), []).append(script)
     return groups
 
 

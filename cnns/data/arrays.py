@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import oneflow as flow
@@ -11,23 +12,17 @@ from PIL import Image
 
 from cnns.data.crops import Augmentation, random_crop
 from cnns.data.images import Preprocessing, center_crop
+from cnns.data.kinds import Arrays
 from cnns.distributed import own_rows, to_global
 
 
 class ArrayLoader(nn.Module):
     """Images from memory. Only uint8 crosses to the device; it is normalised inside the graph."""
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        batch_size: int,
-        preprocessing: Preprocessing,
-        device: str,
-    ):
+    def __init__(self, data: Arrays, *, batch_size: int, preprocessing: Preprocessing, device: str):
         super().__init__()
-        self.images, self.labels = images, labels  # (N, H, W, 3) uint8, (N,)
+        self.images, self.labels = data.images, data.labels
+        self.num_examples = data.num_examples
         self.batch_size = batch_size
         self.size = preprocessing.image_size
         self.placement = flow.env.all_device_placement(device)
@@ -53,7 +48,7 @@ class ArrayLoader(nn.Module):
         """Where the rows of a batch that are this process's lie in an epoch."""
         return iteration * self.batch_size + np.arange(self.batch_size)[own_rows(self.batch_size)]
 
-    def forward(self, image, label):
+    def forward(self, image: flow.Tensor, label: flow.Tensor) -> tuple[flow.Tensor, flow.Tensor]:
         image = image.permute(0, 3, 1, 2).to(dtype=flow.float32)  # (N, 3, H, W), 0 to 255
         return (image - self.rgb_mean) / self.rgb_std, label
 
@@ -64,16 +59,8 @@ class ArrayTrainLoader(ArrayLoader):
     Where the last batch is not full, the first images of the epoch fill it up.
     """
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        augmentation: Augmentation,
-        seed: int,
-        **array_loader,
-    ):
-        super().__init__(images, labels, **array_loader)
+    def __init__(self, data: Arrays, *, augmentation: Augmentation, seed: int, **array_loader: Any):
+        super().__init__(data, **array_loader)
         self.augmentation = augmentation
         self.seed = seed
 
@@ -101,13 +88,10 @@ class ArrayTrainLoader(ArrayLoader):
 class ArrayValLoader(ArrayLoader):
     """Images in order; shorter side resized, centre crop."""
 
-    def __init__(
-        self, images, labels, *, num_examples: int, preprocessing: Preprocessing, **array_loader
-    ):
-        super().__init__(images, labels, preprocessing=preprocessing, **array_loader)
+    def __init__(self, data: Arrays, *, preprocessing: Preprocessing, **array_loader: Any):
+        super().__init__(data, preprocessing=preprocessing, **array_loader)
         self.preprocessing = preprocessing
-        self.num_examples = num_examples
-        self.num_batches = -(-num_examples // self.batch_size)
+        self.num_batches = -(-self.num_examples // self.batch_size)
 
     def batches(self) -> Iterator[tuple]:
         return itertools.islice(self.ahead(self.make_batch), self.num_batches)

@@ -1,10 +1,8 @@
 """Checks of OFRecord directories: the native reader aborts the process on any fault in them."""
 
 import io
-import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -19,6 +17,7 @@ from cnns.data.format import (
     part_names,
     read_manifest,
 )
+from cnns.data.kinds import Shards
 from cnns.errors import RunError, UsageError
 
 # Walking length fields costs microseconds a record from a warm cache, a seek from a cold disk. Up
@@ -27,32 +26,6 @@ ALWAYS_WALK = 200_000
 # Looking into records reads them whole. Up to this size every record is looked into.
 ALWAYS_LOOK_BYTES = 256 << 20
 WALKING_THREADS = 16  # parts are walked side by side, for storage with a long latency
-
-
-@dataclass(frozen=True)
-class Shards:
-    """An OFRecord directory that has been checked: the parts to read and what they hold."""
-
-    directory: str
-    suffix_length: int  # digits of `part-00000`; -1: not padded
-    part_counts: tuple[int, ...]  # records of each part
-    num_classes: int | None  # as in the manifest; None without one
-    classes: tuple[str, ...] | None
-    max_label: int | None  # the largest that was seen; None where not every record was looked at
-
-    @property
-    def num_examples(self) -> int:
-        return sum(self.part_counts)
-
-    def part_path(self, number: int) -> str:
-        suffix = str(number).zfill(max(self.suffix_length, 1))
-        return os.path.join(self.directory, PART_PREFIX + suffix)
-
-    def holding(self, num_examples: int) -> "Shards":
-        """As many parts, from the first, as hold the first `num_examples` records."""
-        ends = itertools.accumulate(self.part_counts)
-        count = next(i for i, end in enumerate(ends, 1) if end >= num_examples)
-        return replace(self, part_counts=self.part_counts[:count])
 
 
 def check_shards(directory: str, *, flag: str, part_num: int | None = None) -> Shards:
@@ -91,12 +64,14 @@ def check_shards(directory: str, *, flag: str, part_num: int | None = None) -> S
     for path, count in zip(paths, counts, strict=True):
         if count == 0:
             raise RunError(f"{path} holds no records, and OneFlow's reader cannot open such a part")
+    held = manifest or {}
     return Shards(
-        directory=directory,
+        path=directory,
         suffix_length=suffix_length,
         part_counts=tuple(counts),
-        num_classes=None if manifest is None else manifest.get("num_classes"),
-        classes=None if manifest is None else tuple(manifest.get("classes") or ()) or None,
+        num_examples=sum(counts),
+        num_classes=held.get("num_classes"),
+        classes=tuple(held.get("classes") or ()) or None,
         max_label=max_label,
     )
 

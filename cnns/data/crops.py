@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-SHUFFLE_BUFFER_SIZE = 1024  # records; less for small data, see ofrecord_util.default_buffer_size
+SHUFFLE_BUFFER_SIZE = 1024  # records; less for small data, see ofrecord_util.choose_buffer_size
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Augmentation:
     area: tuple[float, float] = (0.08, 1.0)  # share of the picture
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
     flip: float = 0.5  # probability
-    shuffle_buffer_size: int | None = None  # records; None: `default_buffer_size`
+    shuffle_buffer_size: int | None = None  # records; None: `choose_buffer_size`
 
 
 def derive_seeds(count: int, *key: int) -> list[int]:

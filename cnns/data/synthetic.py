@@ -2,60 +2,67 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import oneflow as flow
 from oneflow import nn
 
+from cnns.data.images import Preprocessing
+from cnns.data.kinds import Synthetic
 from cnns.distributed import to_device
 
 
-class SyntheticLoader(nn.Module):
-    """A pool of random images with random labels that stays on the device.
+class SyntheticPool(nn.Module):
+    """Random images with random labels that stay on the device.
 
-    The pool is small, so that a network that learns shows it. Training and validation of one seed
-    share it.
+    The pool is small, so that a network that learns shows it. Training and validation share it.
     """
 
     POOL_BATCHES = 2
 
     def __init__(
-        self, *, batch_size: int, num_classes: int, image_size: int, seed: int, device: str
+        self,
+        data: Synthetic,
+        *,
+        batch_size: int,
+        preprocessing: Preprocessing,
+        device: str,
+        **augmentation: Any,  # not needed
     ):
         super().__init__()
-        placement = flow.env.all_device_placement(device)
-        rng = np.random.default_rng(seed)
+        placement, size = flow.env.all_device_placement(device), preprocessing.image_size
+        rng = np.random.default_rng(data.seed)
         self.batch_size = batch_size
         self.pool = []
         for _ in range(self.POOL_BATCHES):
-            image = rng.standard_normal((batch_size, 3, image_size, image_size), np.float32)
-            label = rng.integers(0, num_classes, batch_size, np.int32)
+            image = rng.standard_normal((batch_size, 3, size, size), np.float32)
+            label = rng.integers(0, data.num_classes, batch_size, np.int32)
             self.pool.append((to_device(image, placement), to_device(label, placement)))
 
-    @property
-    def num_examples(self) -> int:
-        return self.batch_size * len(self.pool)
-
-    def batches(self, epoch: int = 0, iteration: int = 0) -> Iterator[tuple]:
-        """The pool, from its first batch, in every epoch."""
-        return itertools.islice(itertools.cycle(self.pool), iteration % len(self.pool), None)
-
-    def forward(self, image, label):
+    def forward(self, image: flow.Tensor, label: flow.Tensor) -> tuple[flow.Tensor, flow.Tensor]:
         return image, label
 
 
-class SyntheticValLoader(SyntheticLoader):
+class SyntheticLoader(SyntheticPool):
+    """The pool, from its first batch, in every epoch."""
+
+    def batches(self, epoch: int = 0, iteration: int = 0) -> Iterator[tuple]:
+        return itertools.islice(itertools.cycle(self.pool), iteration % len(self.pool), None)
+
+
+class SyntheticValLoader(SyntheticPool):
     """The pool once, of which the first `num_examples` count."""
 
-    def __init__(self, *, num_examples: int, device: str, **synthetic_loader):
-        super().__init__(device=device, **synthetic_loader)
-        self.num_batches = -(-num_examples // self.batch_size)
+    def __init__(self, data: Synthetic, *, batch_size: int, device: str, **pool: Any):
+        super().__init__(data, batch_size=batch_size, device=device, **pool)
+        self.num_examples = data.num_examples
+        self.num_batches = -(-data.num_examples // batch_size)
         placement = flow.env.all_device_placement(device)
-        self.counted = [
-            to_device((rows < num_examples).astype(np.int32), placement)
-            for rows in np.arange(self.num_examples).reshape(len(self.pool), -1)
-        ]
+        rows = np.arange(self.num_batches * batch_size).reshape(self.num_batches, batch_size)
+        counted = (rows < data.num_examples).astype(np.int32)
+        self.counted = [to_device(each, placement) for each in counted]
 
     def batches(self) -> Iterator[tuple]:
-        for i in range(self.num_batches):
-            yield self.counted[i], *self.pool[i]
+        for counted, batch in zip(self.counted, self.pool, strict=False):
+            yield counted, *batch

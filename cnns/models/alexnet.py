@@ -2,20 +2,22 @@
 
 from oneflow import nn
 
-from cnns.models.layers import Dropout, Switches, adaptive_mean, draw_uniform
+from cnns.models.layers import Dropout, adaptive_mean, draw_uniform
 
 POOLED = 6  # pixels a side of what the classifier sees; at 224 px the last pooling gives just that
 
 
 class AlexNet(nn.Module):
-    """AlexNet for RGB images of any size from 63 px. It has no batch norm.
+    """AlexNet for RGB images of any size from 63 px: 61,100,840 parameters at 1000 classes.
+
+    It has no batch norm.
 
     Args:
         num_classes: length of the logits.
         hidden: width of the two hidden layers of the classifier.
     """
 
-    def __init__(self, num_classes: int, hidden: int = 4096):
+    def __init__(self, num_classes: int = 1000, hidden: int = 4096):
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, 64, 11, stride=4, padding=2),
@@ -48,8 +50,3 @@ class AlexNet(nn.Module):
     def forward(self, image):  # (N, 3, H, W) float32 -> (N, num_classes) float32 logits
         x = self.features(image)  # (N, 256, H', W'); 6 x 6 at 224 px
         return self.classifier(adaptive_mean(x, POOLED).flatten(1))
-
-
-def alexnet(num_classes: int = 1000, switches: Switches = Switches()) -> AlexNet:
-    """AlexNet: 61,100,840 parameters at 1000 classes."""
-    return AlexNet(num_classes)

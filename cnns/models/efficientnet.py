@@ -6,7 +6,7 @@ Parameters are named as in the file of the package efficientnet-lite0-pytorch-mo
 
 from oneflow import nn
 
-from cnns.models.layers import Dropout, Switches, draw_fan_out
+from cnns.models.layers import Dropout, draw_fan_out
 
 # Blocks, kernel, stride of the first block, expansion, channels: table 1 of the paper.
 STAGES = (
@@ -67,12 +67,12 @@ class Block(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite0 for RGB images of any size; `num_classes` logits.
+    """EfficientNet-Lite0 for RGB images of any size: 4,652,008 parameters at 1000 classes.
 
     In training nothing is dropped but features of the last layer: no block is.
     """
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int = 1000):
         super().__init__()
         self._conv_stem = SameConv2d(3, STEM_CHANNELS, 3, stride=2)
         self._bn0 = nn.BatchNorm2d(STEM_CHANNELS, **BATCH_NORM)
@@ -95,8 +95,3 @@ class EfficientNetLite(nn.Module):
         x = self._blocks(x)  # (N, 320, H / 32, W / 32)
         x = self.relu6(self._bn1(self._conv_head(x)))
         return self._fc(self._dropout(x.mean(dim=(2, 3))))
-
-
-def efficientnet_lite0(num_classes: int = 1000, switches: Switches = Switches()):
-    """EfficientNet-Lite0: 4,652,008 parameters at 1000 classes."""
-    return EfficientNetLite(num_classes)

@@ -3,7 +3,7 @@
 import oneflow as flow
 from oneflow import nn
 
-from cnns.models.layers import BATCH_NORMS, Dropout, Switches, adaptive_mean, draw_uniform
+from cnns.models.layers import BATCH_NORMS, Dropout, adaptive_mean, draw_uniform
 
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.1}  # running = 0.9 old + 0.1 new
 
@@ -174,7 +174,10 @@ class Auxiliary(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Inception v3 for RGB images of any size from 75 px; `num_classes` logits."""
+    """Inception v3 for RGB images of any size from 75 px.
+
+    27,161,264 parameters at 1000 classes, the auxiliary classifier's included.
+    """
 
     auxiliary_weight = 0.4  # of the second loss, as in torchvision's training script
 
@@ -232,8 +235,3 @@ class InceptionV3(nn.Module):
         if self.training:
             return logits, self.AuxLogits(middle)
         return logits
-
-
-def inceptionv3(num_classes: int = 1000, switches: Switches = Switches()) -> InceptionV3:
-    """Inception v3: 27,161,264 parameters at 1000 classes, the auxiliary classifier's included."""
-    return InceptionV3(num_classes)

@@ -81,7 +81,7 @@ def pad_input(module: nn.Conv2d, switches: Switches) -> None:
 class Dropout(nn.Module):
     """Dropout by a mask that the training graph hands in at each step (`cnns.graphs.DropoutMasks`).
 
-    OneFlow's own, inside a graph, heeds no seed and draws the same mask in all layers of one shape.
+    OneFlow's own, inside a graph, ignores seeds and draws the same mask in all layers of one shape.
     """
 
     def __init__(self, rate: float, features: int):

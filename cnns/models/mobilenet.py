@@ -2,7 +2,7 @@
 
 from oneflow import nn
 
-from cnns.models.layers import Dropout, Switches, draw_fan_out
+from cnns.models.layers import Dropout, draw_fan_out
 
 # Expansion, channels, blocks and stride of the first of them: table 2 of the paper.
 STAGES = (
@@ -45,9 +45,9 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 for RGB images of any size; `num_classes` logits."""
+    """MobileNetV2 at width 1 for RGB images of any size: 3,504,872 parameters at 1000 classes."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int = 1000):
         super().__init__()
         layers, channels = [conv_norm_relu6(3, STEM_CHANNELS, 3, stride=2)], STEM_CHANNELS
         for expansion, width, depth, stride in STAGES:
@@ -65,8 +65,3 @@ class MobileNetV2(nn.Module):
     def forward(self, image):  # (N, 3, H, W) float32 -> (N, num_classes) float32 logits
         x = self.features(image)  # (N, 1280, H / 32, W / 32)
         return self.classifier(x.mean(dim=(2, 3)))
-
-
-def mobilenetv2(num_classes: int = 1000, switches: Switches = Switches()) -> MobileNetV2:
-    """MobileNetV2 at width 1: 3,504,872 parameters at 1000 classes."""
-    return MobileNetV2(num_classes)

@@ -5,8 +5,9 @@ The records are in the table of model_registry.py; what is here takes that table
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from typing import Any
 
 from oneflow import nn
 
@@ -17,7 +18,7 @@ from cnns.models.layers import Switches
 # Of 0 to 255; the values of the original scripts.
 RGB_MEAN = (123.68, 116.779, 103.939)
 RGB_STD = (58.393, 57.12, 57.375)
-ALL_SWITCHES = frozenset(field.name for field in fields(Switches))
+ALL_SWITCHES = frozenset(vars(Switches()))
 
 
 def default_resize_shorter(image_size: int) -> int:
@@ -27,38 +28,28 @@ def default_resize_shorter(image_size: int) -> int:
 
 @dataclass(frozen=True)
 class Model:
-    """A network of the table.
+    """A network of the table."""
 
-    Args:
-        network: number of classes and Switches to nn.Module.
-        signature: a parameter, and its shape, by which its weights are told from those of others.
-        last_layer: the layer whose rows are the classes.
-        image_size: height and width of the input, pixels.
-        rgb_mean, rgb_std: of 0 to 255.
-        interpolation: of validation and inference.
-        min_image_size: pixels; with less, nothing would be left of the image.
-        switches: the fields of Switches that it has.
-        learning_rates: per 256 images, where they are not those of config.LEARNING_RATE_PER_256.
-        trial: what a first try on a CPU takes in place of config.CPU_TRIAL.
-        weights: the package of requirements.txt that has weights of it, and the file in that.
-    """
-
-    network: Callable[[int, Switches], nn.Module]
+    network: Callable[..., nn.Module]  # takes the number of classes and, if it has any, Switches
+    # A parameter, and its shape, by which its weights are told from those of others.
     signature: tuple[str, tuple[int, ...]] | None = None
-    last_layer: str = "fc"
-    image_size: int = 224
+    last_layer: str = "fc"  # whose rows are the classes
+    image_size: int = 224  # height and width of the input, pixels
     rgb_mean: tuple[float, float, float] = RGB_MEAN
     rgb_std: tuple[float, float, float] = RGB_STD
-    interpolation: str = "bilinear"
-    min_image_size: int = 8
-    switches: frozenset[str] = frozenset()
+    interpolation: str = "bilinear"  # of validation and inference
+    min_image_size: int = 8  # with less, nothing would be left of the image
+    switches: frozenset[str] = frozenset()  # the fields of Switches that it has
+    # Per 256 images, where they are not those of config.LEARNING_RATE_PER_256.
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+    # What a first try on a CPU takes in place of config.CPU_TRIAL.
     trial: Mapping[str, int] = field(default_factory=dict)
+    # The package of requirements.txt that has weights of it, and the file in that.
     weights: tuple[str, str] | None = None
 
     def build(self, num_classes: int, switches: Switches = Switches()) -> nn.Module:
         """The network with initial weights. The switches are those it has: see `check_switches`."""
-        return self.network(num_classes, switches)
+        return self.network(num_classes, switches) if self.switches else self.network(num_classes)
 
     def installed_weights(self) -> str | None:
         """The file of pretrained weights that was installed for it, if any."""
@@ -66,49 +57,38 @@ class Model:
             return None
         package, name = self.weights
         found = find_spec(package)  # runs nothing of it
-        if found is None:
+        if found is None or not found.submodule_search_locations:
             return None
         path = os.path.join(found.submodule_search_locations[0], name)
         return os.path.relpath(path) if os.path.isfile(path) else None
 
-    def preprocessing(self, **given) -> Preprocessing:
-        """Its own preprocessing, with what is given and not None in its place."""
+    def preprocessing(self, **given: Any) -> Preprocessing:
+        """Its own preprocessing, overridden by what is given."""
         own = Preprocessing(
-            image_size=self.image_size,
-            resize_shorter=default_resize_shorter(self.image_size),
-            rgb_mean=self.rgb_mean,
-            rgb_std=self.rgb_std,
-            interpolation=self.interpolation,
+            self.image_size,
+            default_resize_shorter(self.image_size),
+            self.rgb_mean,
+            self.rgb_std,
+            self.interpolation,
         )
         return self.override(own, **given)
 
-    def override(
-        self,
-        own: Preprocessing,
-        *,
-        image_size: int | None = None,
-        resize_shorter: int | None = None,
-        rgb_mean: tuple | None = None,
-        rgb_std: tuple | None = None,
-    ) -> Preprocessing:
-        """`own` with what is not None in its place. A new image size brings its own resize_shorter.
+    def override(self, own: Preprocessing, **given: Any) -> Preprocessing:
+        """`own` with the fields that are given and not None in its place. A new image size brings
+        its own resize_shorter.
 
         Raises UsageError where the crop would not fit into the resized picture, or the network
         cannot take pictures so small.
         """
-        if image_size is not None and resize_shorter is None:
-            resize_shorter = default_resize_shorter(image_size)
-        given = {
-            "image_size": image_size,
-            "resize_shorter": resize_shorter,
-            "rgb_mean": rgb_mean,
-            "rgb_std": rgb_std,
-        }
-        result = replace(own, **{name: value for name, value in given.items() if value is not None})
+        fields = {name: value for name, value in given.items() if value is not None}
+        if "image_size" in fields:
+            fields.setdefault("resize_shorter", default_resize_shorter(fields["image_size"]))
+        result = replace(own, **fields)
         if result.image_size < self.min_image_size:
+            name = self.network.__name__.lower()
             raise UsageError(
-                f"--image_size={result.image_size} is too small for {self.network.__name__}; give "
-                f"at least {self.min_image_size}"
+                f"--image_size={result.image_size} is too small for {name}; give at least "
+                f"{self.min_image_size}"
             )
         if result.resize_shorter < result.image_size:
             raise UsageError(

@@ -2,7 +2,7 @@
 
 from oneflow import nn
 
-from cnns.models.layers import Dropout, Switches, adaptive_mean, draw_fan_out
+from cnns.models.layers import Dropout, adaptive_mean, draw_fan_out
 
 # Convolutions in each stage, and their channels: configuration D of the paper.
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -10,7 +10,9 @@ POOLED = 7  # pixels a side of what the classifier sees; at 224 px the last pool
 
 
 class VGG(nn.Module):
-    """VGG for RGB images of any size from 32 px.
+    """VGG-16 with batch norm for RGB images of any size from 32 px.
+
+    138,365,992 parameters at 1000 classes.
 
     Args:
         num_classes: length of the logits.
@@ -18,7 +20,7 @@ class VGG(nn.Module):
         hidden: width of the two hidden layers of the classifier.
     """
 
-    def __init__(self, num_classes: int, stages=STAGES, hidden: int = 4096):
+    def __init__(self, num_classes: int = 1000, stages=STAGES, hidden: int = 4096):
         super().__init__()
         layers, channels = [], 3
         for depth, width in stages:
@@ -43,8 +45,3 @@ class VGG(nn.Module):
     def forward(self, image):  # (N, 3, H, W) float32 -> (N, num_classes) float32 logits
         x = self.features(image)  # (N, 512, H / 32, W / 32)
         return self.classifier(adaptive_mean(x, POOLED).flatten(1))
-
-
-def vgg(num_classes: int = 1000, switches: Switches = Switches()) -> VGG:
-    """VGG-16 with batch norm: 138,365,992 parameters at 1000 classes."""
-    return VGG(num_classes)

@@ -11,6 +11,7 @@ import ofrecord_util
 import optimizer_util
 from cnns.data.datasets import open_val_dataset
 from cnns.data.images import Preprocessing
+from cnns.data.kinds import Synthetic
 from cnns.data.synthetic import SyntheticLoader, SyntheticValLoader
 from cnns.distributed import choose_device, place, to_device
 from cnns.errors import RunError, UsageError
@@ -126,7 +127,6 @@ def test_every_example_counts_once_in_every_round(batch_size, num_examples):
     evaluator = Evaluator(
         Fixed(table),
         Counting(available, batch_size, num_examples),
-        num_examples=num_examples,
         top_k=2,
     )
     for _ in range(3):
@@ -145,12 +145,7 @@ def test_evaluation_of_parts_does_not_depend_on_the_batch_size(tmp_path, batch_s
     loader = ofrecord_util.val_loader(
         data, batch_size=batch_size, preprocessing=PREPROCESSING, device="cpu"
     )
-    evaluator = Evaluator(
-        model,
-        loader,
-        num_examples=14,
-        top_k=2,
-    )
+    evaluator = Evaluator(model, loader, top_k=2)
     rounds = [evaluator.round()[0] for _ in range(3)]
     assert rounds[0] == rounds[1] == rounds[2]
     predict = Predictor(model, device="cpu")
@@ -168,13 +163,18 @@ def read_all(data):
     return image.numpy(), label.numpy()
 
 
+def synthetic(loader, seed=0):
+    data = Synthetic(num_examples=16, num_classes=10, seed=seed)
+    return loader(data, batch_size=8, preprocessing=PREPROCESSING, device="cpu")
+
+
 def training(model, *, seed=0, steps=100, lr=0.05, name="sgd", **optimizer):
     settings = {"momentum": 0.875} if name == "sgd" else {}
     built = optimizer_util.build_optimizer(
         model, name, learning_rate=lr, weight_decay=1e-4, **settings, **optimizer
     )
     schedule = optimizer_util.Schedule("cosine", learning_rate=lr, total_steps=steps).build(built)
-    loader = SyntheticLoader(batch_size=8, num_classes=10, image_size=32, seed=seed, device="cpu")
+    loader = synthetic(SyntheticLoader, seed=seed)
     graph = TrainGraph(model, loader, built, schedule, label_smoothing=0.1, top_k=5)
     return graph, loader.batches()
 
@@ -184,10 +184,7 @@ def learn(*, evaluate):
     flow.manual_seed(0)
     model = place(Tiny(10), "cpu")
     graph, batches = training(model)
-    loader = SyntheticValLoader(
-        num_examples=16, batch_size=8, num_classes=10, image_size=32, seed=0, device="cpu"
-    )
-    evaluator = Evaluator(model, loader, num_examples=16, top_k=5)
+    evaluator = Evaluator(model, synthetic(SyntheticValLoader), top_k=5)
     losses, scores = [], []
     for _ in range(5):
         model.train()
@@ -220,8 +217,7 @@ def test_the_step_counts_hits_and_bad_labels():
                 yield image, global_tensor(shifted)
 
     graph, batches = training(model)
-    loader = Bad(batch_size=8, num_classes=10, image_size=32, seed=0, device="cpu")
-    loss, top_1, top_k, bad = graph(*next(loader.batches()))
+    loss, top_1, top_k, bad = graph(*next(synthetic(Bad).batches()))
     assert np.isfinite(loss.numpy())
     assert bad.numpy() == 3
     assert 0 <= top_1.numpy() <= top_k.numpy() <= 8
@@ -232,9 +228,7 @@ def test_evaluation_refuses_labels_outside_the_classes():
         def forward(self, record, label):
             return record, label + 1  # 1 to 4, where 0 to 3 are known
 
-    evaluator = Evaluator(
-        Fixed(np.zeros((13, 4), np.float32)), Foreign(13, 4), num_examples=13, top_k=2
-    )
+    evaluator = Evaluator(Fixed(np.zeros((13, 4), np.float32)), Foreign(13, 4), top_k=2)
     with pytest.raises(RunError, match="3 labels outside"):
         evaluator.round()
 

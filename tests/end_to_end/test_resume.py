@@ -16,6 +16,7 @@ import pytest
 import model_registry
 import of_cnn_train_val
 from cnns.checkpoint.find import find_resume
+from cnns.checkpoint.snapshot import Snapshot, read_description, write_snapshot
 from cnns.evaluation import Evaluator
 from cnns.interrupts import Interrupts
 from cnns.log import Counts
@@ -334,6 +335,10 @@ def test_where_there_is_nothing_to_go_on_from(run, tmp_path):
     refuse(2, "--resume: empty holds no snapshot to resume", "--resume=empty")
     (run / "snapshot_epoch_0" / "training.safetensors").unlink()
     refuse(1, "holds weights only, no training.safetensors", "--resume=run/snapshot_epoch_0")
+    about = read_description("run/snapshot_epoch_1")
+    converted = Snapshot(about.model, about.num_classes, about.preprocessing)
+    write_snapshot("converted", TINY.build(about.num_classes), converted)
+    refuse(2, "--resume=converted: it holds weights only, of no run", "--resume=converted")
 
 
 def test_best_is_kept_between_the_intervals(data, monkeypatch):

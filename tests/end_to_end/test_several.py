@@ -18,7 +18,7 @@ import model_registry
 import netns
 from cnns.checkpoint.find import find_resume
 from cnns.checkpoint.snapshot import read_arrays, read_description, read_weights
-from cnns.data.datasets import split_evenly
+from cnns.data.kinds import split_evenly
 from small import (
     ROOT,
     jpeg,

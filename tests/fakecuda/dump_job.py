@@ -84,7 +84,7 @@ SETTINGS = (
 def compile_job(flags: list[str]):
     """The job (a protobuf message) of the training step that these flags of the script make."""
     spec = of_cnn_train_val.make_spec(of_cnn_train_val.parse_args(flags))
-    parts = of_cnn_train_val.build_parts(spec, lambda line: None)
+    parts = of_cnn_train_val.build_run(spec, save_dir="", log=lambda line: None).parts
     parts.model.train()
     parts.graph(*next(parts.loader.batches(0, 0)))[0].numpy()
     return parts.graph._compiled_graph_proto

@@ -1,0 +1,122 @@
+"""What a resumed run takes from the snapshot, and what must not differ from it."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+
+from cnns.checkpoint.snapshot import Snapshot
+from cnns.errors import UsageError
+from cnns.flags import FlagParser
+
+
+def from_json(value: object) -> object:
+    """A flag's value as it was before it went into a snapshot."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def inherited_flags(
+    flags: Mapping[str, object], parser: FlagParser, *, device: str
+) -> dict[str, object]:
+    """Of the flags in a snapshot, those that a resumed run inherits; on a CPU none of CUDA's."""
+    known = {name: parser.flags[name] for name in flags if name in parser.flags}
+    return {
+        name: from_json(flags[name])
+        for name, flag in known.items()
+        if flag.of == "run" and not (flag.cuda and device == "cpu")
+    }
+
+
+def kind_of_data(path: object) -> str:
+    """Of the data that --train_data_dir names."""
+    if path is None:
+        return "synthetic data"
+    return "arrays" if str(path).endswith(".npz") else "OFRecord parts"
+
+
+def compare_flags(
+    args: Namespace, flags: Mapping[str, object], parser: FlagParser, *, path: str
+) -> list[str]:
+    """Refuse flags that contradict the run that left `flags` in the snapshot `path`.
+
+    Returns a notice for each other flag that differs, since it holds from here on. Raises
+    UsageError.
+    """
+    now, was = map(kind_of_data, (args.train_data_dir, flags.get("train_data_dir")))
+    if now != was:
+        raise UsageError(
+            f"--train_data_dir: {path} is of a run on {was}, and this would be {now}; start a new "
+            f"run from the weights with --model_load_dir={path}"
+        )
+    notices = []
+    for name, flag in parser.flags.items():
+        value, before = getattr(args, name), from_json(flags.get(name))
+        if flag.of != "run" or name not in flags or value == before:
+            continue
+        if flag.fixed:
+            raise UsageError(
+                f"--{name}={value}, but {path} is of a run with {before}; leave it out, or start a "
+                f"new run from the weights with --model_load_dir={path}"
+            )
+        came_with_choice = before is None and value == flag.default
+        if value is not None and not came_with_choice:  # None: it belonged to another schedule
+            notices.append(
+                f"--{name}={value} from here on; it was {'not set' if before is None else before}."
+            )
+    return notices
+
+
+def num_processes(flags: Mapping[str, int]) -> int:
+    return flags.get("num_nodes", 1) * flags.get("gpu_num_per_node", 1)
+
+
+def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
+    """Refuse a run, described by what its snapshots will say, that cannot resume `path`.
+
+    Returns notices for the user. Raises UsageError.
+    """
+    flags, ranks, ranks_before = now.flags, num_processes(now.flags), num_processes(was.flags)
+    if was.global_batch_size is None:
+        raise UsageError(
+            f"--resume={path}: it holds weights only, of no run; start one from them with "
+            f"--model_load_dir={path}"
+        )
+    if was.global_batch_size != now.global_batch_size:
+        raise UsageError(
+            f"--batch_size_per_device={flags['batch_size_per_device']} makes batches of "
+            f"{now.global_batch_size} images, but {path} is of a run with batches of "
+            f"{was.global_batch_size}; {ranks} processes need {was.global_batch_size / ranks:g} "
+            "each"
+        )
+    if was.steps_per_epoch != now.steps_per_epoch:
+        raise UsageError(
+            f"--num_examples: an epoch has {now.steps_per_epoch} iterations, but {path} is "
+            f"of a run with {was.steps_per_epoch}; the training data are not the same"
+        )
+    if was.train_data != now.train_data:
+        examples, before = (
+            (data or {}).get("examples") for data in (now.train_data, was.train_data)
+        )
+        raise UsageError(
+            f"--train_data_dir={flags['train_data_dir']} is not what {path} was trained on: it has "
+            f"{examples} images, and there were {before}, or the parts differ"
+        )
+    for field, value in vars(now.preprocessing).items():
+        other = getattr(was.preprocessing, field)
+        if value != other:
+            raise UsageError(
+                f"--{field}={value}, but {path} is of a run with {other}; leave it out"
+            )
+    notices = []
+    if ranks_before != ranks:
+        notices.append(
+            f"The run had {ranks_before} processes; what is left of it has its data in another "
+            "order."
+        )
+    if flags["gpu_image_decoder"]:
+        notices.append(
+            "--gpu_image_decoder: reading starts at the beginning of the parts, in a new order; "
+            "only runs without this flag resume as if they had never stopped."
+        )
+    num_epochs = flags["num_epochs"]
+    if was.epoch is not None and was.epoch + 1 >= num_epochs:
+        notices.append(f"{path} has finished all {num_epochs} epochs; more: --num_epochs.")
+    return notices
