@@ -26,7 +26,7 @@ from cnns.evaluation import ArrayEvaluator, Evaluator
 from cnns.export import ExportedModel, find_export
 from cnns.flags import FlagParser
 from cnns.launch.job import make_job
-from cnns.launch.nodes import launch
+from cnns.launch.parent import launch
 from cnns.launch.worker import command, is_worker, leave
 from cnns.log import notice, open_log, validation_line
 from cnns.models.layers import Switches

@@ -29,7 +29,7 @@ from cnns.errors import RunError, UsageError, report, run_main
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import Predictor
 from cnns.launch.job import Job
-from cnns.launch.nodes import launch
+from cnns.launch.parent import launch
 from cnns.launch.worker import command, is_worker, leave
 from cnns.log import notice
 from cnns.models.layers import Switches

@@ -50,7 +50,7 @@ from cnns.evaluation import Evaluator
 from cnns.flags import FlagParser
 from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.launch.job import make_job
-from cnns.launch.nodes import launch
+from cnns.launch.parent import launch
 from cnns.launch.worker import command, is_worker, leave
 from cnns.log import Log, notice, open_log
 from cnns.models.layers import Switches

@@ -181,7 +181,7 @@ open(f"rank-{os.environ['RANK']}", "w").write(json.dumps(epochs))
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from cnns.launch.job import make_job
-from cnns.launch.nodes import launch
+from cnns.launch.parent import launch
 job = make_job(num_nodes=1, node_ips=None, processes_per_node=3, ctrl_port=50051)
 command = [sys.executable, "-c", {code!r}, {str(ROOT)!r}, {str(ROOT / "tests")!r}]
 sys.exit(launch(command, job=job, facts=dict))
