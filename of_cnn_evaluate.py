@@ -12,7 +12,6 @@ import io
 import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
-from functools import partial
 
 import config
 import model_registry
@@ -20,14 +19,13 @@ import ofrecord_util
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import checksum, versions
 from cnns.data.datasets import Dataset, check_labels, open_val_dataset
-from cnns.distributed import choose_device, explain_crash, place, takes_cuda
+from cnns.distributed import choose_device, launch_script, place, takes_cuda
 from cnns.errors import UsageError, run_main
 from cnns.evaluation import ArrayEvaluator, Evaluator
 from cnns.export import ExportedModel, find_export
 from cnns.flags import FlagParser
 from cnns.launch.job import make_job
-from cnns.launch.parent import launch
-from cnns.launch.worker import command, is_worker, leave
+from cnns.launch.worker import is_worker, leave
 from cnns.log import notice, open_log, validation_line
 from cnns.models.layers import Switches
 
@@ -39,12 +37,7 @@ def main(argv: list[str] | None = None) -> int | None:
         of_oneflow = args.backend == "oneflow"
         if job.world_size > 1 or of_oneflow and takes_cuda(args.device):
             memory = config.memory_flags(args, batch="val_batch_size_per_device")
-            return launch(
-                command(__file__, argv),
-                job=job,
-                facts=lambda: facts(args),
-                explain=partial(explain_crash, **memory),
-            )
+            return launch_script(__file__, argv, job=job, facts=lambda: facts(args), memory=memory)
     device, data, (model, about, path) = prepare(args)
     log = open_log(args.log_dir, "of_cnn_evaluate")
     log(f"Restoring model from {path}.")

@@ -14,7 +14,6 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from queue import Queue
 from threading import Thread
 
@@ -24,13 +23,12 @@ import config
 import model_registry
 from cnns.checkpoint.find import restore
 from cnns.data.images import Preprocessing, class_names, find_images, load_image
-from cnns.distributed import choose_device, explain_crash, place, takes_cuda
+from cnns.distributed import choose_device, launch_script, place, takes_cuda
 from cnns.errors import RunError, UsageError, report, run_main
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import Predictor
 from cnns.launch.job import Job
-from cnns.launch.parent import launch
-from cnns.launch.worker import command, is_worker, leave
+from cnns.launch.worker import is_worker, leave
 from cnns.log import notice
 from cnns.models.layers import Switches
 
@@ -43,13 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.backend == "oneflow" and not is_worker():
         if takes_cuda(args.device):
             memory = config.memory_flags(args, batch="batch_size")
-            return launch(
-                command(__file__, argv),
-                job=Job(),
-                facts=dict,
-                explain=partial(explain_crash, **memory),
-                stdin=None,
-            )
+            return launch_script(__file__, argv, job=Job(), memory=memory, stdin=None)
     paths = find_paths(args.image_path)
     predict, preprocessing, names = BACKENDS[args.backend](args)
     write = WRITERS[args.output](names, args.top_k)

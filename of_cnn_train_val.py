@@ -16,7 +16,6 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
-from functools import partial
 
 import oneflow as flow
 from oneflow import nn
@@ -44,14 +43,13 @@ from cnns.data.datasets import (
 )
 from cnns.data.images import Preprocessing
 from cnns.data.synthetic import SyntheticLoader, SyntheticValLoader
-from cnns.distributed import choose_device, explain_crash, place, set_communication, takes_cuda
+from cnns.distributed import choose_device, launch_script, place, set_communication, takes_cuda
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
 from cnns.flags import FlagParser
 from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.launch.job import make_job
-from cnns.launch.parent import launch
-from cnns.launch.worker import command, is_worker, leave
+from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, notice, open_log
 from cnns.models.layers import Switches
 from cnns.models.model import check_switches
@@ -66,14 +64,8 @@ def main(argv: list[str] | None = None) -> int | None:
         args = make_parser().complete(given)
         job = make_job(**config.job_flags(args))
         if job.world_size > 1 or takes_cuda(args.device):
-            return launch(
-                command(__file__, argv),
-                job=job,
-                facts=lambda: facts(given),
-                explain=partial(
-                    explain_crash, **config.memory_flags(args, batch="batch_size_per_device")
-                ),
-            )
+            memory = config.memory_flags(args, batch="batch_size_per_device")
+            return launch_script(__file__, argv, job=job, facts=lambda: facts(given), memory=memory)
     spec = make_spec(given)
     for text in spec.notices:
         notice(text)

@@ -20,8 +20,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
-from cnns.errors import RunError, UsageError, report
+from cnns.errors import RunError, UsageError, describe, report
 from cnns.launch.channel import MAX_BYTES, PROTOCOL, Channel, brief, difference
 from cnns.launch.job import Job, listen, reserve_port, resolve
 from cnns.launch.worker import ABORT, End, Explain, Worker
@@ -34,9 +35,11 @@ GATHER_SECONDS = 1.5
 TERM_SECONDS = 1.5  # between SIGTERM and SIGKILL
 REAP_SECONDS = 5.0  # for processes to be gone after SIGKILL
 STOP_SECONDS = 300.0  # for workers to finish after SIGINT or SIGTERM; saving takes a while
-STOP_LEFT_SECONDS = 10.0  # the same, when one of them was lost meanwhile
+STOP_LEFT_SECONDS = 10.0  # for the others when one of them has died meanwhile
 SAME_SIGNAL_SECONDS = 1.0  # `timeout` and schedulers send a signal to the process and to its group
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+open_connection = partial(asyncio.open_connection, limit=MAX_BYTES)
 
 
 def settle(future: asyncio.Future, end: End) -> None:
@@ -404,17 +407,14 @@ class Parent:
 
 def gather_facts(job: Job, facts: Callable[[], dict]) -> tuple[dict | None, End | None]:
     """What this node found, or why it cannot take part."""
+    if job.world_size == 1:  # a process alone checks for itself
+        return {}, None
     try:
-        found = facts()
-    except (UsageError, RunError) as error:
-        text, status = str(error), error.exit_status
-    except OSError as error:
-        text = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        status = 1
-    else:
-        return json.loads(json.dumps(found)), None  # as the others' arrive
-    where = f"{job.node(job.node_rank)}: " if job.num_nodes > 1 else ""
-    return None, End(status, where + text)
+        return json.loads(json.dumps(facts())), None  # as the others' arrive
+    except (UsageError, RunError, OSError) as error:
+        status, text = describe(error)
+        where = f"{job.node(job.node_rank)}: " if job.num_nodes > 1 else ""
+        return None, End(status, where + text)
 
 
 def launch(
@@ -427,36 +427,41 @@ def launch(
 ) -> int:
     """Run `command` once per device of the job and return the exit status of this parent.
 
-    `facts` checks this machine and returns what has to be the same on every node, by name; values
-    are anything JSON knows, and nested dicts are compared name by name. It may raise UsageError,
-    RunError or OSError, which ends the job on every node. `explain` turns what a worker that has
-    crashed wrote last into one line, where it knows better. `stdin` is that of every worker, as
-    subprocess.Popen takes it. Has to be called in the main thread.
+    Has to be called in the main thread. Raises RunError for a port in use.
 
-    0: every worker ended with 0. 1 or 2: the job failed, and one line on stderr says where and why.
-    130 or 143: SIGINT or SIGTERM came to one of the parents. Raises RunError for a port in use.
+    Args:
+        facts: checks this machine and returns what has to be the same on every node, by name:
+            anything JSON knows; nested dicts are compared name by name. It may raise UsageError,
+            RunError or OSError, which ends the job on every node.
+        explain: turns what a crashed worker wrote last into one line, where it knows better.
+        stdin: that of every worker, as subprocess.Popen takes it.
+
+    Returns:
+        0: every worker ended with 0. 1 or 2: the job failed, and one line on stderr says where and
+        why. 130 or 143: SIGINT or SIGTERM came to one of the parents.
     """
-    return asyncio.run(run_node(command, job, facts, explain, stdin))
 
-
-async def run_node(command, job: Job, facts, explain: Explain, stdin: int | None) -> int:
-    # A process alone checks for itself.
-    found, error = gather_facts(job, facts) if job.world_size > 1 else ({}, None)
-    parent = Parent(command, job=job, facts=found, error=error, explain=explain, stdin=stdin)
-    if job.node_rank > 0:
+    async def run() -> int:
+        found, error = gather_facts(job, facts)
+        parent = Parent(command, job=job, facts=found, error=error, explain=explain, stdin=stdin)
+        if job.node_rank == 0:
+            return await coordinate(parent)
         address = resolve(job.node_ips[0])
-        return await parent.run(
-            lambda: asyncio.open_connection(address, job.ctrl_port, limit=MAX_BYTES)
-        )
-    listener = listen(job) if job.num_nodes > 1 else None
+        return await parent.run(lambda: open_connection(address, job.ctrl_port))
+
+    return asyncio.run(run())
+
+
+async def coordinate(parent: Parent) -> int:
+    """Run node 0's parent together with the coordinator."""
+    listener = listen(parent.job) if parent.job.num_nodes > 1 else None
     ours, theirs = socket.socketpair()
-    coordinator = Coordinator(job, found)
-    streams = await asyncio.open_connection(sock=theirs, limit=MAX_BYTES)
-    serving = asyncio.create_task(coordinator.serve(*streams))
+    coordinator = Coordinator(parent.job, parent.facts)
+    serving = asyncio.create_task(coordinator.serve(*await open_connection(sock=theirs)))
     running = asyncio.create_task(coordinator.run(listener))
-    status = await parent.run(lambda: asyncio.open_connection(sock=ours, limit=MAX_BYTES))
+    status = await parent.run(lambda: open_connection(sock=ours))
     for number in SIGNALS:  # it only stays to tell others
-        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+        parent.loop.add_signal_handler(number, running.cancel)
     with suppress(asyncio.CancelledError):
         await asyncio.gather(running, serving)
     return status

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import cnns.launch.job as job_module
+import cnns.launch.parent as parent_module
 import netns
 from cnns.errors import UsageError
-from cnns.launch import parent
 from cnns.launch.channel import MAGIC, PROTOCOL
 from cnns.launch.job import find_node_rank, is_own_address, make_job
 from cnns.launch.worker import WORKER_MARK, is_worker
@@ -23,7 +23,7 @@ from small import ROOT
 
 # Shorter than the real ones where a test does not look at them.
 LIMITS = {"GATHER_SECONDS": 0.6, "TERM_SECONDS": 0.4}
-REAL = {name: getattr(parent, name) for name in LIMITS}
+REAL = {name: getattr(parent_module, name) for name in LIMITS}
 LOOPBACK = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 PROMISE = 15.0  # seconds until all has ended when one process dies
 
