@@ -169,7 +169,7 @@ def make_spec(given: Namespace) -> RunSpec:
     device = choose_device(args.device, count=args.gpu_num_per_node)
     notices = []
     held = held_snapshots(args.model_save_dir)
-    resumed = find_resume(args.resume, args.model_save_dir, models=model_registry.MODELS)
+    resumed = find_resume(args.resume, args.model_save_dir)
     if resumed is not None:
         flags = config.inherited_flags(resumed.snapshot.flags, parser, device=device)
         args = parser.complete(given, flags)
@@ -453,7 +453,7 @@ def build_parts(spec: RunSpec, log: Log) -> Parts:
         num_nodes=flags["num_nodes"],
     )
     if spec.progress.step > 0:
-        load_training_state(graph, model, spec.start.state, device=spec.device)
+        load_training_state(graph, model, spec.start.take_state(), device=spec.device)
     return Parts(
         model=model,
         graph=graph,

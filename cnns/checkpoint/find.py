@@ -4,24 +4,24 @@ import fcntl
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
 from oneflow import nn
 
-from cnns.checkpoint.files import link_files
+from cnns.checkpoint.files import OLD, current, remove_directory, write_durably, writing
 from cnns.checkpoint.snapshot import (
     DESCRIPTION,
     EPOCH_NAME,
     PREFIX,
     Snapshot,
     check_files,
-    put,
     read_description,
-    writing,
 )
-from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint
+from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, read_whole
 from cnns.errors import RunError, UsageError
 from cnns.log import is_first_rank, notice
 from cnns.models.layers import Switches
@@ -49,10 +49,8 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
         if save_dir is None:
             save_dir = make_timed_dir()
         os.makedirs(save_dir, exist_ok=True)
-        probe = os.path.join(save_dir, f".{PREFIX}probe.tmp-{os.getpid()}")
-        with open(probe, "w"):
+        with tempfile.TemporaryFile(dir=save_dir):
             pass
-        os.remove(probe)
         handle = os.open(save_dir, os.O_RDONLY)
     except OSError as error:
         raise UsageError(
@@ -98,6 +96,12 @@ def check_held(save_dir: str, resumed: str | None) -> None:
         path = os.path.join(save_dir, name)
         if os.path.samefile(path, resumed):
             continue
+        if name.endswith(OLD):  # of a run that was killed while it replaced this one
+            name, path = name.removesuffix(OLD), path.removesuffix(OLD)
+            if os.path.exists(path):
+                remove_directory(path + OLD)
+                continue
+            os.rename(path + OLD, path)
         try:
             later = position(read_description(path)) > start
             check_files(path)
@@ -139,9 +143,13 @@ def link_snapshot(path: str, name: str) -> None:
     The files are shared, and are there as long as one of the two is. Raises as `save_snapshot`.
     """
     target = os.path.join(os.path.dirname(path), PREFIX + name)
-    with writing(target) as temporary:
-        link_files(path, temporary)
-        put(temporary, target, replace=True)
+    with writing(target, replace=True) as temporary:
+        for file in os.listdir(path):
+            source, link = os.path.join(path, file), os.path.join(temporary, file)
+            try:
+                os.link(source, link)
+            except OSError:  # a file system without hard links
+                write_durably(link, Path(source).read_bytes())
 
 
 def prune_snapshots(save_dir: str, keep: int) -> None:
@@ -151,10 +159,8 @@ def prune_snapshots(save_dir: str, keep: int) -> None:
     )
     for number in numbers[:-keep]:
         path = os.path.join(save_dir, f"{PREFIX}epoch_{number}")
-        temporary = os.path.join(save_dir, f".{PREFIX}epoch_{number}.tmp-{os.getpid()}")
         try:
-            os.rename(path, temporary)  # a snapshot is whole or is not there
-            shutil.rmtree(temporary)
+            remove_directory(path)
         except OSError as error:
             raise RunError(f"--keep_snapshots: cannot remove {path}: {error.strerror}") from None
 
@@ -168,11 +174,12 @@ def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | No
     Raises UsageError where there is none, with the ways to get one.
     """
     if model_load_dir is not None:
-        if not (os.path.isdir(model_load_dir) or os.path.isfile(model_load_dir)):
+        path = current(model_load_dir)
+        if not (os.path.isdir(path) or os.path.isfile(path)):
             raise UsageError(
-                f"--model_load_dir: there is no file or directory {model_load_dir}; check the path"
+                f"--model_load_dir: there is no file or directory {path}; check the path"
             )
-        return model_load_dir
+        return path
     if model in (None, "resnet50") and os.path.isdir(PUBLISHED_FOLDER):
         return PUBLISHED_FOLDER
     found = []
@@ -211,7 +218,7 @@ def is_of(path: str, model: str) -> bool:
         return False
 
 
-def find_resume(resume: str | None, save_dir: str | None, *, models: Models) -> Checkpoint | None:
+def find_resume(resume: str | None, save_dir: str | None) -> Checkpoint | None:
     """The snapshot that --resume means, read and whole; None for a fresh start.
 
     Args:
@@ -227,43 +234,39 @@ def find_resume(resume: str | None, save_dir: str | None, *, models: Models) -> 
     if resume == "auto":
         if save_dir is None:
             raise UsageError("--resume=auto needs --model_save_dir: the directory of the run")
-        if not os.path.isdir(save_dir):
-            return None
-        found = newest_whole(save_dir, models)
-        if found is None and any(name.startswith(PREFIX) for name in os.listdir(save_dir)):
+        held = held_snapshots(save_dir)
+        found = newest_whole(held)
+        if held and found is None:
             raise RunError(
                 f"none of the snapshots in {save_dir} is whole, see above; move them away for a "
                 "fresh start"
             )
         return found
-    if not os.path.isdir(resume):
+    path = current(os.path.normpath(resume))
+    if not os.path.isdir(path):
         raise UsageError(f"--resume: there is no directory {resume}; check the path")
-    resume = os.path.normpath(resume)
-    if os.path.isfile(os.path.join(resume, DESCRIPTION)):
-        checkpoint = open_checkpoint(resume, models=models)
-        checkpoint.read_whole()
-        return checkpoint
-    found = newest_whole(resume, models)
+    if os.path.isfile(os.path.join(path, DESCRIPTION)):
+        return read_whole(path, read_description(path))
+    found = newest_whole(held_snapshots(path))
     if found is None:
-        raise UsageError(f"--resume: {resume} holds no snapshot to resume")
+        raise UsageError(f"--resume: {path} holds no snapshot to resume")
     return found
 
 
-def newest_whole(save_dir: str, models: Models) -> Checkpoint | None:
-    """The snapshot in `save_dir` that got furthest; damaged ones are named and passed over."""
+def newest_whole(held: frozenset[tuple[str, int]]) -> Checkpoint | None:
+    """The one of `held_snapshots` that got furthest; damaged ones are named and passed over."""
     found = []
-    for path, _ in sorted(held_snapshots(save_dir)):
+    for path, _ in sorted(held):
         try:
-            checkpoint = open_checkpoint(path, models=models)
+            snapshot = read_description(path)
         except RunError as error:
             notice(f"Passed over: {error}.")
             continue
         is_epoch = EPOCH_NAME.fullmatch(os.path.basename(path)) is not None  # not its twin, `last`
-        found.append((position(checkpoint.snapshot), is_epoch, path, checkpoint))
-    for *_, checkpoint in sorted(found, key=lambda each: each[:3], reverse=True):
+        found.append((position(snapshot), is_epoch, path, snapshot))
+    for *_, path, snapshot in sorted(found, key=lambda each: each[:3], reverse=True):
         try:
-            checkpoint.read_whole()
-            return checkpoint
+            return read_whole(path, snapshot)
         except RunError as error:
             notice(f"Passed over: {error}.")
     return None
