@@ -1,6 +1,7 @@
 """Where snapshots are: the directory of a run, the one to read, the one to resume."""
 
 import fcntl
+import glob
 import itertools
 import os
 import shutil
@@ -183,19 +184,13 @@ def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | No
     if model in (None, "resnet50") and os.path.isdir(PUBLISHED_FOLDER):
         return PUBLISHED_FOLDER
     found = []
-    for directory, names, _ in os.walk(SNAPSHOT_ROOT):
-        names[:] = [name for name in names if not name.startswith(".")]
-        for name in names:
-            path = os.path.join(directory, name)
-            description = os.path.join(path, DESCRIPTION)
-            if (
-                name.startswith(PREFIX)
-                and os.path.isfile(description)
-                and (model is None or is_of(path, model))
-            ):
-                # `last` shares its files with an epoch's snapshot, whose name says more.
-                is_epoch = EPOCH_NAME.fullmatch(name) is not None
-                found.append((os.stat(description).st_mtime_ns, is_epoch, path))
+    pattern = os.path.join(SNAPSHOT_ROOT, "**", f"{PREFIX}*", DESCRIPTION)
+    for description in glob.iglob(pattern, recursive=True):  # not in hidden directories
+        path = os.path.dirname(description)
+        if model is None or is_of(path, model):
+            # `last` shares its files with an epoch's snapshot, whose name says more.
+            is_epoch = EPOCH_NAME.fullmatch(os.path.basename(path)) is not None
+            found.append((os.stat(description).st_mtime_ns, is_epoch, path))
     if found:
         return max(found)[-1]
     installed = None if model is None else models[model].installed_weights()

@@ -17,8 +17,8 @@ class Channel:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **hello):
         self.reader, self.writer = reader, writer
-        peer = writer.get_extra_info("peername")
-        self.address = peer[0] if peer else ""
+        ends = (writer.get_extra_info(name) for name in ("peername", "sockname"))
+        self.address, self.own_address = (end[0] if end else "" for end in ends)
         self.greeted = False  # its hello has arrived
         self.node: int | None = None  # once it takes part in the job
         self.is_silent = False

@@ -143,6 +143,17 @@ class Coordinator:
             return End(**message["error"])
         if self.facts is not None and (found := difference(self.facts, message["facts"])):
             return self.differ(found, self.job.node(node))
+        # OneFlow tells machines apart by their addresses, and would wait for ever for the devices
+        # of a machine that it takes for part of another.
+        addresses = {c.address: n for n, c in self.nodes.items() if 0 < n != node}
+        first = ({channel.own_address: 0} | addresses).get(channel.address)
+        if node > 0 and first is not None and message["facts"].get("device") == "cuda":
+            return End(
+                2,
+                f"{self.job.node(first)} and {self.job.node(node)} both have the address "
+                f"{channel.address}, so they are one machine to OneFlow; give its devices to one "
+                "node with --gpu_num_per_node, or each node an address of its own",
+            )
         return None
 
     def differ(self, found: tuple[str, object, object], where: str) -> End:
@@ -154,27 +165,13 @@ class Coordinator:
         )
 
     def start(self) -> None:
-        addresses = {node: channel.address for node, channel in sorted(self.nodes.items())}
-        addresses[0], port = "127.0.0.1", None
+        address, port = "127.0.0.1", None
         if self.job.num_nodes > 1:
             # The address by which others have connected, and a port known in advance, for the sake
             # of firewalls.
-            addresses[0] = self.nodes[1].writer.get_extra_info("sockname")[0]
-            port = self.job.ctrl_port + 1
-        # OneFlow tells machines apart by their addresses, and would wait for ever for the devices
-        # of a machine that it takes for part of another.
-        seen: dict[str, int] = {}
-        for node, address in sorted(addresses.items()):
-            first = seen.setdefault(address, node)
-            if first != node and self.facts.get("device") == "cuda":
-                text = (
-                    f"{self.job.node(first)} and {self.job.node(node)} both have the address "
-                    f"{address}, so they are one machine to OneFlow; give its devices to one node "
-                    "with --gpu_num_per_node, or each node an address of its own"
-                )
-                return settle(self.end, End(2, text))
+            address, port = self.nodes[1].own_address, self.job.ctrl_port + 1
         self.port = reserve_port(port)
-        self.tell_all("start", master=(addresses[0], self.port.getsockname()[1]))
+        self.tell_all("start", master=(address, self.port.getsockname()[1]))
 
     def give_up_start(self) -> None:
         missing = [self.job.node(n) for n in range(self.job.num_nodes) if n not in self.nodes]
@@ -250,13 +247,19 @@ class Parent:
         command: Sequence[str],
         *,
         job: Job,
-        facts: dict | None,
-        error: End | None,
+        facts: Callable[[], dict],
         explain: Explain,
         stdin: int | None,
     ):
         self.command, self.job, self.explain, self.stdin = command, job, explain, stdin
-        self.facts, self.error = facts, error  # the one or the other
+        self.facts, self.error = {}, None
+        try:
+            if job.world_size > 1:  # a process alone checks for itself
+                self.facts = json.loads(json.dumps(facts()))  # as the others' arrive
+        except (UsageError, RunError, OSError) as error:
+            status, text = describe(error)
+            where = f"{job.node(job.node_rank)}: " if job.num_nodes > 1 else ""
+            self.facts, self.error = None, End(status, where + text)
         self.loop = asyncio.get_running_loop()
         self.coordinator: Channel | None = None  # once it has answered
         self.refused = "no answer"  # why there is no connection yet
@@ -405,18 +408,6 @@ class Parent:
                 sys.stderr.writelines(f"    {line}\n" for line in end.tail)
 
 
-def gather_facts(job: Job, facts: Callable[[], dict]) -> tuple[dict | None, End | None]:
-    """What this node found, or why it cannot take part."""
-    if job.world_size == 1:  # a process alone checks for itself
-        return {}, None
-    try:
-        return json.loads(json.dumps(facts())), None  # as the others' arrive
-    except (UsageError, RunError, OSError) as error:
-        status, text = describe(error)
-        where = f"{job.node(job.node_rank)}: " if job.num_nodes > 1 else ""
-        return None, End(status, where + text)
-
-
 def launch(
     command: Sequence[str],
     *,
@@ -442,8 +433,7 @@ def launch(
     """
 
     async def run() -> int:
-        found, error = gather_facts(job, facts)
-        parent = Parent(command, job=job, facts=found, error=error, explain=explain, stdin=stdin)
+        parent = Parent(command, job=job, facts=facts, explain=explain, stdin=stdin)
         if job.node_rank == 0:
             return await coordinate(parent)
         address = resolve(job.node_ips[0])

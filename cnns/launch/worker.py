@@ -223,11 +223,8 @@ class Worker:
         """Keep further lines until it is clear whether this is a crash."""
         if self.held is None:
             self.held = []
-            asyncio.get_running_loop().call_later(HOLD_SECONDS, self.release_in_time)
-
-    def release_in_time(self) -> None:
-        if not self.is_ending:
-            self.release()
+            loop = asyncio.get_running_loop()
+            loop.call_later(HOLD_SECONDS, lambda: self.is_ending or self.release())
 
     def release(self, *, native: bool = True) -> None:
         """Print what was held; without the native lines if told so."""
