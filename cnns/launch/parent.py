@@ -35,7 +35,7 @@ GATHER_SECONDS = 1.5
 TERM_SECONDS = 1.5  # between SIGTERM and SIGKILL
 REAP_SECONDS = 5.0  # for processes to be gone after SIGKILL
 STOP_SECONDS = 300.0  # for workers to finish after SIGINT or SIGTERM; saving takes a while
-STOP_LEFT_SECONDS = 10.0  # for the others when one of them has died meanwhile
+STOP_LEFT_SECONDS = 10.0  # for the others when one of them has died
 SAME_SIGNAL_SECONDS = 1.0  # `timeout` and schedulers send a signal to the process and to its group
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -384,7 +384,8 @@ class Parent:
     async def end_workers(self, end: End) -> None:
         """End what still runs: SIGTERM, and SIGKILL a moment later."""
         for worker in self.workers:
-            worker.is_shown = False  # what it says of being ended must not stand before why
+            # What it says of being ended must not stand before why.
+            worker.is_shown, worker.is_ending = False, True
         if not end.at_once:
             self.signal_workers(signal.SIGTERM)
             await wait_until(lambda: not self.running, TERM_SECONDS)
@@ -436,7 +437,10 @@ def launch(
         parent = Parent(command, job=job, facts=facts, explain=explain, stdin=stdin)
         if job.node_rank == 0:
             return await coordinate(parent)
-        address = resolve(job.node_ips[0])
+        try:
+            address = resolve(job.node_ips[0])
+        except UsageError as error:
+            raise UsageError(f"{job.node(job.node_rank)}: {error}") from None
         return await parent.run(lambda: open_connection(address, job.ctrl_port))
 
     return asyncio.run(run())

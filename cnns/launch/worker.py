@@ -216,8 +216,11 @@ class Worker:
         if self.held is not None:
             self.held.append(line)
         else:
-            with suppress(Full):
-                self.to_print.put_nowait(line)
+            self.print(line)
+
+    def print(self, line: bytes) -> None:
+        with suppress(Full):
+            self.to_print.put_nowait(line)
 
     def hold(self) -> None:
         """Keep further lines until it is clear whether this is a crash."""
@@ -230,7 +233,7 @@ class Worker:
         """Print what was held; without the native lines if told so."""
         for line in self.held or ():
             if native or not NATIVE.match(line.decode(errors="replace")):
-                self.to_print.put(line)
+                self.print(line)
         self.held = None
 
     def finish_printing(self) -> None:

@@ -592,7 +592,7 @@ def test_a_worker_that_is_killed(cluster, rank):
         "time.sleep(0.3); print('lost', file=sys.stderr); crash()"
         for other in range(4)
     }
-    parts[str(rank)] = "wait()"
+    parts[str(rank)] = "subprocess.Popen(['sleep', '60']); wait()"  # which ends with it
     nodes = cluster.pair(devices=2, parts=parts)
     for other in range(4):
         cluster.worker(other)
