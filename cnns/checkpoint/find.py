@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
     Only the first process of a job does anything.
 
     Raises UsageError where it cannot be written, another process is using it, or it holds snapshots
-    that this run does not go on from.
+    that this run does not resume.
     """
     if save_dir is None and resumed is not None:
         save_dir = os.path.dirname(os.path.abspath(resumed))
@@ -80,7 +80,7 @@ def lock(handle: int, save_dir: str) -> None:
 def check_held(save_dir: str, resumed: str | None) -> None:
     """Refuse a directory with snapshots that this run would overwrite.
 
-    Where it goes on in a directory, what a killed process left there half-written is removed, and
+    When it resumes there, what a killed process has left half-written is removed, and
     damaged snapshots get another name.
     """
     names = sorted(os.listdir(save_dir))
@@ -131,11 +131,9 @@ def make_timed_dir() -> str:
     first = f"./{SNAPSHOT_ROOT}/model_save-{datetime.now().strftime('%Y%m%d%H%M%S')}"
     for number in itertools.count(1):
         path = first if number == 1 else f"{first}-{number}"
-        try:
+        with suppress(FileExistsError):  # of another run that started within this second
             os.makedirs(path)
             return path
-        except FileExistsError:  # another run that started within this second
-            continue
 
 
 def link_snapshot(path: str, name: str) -> None:

@@ -134,12 +134,11 @@ class Checkpoint:
         """What the user should know of weights of others."""
         if self.foreign is None:
             return []
-        snapshot = self.snapshot
         text = (
-            f"{self.path} is {self.foreign.kind}: taken as {snapshot.model} with "
-            f"{snapshot.num_classes} classes"
+            f"{self.path} is {self.foreign.kind}: taken as {self.snapshot.model} with "
+            f"{self.snapshot.num_classes} classes."
         )
-        return [text + ".", *self.foreign.notices]
+        return [text, *self.foreign.notices]
 
 
 def read_whole(path: str, snapshot: Snapshot) -> Checkpoint:

@@ -115,8 +115,7 @@ class Coordinator:
             text = f"a job is already running on {self.job.node(0)}, port {self.job.ctrl_port}"
             channel.send("end", **vars(End(1, text)))
             return
-        problem = self.admit(channel, message)
-        if problem is not None:
+        if problem := self.admit(channel, message):
             settle(self.end, problem)
         if self.end.done():
             channel.send("end", **vars(self.end.result()))
@@ -132,11 +131,11 @@ class Coordinator:
             return self.differ(found, f"the node at {channel.address}")
         node = int(message["node_rank"])
         if not 0 <= node < self.job.num_nodes or node in self.nodes:
-            other = self.nodes[node].address if node in self.nodes else "this one"
+            other = node in self.nodes and self.nodes[node].address or "this one"
             return End(
                 2,
-                f"two nodes say that they are node {node}: {other or 'this one'} and "
-                f"{channel.address}; give each its own --node_rank",
+                f"two nodes say that they are node {node}: {other} and {channel.address}; give "
+                "each its own --node_rank",
             )
         channel.node, self.nodes[node] = node, channel
         if message["error"] is not None:
