@@ -9,13 +9,12 @@ import argparse
 import math
 import os
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from cnns.data.crops import SHUFFLE_BUFFER_SIZE, Augmentation
 from cnns.data.format import MAX_CLASSES
-from cnns.distributed import choose_device, explain_crash
+from cnns.distributed import choose_device
 from cnns.errors import UsageError
 from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path
 from cnns.log import notice
@@ -505,14 +504,17 @@ def job_flags(args: Namespace) -> dict:
     }
 
 
-def explain_crashes(args: Namespace, *, batch: str) -> Callable[[int, Sequence[str]], str | None]:
-    """What explains to the parent of a job why a process crashed; `batch` sets a batch's size."""
+def memory_flags(args: Namespace, *, batch: str) -> dict[str, str]:
+    """What a process that ran out of memory was asked for, for `launch_script`.
+
+    `batch` is the flag that sets the size of a batch.
+    """
     given = {name: getattr(args, name) for name in ("model", "image_size", batch)}
     if given[batch] is None:
         given[batch] = BATCH_SIZE_PER_DEVICE
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
     asked = " ".join(flags + ["--use_fp16"] * args.use_fp16)
-    return partial(explain_crash, asked=asked, flag=f"--{batch}")
+    return {"asked": asked, "flag": f"--{batch}"}
 
 
 def flags_of_a_job(args: Namespace, parser: FlagParser) -> dict[str, object]:

@@ -19,13 +19,12 @@ from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import checksum, versions
 from cnns.data.datasets import open_val_dataset
 from cnns.data.kinds import Dataset
-from cnns.distributed import place, takes_cuda
+from cnns.distributed import launch_script, place, takes_cuda
 from cnns.errors import UsageError, run_main
 from cnns.evaluation import ArrayEvaluator, Evaluator
 from cnns.export import ExportedModel, find_export
 from cnns.launch.job import make_job
-from cnns.launch.nodes import launch
-from cnns.launch.worker import command, is_worker, leave
+from cnns.launch.worker import is_worker, leave
 from cnns.log import open_log, validation_line
 
 
@@ -35,12 +34,8 @@ def main(argv: list[str] | None = None) -> int | None:
         job = make_job(**config.job_flags(args))
         of_oneflow = args.backend == "oneflow"
         if job.world_size > 1 or of_oneflow and takes_cuda(args.device):
-            return launch(
-                command(__file__, argv),
-                job=job,
-                facts=lambda: facts(args),
-                explain=config.explain_crashes(args, batch="val_batch_size_per_device"),
-            )
+            memory = config.memory_flags(args, batch="val_batch_size_per_device")
+            return launch_script(__file__, argv, job=job, facts=lambda: facts(args), memory=memory)
     device, data, (model, about, path) = prepare(args)
     log = open_log(args.log_dir, "of_cnn_evaluate")
     log(f"Restoring model from {path}.")

@@ -22,13 +22,12 @@ import numpy as np
 import config
 from cnns.checkpoint.find import restore
 from cnns.data.images import Preprocessing, class_names, find_images, load_image
-from cnns.distributed import place, takes_cuda
+from cnns.distributed import launch_script, place, takes_cuda
 from cnns.errors import RunError, UsageError, report, run_main
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import Predictor
 from cnns.launch.job import Job
-from cnns.launch.nodes import launch
-from cnns.launch.worker import command, is_worker, leave
+from cnns.launch.worker import is_worker, leave
 from cnns.log import notice
 
 Predict = Callable[[np.ndarray], np.ndarray]  # (N, 3, H, W) normalised to (N, C) probabilities
@@ -38,13 +37,8 @@ STDIN = "-"
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.backend == "oneflow" and not is_worker() and takes_cuda(args.device):
-        return launch(
-            command(__file__, argv),
-            job=Job(),
-            facts=dict,
-            explain=config.explain_crashes(args, batch="batch_size"),
-            stdin=None,
-        )
+        memory = config.memory_flags(args, batch="batch_size")
+        return launch_script(__file__, argv, job=Job(), memory=memory, stdin=None)
     paths = find_paths(args.image_path)
     predict, preprocessing, names = BACKENDS[args.backend](args)
     write = WRITERS[args.output](names, args.top_k)

@@ -37,13 +37,12 @@ from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
 from cnns.data.synthetic import SyntheticLoader
-from cnns.distributed import choose_device, place, set_communication, takes_cuda
+from cnns.distributed import choose_device, launch_script, place, set_communication, takes_cuda
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
 from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.launch.job import make_job
-from cnns.launch.nodes import launch
-from cnns.launch.worker import command, is_worker, leave
+from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, notice, open_log
 from cnns.models.model import check_switches
 from cnns.resume import compare_flags, compare_runs, inherited_flags, num_processes
@@ -59,12 +58,8 @@ def main(argv: list[str] | None = None) -> int | None:
         args = config.make_parser("train").complete(given)
         job = make_job(**config.job_flags(args))
         if job.world_size > 1 or takes_cuda(args.device):
-            return launch(
-                command(__file__, argv),
-                job=job,
-                facts=lambda: facts(given),
-                explain=config.explain_crashes(args, batch="batch_size_per_device"),
-            )
+            memory = config.memory_flags(args, batch="batch_size_per_device")
+            return launch_script(__file__, argv, job=job, facts=lambda: facts(given), memory=memory)
     spec = make_spec(given)
     for text in spec.notices:
         notice(text)
@@ -138,7 +133,7 @@ def make_spec(given: Namespace) -> RunSpec:
     device = choose_device(args.device, count=args.gpu_num_per_node)
     notices: list[str] = []
     held = held_snapshots(args.model_save_dir)
-    resumed = find_resume(args.resume, args.model_save_dir, models=MODELS)
+    resumed = find_resume(args.resume, args.model_save_dir)
     if resumed is not None:
         flags = inherited_flags(resumed.snapshot.flags, parser, device=device)
         args = parser.complete(given, flags)
@@ -409,7 +404,7 @@ def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> Tra
         num_nodes=flags["num_nodes"],
     )
     if spec.resumed is not None and spec.resumed.state is not None:
-        load_training_state(graph, model, spec.resumed.state, device=spec.device)
+        load_training_state(graph, model, spec.resumed.take_state(), device=spec.device)
     return graph
 
 

@@ -2,8 +2,10 @@
 
 import ctypes
 import signal
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import oneflow as flow
@@ -11,6 +13,9 @@ from oneflow import nn
 
 from cnns.errors import UsageError
 from cnns.interrupts import Interrupted, Interrupts
+from cnns.launch.job import Job
+from cnns.launch.parent import launch
+from cnns.launch.worker import command
 from cnns.log import notice
 
 # Major compute capabilities that the wheel of each OneFlow has machine code for. 0.9.0 has code for
@@ -124,6 +129,25 @@ def explain_crash(local_rank: int, words: Sequence[str], *, asked: str, flag: st
         f"have enough free memory for {asked}; give a smaller {flag}, or --use_fp16, and check "
         "whether another program uses the device (nvidia-smi)"
     )
+
+
+def launch_script(
+    script: str,
+    argv: list[str] | None,
+    *,
+    job: Job,
+    memory: dict[str, str],
+    facts: Callable[[], dict] = dict,
+    stdin: int | None = subprocess.DEVNULL,
+) -> int:
+    """Run a script once per device, as cnns.launch.parent.launch does.
+
+    Args:
+        argv: as the script's `main` got it.
+        memory: `asked` and `flag` of `explain_crash`.
+    """
+    explain = partial(explain_crash, **memory)
+    return launch(command(script, argv), job=job, facts=facts, explain=explain, stdin=stdin)
 
 
 def place(model: nn.Module, device: str) -> nn.Module:

@@ -37,21 +37,25 @@ def run_main(
 
 def explain(error: BaseException) -> int:
     """Report what ended a run, and return the exit status."""
-    if isinstance(error, UsageError | RunError):
-        report(error)
-        return error.exit_status
-    if isinstance(error, KeyboardInterrupt):
-        report("interrupted")
-        return 130
-    if isinstance(error, MemoryError):
-        report(f"out of memory: {error}")
-    elif isinstance(error, BrokenPipeError):  # `| head`: whoever read our lines has seen enough
+    status, text = describe(error)
+    if isinstance(error, BrokenPipeError):  # `| head`: whoever read our lines has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
-    elif isinstance(error, OSError) and error.filename:
-        report(f"{error.strerror}: {error.filename}")
     else:
-        report(error)
-    return 1
+        report(text)
+    return status
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """The exit status and the line for what the user or the system did."""
+    if isinstance(error, UsageError | RunError):
+        return error.exit_status, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, MemoryError):
+        return 1, f"out of memory: {error}"
+    if isinstance(error, OSError) and error.filename:
+        return 1, f"{error.strerror}: {error.filename}"
+    return 1, str(error)
 
 
 def report(error: object) -> None:

@@ -87,8 +87,7 @@ class Saver:
         self.log(f"Saving model to {self.last_good}.")
         if self.writes:
             save_snapshot(
-                self.save_dir,
-                name,
+                self.last_good,
                 parts.model,
                 self.describe(progress),
                 graph=parts.graph if progress.step > 0 else None,

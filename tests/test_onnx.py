@@ -17,7 +17,7 @@ import of_cnn_evaluate
 import resnet_to_onnx
 import small
 from cnns.checkpoint.find import restore
-from cnns.checkpoint.snapshot import Snapshot, save_snapshot
+from cnns.checkpoint.snapshot import PREFIX, Snapshot, save_snapshot
 from cnns.errors import RunError, UsageError
 from cnns.export import ExportedModel, find_export
 from cnns.models.model import Model
@@ -65,7 +65,9 @@ def save(model: str, *, num_classes: int = 3, name: str = "epoch_0", seed: int =
         classes=NAMES if num_classes == 3 else None,
     )
     os.makedirs("output/snapshots/run", exist_ok=True)
-    return save_snapshot("output/snapshots/run", name, network, snapshot)
+    path = f"output/snapshots/run/{PREFIX}{name}"
+    save_snapshot(path, network, snapshot)
+    return path
 
 
 def export(*argv: str):

@@ -8,8 +8,8 @@ from small import ROOT
 
 PACKAGE = sorted((ROOT / "cnns").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
-# Larger for a reason: tables, or one format with its history.
-LARGE = {"config.py": 710, "cnns/checkpoint/foreign.py": 680}
+# Larger for a reason: tables.
+LARGE = {"config.py": 710}
 
 
 def imported(path) -> set[str]:

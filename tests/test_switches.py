@@ -13,7 +13,7 @@ import of_cnn_evaluate
 import of_cnn_train_val
 import ofrecord_util
 import optimizer_util
-from cnns.checkpoint.snapshot import read_arrays, read_training_state, state_arrays
+from cnns.checkpoint.snapshot import TRAINING_STATE, read_arrays, state_arrays
 from cnns.checkpoint.weights import load_weights
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset
@@ -214,7 +214,7 @@ def test_half_precision_on_a_cpu_is_float32(tmp_path):
     for name in ("model.safetensors", "training.safetensors"):
         path = f"snapshot_epoch_1/{name}"
         assert tree(tmp_path / "resumed")[path] == tree(tmp_path / "half")[path]
-    state = read_training_state("half/snapshot_epoch_1")
+    state = read_arrays("half/snapshot_epoch_1", TRAINING_STATE)
     assert any("loss" in key.lower() for key in state), sorted(state)
 
 

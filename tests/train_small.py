@@ -5,8 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cnns.startup  # noqa: F401  (first, see there)
+import cnns.startup
 
+import cnns.distributed
 import model_registry
 import of_cnn_evaluate
 import of_cnn_train_val
@@ -19,7 +20,7 @@ script = of_cnn_evaluate if sys.argv[1:2] == ["evaluate"] else of_cnn_train_val
 if script is of_cnn_evaluate:
     argv = sys.argv[2:]
     # With `evaluate`.
-    of_cnn_evaluate.command = lambda script, argv: [sys.executable, *sys.argv]
+    cnns.distributed.command = lambda script, argv: [sys.executable, *sys.argv]
 else:
     argv = None
 sys.exit(run_main(lambda: script.main(argv), leave=leave))

@@ -16,7 +16,7 @@ import os
 import model_registry
 from cnns.checkpoint.find import find_snapshot
 from cnns.checkpoint.foreign import LAYOUTS
-from cnns.checkpoint.snapshot import write_snapshot
+from cnns.checkpoint.snapshot import save_snapshot
 from cnns.checkpoint.weights import check_fits, open_checkpoint
 from cnns.errors import UsageError, run_main
 from cnns.flags import Parser
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     for text in [*checkpoint.notices(), *checkpoint.load(network)]:
         notice(text)
     os.makedirs(os.path.dirname(os.path.abspath(args.target)), exist_ok=True)
-    write_snapshot(args.target, network, snapshot)
+    save_snapshot(args.target, network, snapshot)
     print(f"{path} -> {args.target}: {snapshot.model}, {snapshot.num_classes} classes")
 
 

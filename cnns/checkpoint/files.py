@@ -1,11 +1,13 @@
 """Files and directories that survive a power cut, and a kill at any moment."""
 
-import ctypes
-import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+from cnns.errors import RunError
+
+OLD = ".old"
 
 
 def write_durably(path: str | os.PathLike, data: bytes) -> None:
@@ -25,51 +27,52 @@ def sync_directory(path: str | os.PathLike) -> None:
         os.close(handle)
 
 
-def replace_directory(source: str, target: str) -> None:
-    """Put the directory `source` in the place of `target`, and remove what was there.
+def temporary_name(path: str) -> str:
+    """A name beside `path` for what is not a snapshot, or is one no longer."""
+    parent, name = os.path.split(path)
+    return os.path.join(parent, f".{name}.tmp-{os.getpid()}")
 
-    At every moment `target` is the old or the new one, whole. On a file system that cannot exchange
-    two names, the old one is called `<target>.old` for the blink of an eye in which there is no
-    `target`. Raises OSError where the disk does.
+
+@contextmanager
+def writing(path: str, *, replace: bool = False) -> Iterator[str]:
+    """A new directory under a temporary name, which is renamed to `path` when it is complete.
+
+    Nothing is left of it after an error. A directory that it replaces is called `<path>.old` for
+    the moment between two renames, so that after a kill at any time the old or the new one is there
+    whole, under one of the two names: `current` finds it, and the next `writing` tidies up.
+
+    Raises RunError where the disk is full or the like.
     """
-    if not os.path.isdir(target):
-        os.rename(source, target)
-        return
-    old = f"{target}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if exchange(source, target):
-        old = source
-    else:
-        os.rename(target, old)
-        os.rename(source, target)
-    sync_directory(os.path.dirname(target) or ".")
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def exchange(first: str, second: str) -> bool:
-    """Let two paths change places in one step; False where system or file system cannot do it."""
+    temporary, old = temporary_name(path), path + OLD
     try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # a C library without it
-        return False
-    paths = os.fsencode(first), os.fsencode(second)
-    if renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number), second)
+        os.makedirs(temporary)
+        yield temporary
+        sync_directory(temporary)
+        if replace and os.path.isdir(path):
+            remove_directory(old)
+            os.rename(path, old)
+        os.rename(temporary, path)
+        sync_directory(os.path.dirname(path) or ".")
+        if replace:
+            remove_directory(old)
+    except OSError as error:
+        if replace and not os.path.exists(path):
+            with suppress(OSError):
+                os.rename(old, path)
+        raise RunError(
+            f"cannot save the model to {path}: {error.strerror}; earlier snapshots are untouched"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def link_files(source: str, target: str) -> None:
-    """Make a directory `target` with the files of `source`: hard links, copies where need be."""
-    os.makedirs(target)
-    for name in os.listdir(source):
-        paths = os.path.join(source, name), os.path.join(target, name)
-        try:
-            os.link(*paths)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
-                raise
-            with open(paths[0], "rb") as file:
-                write_durably(paths[1], file.read())
+def current(path: str) -> str:
+    """`path`, or `<path>.old` where a kill came while that was being replaced."""
+    return path + OLD if os.path.isdir(path + OLD) and not os.path.exists(path) else path
+
+
+def remove_directory(path: str) -> None:
+    """Remove a directory, if it is there, which is whole until then. Raises OSError."""
+    if os.path.isdir(path):
+        os.rename(path, temporary_name(path))
+        shutil.rmtree(temporary_name(path), ignore_errors=True)

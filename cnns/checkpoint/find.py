@@ -1,27 +1,28 @@
 """Where snapshots are: the directory of a run, the one to read, the one to resume."""
 
 import fcntl
+import glob
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from pathlib import Path
 
 from oneflow import nn
 
-from cnns.checkpoint.files import link_files
+from cnns.checkpoint.files import OLD, current, remove_directory, write_durably, writing
 from cnns.checkpoint.snapshot import (
     DESCRIPTION,
     EPOCH_NAME,
     PREFIX,
     Snapshot,
     check_files,
-    put,
     read_description,
-    writing,
 )
-from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint
+from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, read_whole
 from cnns.errors import RunError, UsageError
 from cnns.log import is_first_rank, notice
 from cnns.models.layers import Switches
@@ -38,7 +39,7 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
     Only the first process of a job does anything.
 
     Raises UsageError where it cannot be written, another process is using it, or it holds snapshots
-    that this run does not go on from.
+    that this run does not resume.
     """
     if save_dir is None and resumed is not None:
         save_dir = os.path.dirname(os.path.abspath(resumed))
@@ -49,10 +50,8 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
         if save_dir is None:
             save_dir = make_timed_dir()
         os.makedirs(save_dir, exist_ok=True)
-        probe = os.path.join(save_dir, f".{PREFIX}probe.tmp-{os.getpid()}")
-        with open(probe, "w"):
+        with tempfile.TemporaryFile(dir=save_dir):
             pass
-        os.remove(probe)
         handle = os.open(save_dir, os.O_RDONLY)
     except OSError as error:
         raise UsageError(
@@ -81,7 +80,7 @@ def lock(handle: int, save_dir: str) -> None:
 def check_held(save_dir: str, resumed: str | None) -> None:
     """Refuse a directory with snapshots that this run would overwrite.
 
-    Where it goes on in a directory, what a killed process left there half-written is removed, and
+    When it resumes there, what a killed process has left half-written is removed, and
     damaged snapshots get another name.
     """
     names = sorted(os.listdir(save_dir))
@@ -98,6 +97,12 @@ def check_held(save_dir: str, resumed: str | None) -> None:
         path = os.path.join(save_dir, name)
         if os.path.samefile(path, resumed):
             continue
+        if name.endswith(OLD):  # of a run that was killed while it replaced this one
+            name, path = name.removesuffix(OLD), path.removesuffix(OLD)
+            if os.path.exists(path):
+                remove_directory(path + OLD)
+                continue
+            os.rename(path + OLD, path)
         try:
             later = position(read_description(path)) > start
             check_files(path)
@@ -126,11 +131,9 @@ def make_timed_dir() -> str:
     first = f"./{SNAPSHOT_ROOT}/model_save-{datetime.now().strftime('%Y%m%d%H%M%S')}"
     for number in itertools.count(1):
         path = first if number == 1 else f"{first}-{number}"
-        try:
+        with suppress(FileExistsError):  # of another run that started within this second
             os.makedirs(path)
             return path
-        except FileExistsError:  # another run that started within this second
-            continue
 
 
 def link_snapshot(path: str, name: str) -> None:
@@ -139,9 +142,13 @@ def link_snapshot(path: str, name: str) -> None:
     The files are shared, and are there as long as one of the two is. Raises as `save_snapshot`.
     """
     target = os.path.join(os.path.dirname(path), PREFIX + name)
-    with writing(target) as temporary:
-        link_files(path, temporary)
-        put(temporary, target, replace=True)
+    with writing(target, replace=True) as temporary:
+        for file in os.listdir(path):
+            source, link = os.path.join(path, file), os.path.join(temporary, file)
+            try:
+                os.link(source, link)
+            except OSError:  # a file system without hard links
+                write_durably(link, Path(source).read_bytes())
 
 
 def prune_snapshots(save_dir: str, keep: int) -> None:
@@ -151,10 +158,8 @@ def prune_snapshots(save_dir: str, keep: int) -> None:
     )
     for number in numbers[:-keep]:
         path = os.path.join(save_dir, f"{PREFIX}epoch_{number}")
-        temporary = os.path.join(save_dir, f".{PREFIX}epoch_{number}.tmp-{os.getpid()}")
         try:
-            os.rename(path, temporary)  # a snapshot is whole or is not there
-            shutil.rmtree(temporary)
+            remove_directory(path)
         except OSError as error:
             raise RunError(f"--keep_snapshots: cannot remove {path}: {error.strerror}") from None
 
@@ -168,27 +173,22 @@ def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | No
     Raises UsageError where there is none, with the ways to get one.
     """
     if model_load_dir is not None:
-        if not (os.path.isdir(model_load_dir) or os.path.isfile(model_load_dir)):
+        path = current(model_load_dir)
+        if not (os.path.isdir(path) or os.path.isfile(path)):
             raise UsageError(
-                f"--model_load_dir: there is no file or directory {model_load_dir}; check the path"
+                f"--model_load_dir: there is no file or directory {path}; check the path"
             )
-        return model_load_dir
+        return path
     if model in (None, "resnet50") and os.path.isdir(PUBLISHED_FOLDER):
         return PUBLISHED_FOLDER
     found = []
-    for directory, names, _ in os.walk(SNAPSHOT_ROOT):
-        names[:] = [name for name in names if not name.startswith(".")]
-        for name in names:
-            path = os.path.join(directory, name)
-            description = os.path.join(path, DESCRIPTION)
-            if (
-                name.startswith(PREFIX)
-                and os.path.isfile(description)
-                and (model is None or is_of(path, model))
-            ):
-                # `last` shares its files with an epoch's snapshot, whose name says more.
-                is_epoch = EPOCH_NAME.fullmatch(name) is not None
-                found.append((os.stat(description).st_mtime_ns, is_epoch, path))
+    pattern = os.path.join(SNAPSHOT_ROOT, "**", f"{PREFIX}*", DESCRIPTION)
+    for description in glob.iglob(pattern, recursive=True):  # not in hidden directories
+        path = os.path.dirname(description)
+        if model is None or is_of(path, model):
+            # `last` shares its files with an epoch's snapshot, whose name says more.
+            is_epoch = EPOCH_NAME.fullmatch(os.path.basename(path)) is not None
+            found.append((os.stat(description).st_mtime_ns, is_epoch, path))
     if found:
         return max(found)[-1]
     installed = None if model is None else models[model].installed_weights()
@@ -211,7 +211,7 @@ def is_of(path: str, model: str) -> bool:
         return False
 
 
-def find_resume(resume: str | None, save_dir: str | None, *, models: Models) -> Checkpoint | None:
+def find_resume(resume: str | None, save_dir: str | None) -> Checkpoint | None:
     """The snapshot that --resume means, read and whole; None for a fresh start.
 
     Args:
@@ -227,43 +227,39 @@ def find_resume(resume: str | None, save_dir: str | None, *, models: Models) -> 
     if resume == "auto":
         if save_dir is None:
             raise UsageError("--resume=auto needs --model_save_dir: the directory of the run")
-        if not os.path.isdir(save_dir):
-            return None
-        found = newest_whole(save_dir, models)
-        if found is None and any(name.startswith(PREFIX) for name in os.listdir(save_dir)):
+        held = held_snapshots(save_dir)
+        found = newest_whole(held)
+        if held and found is None:
             raise RunError(
                 f"none of the snapshots in {save_dir} is whole, see above; move them away for a "
                 "fresh start"
             )
         return found
-    if not os.path.isdir(resume):
+    path = current(os.path.normpath(resume))
+    if not os.path.isdir(path):
         raise UsageError(f"--resume: there is no directory {resume}; check the path")
-    resume = os.path.normpath(resume)
-    if os.path.isfile(os.path.join(resume, DESCRIPTION)):
-        checkpoint = open_checkpoint(resume, models=models)
-        checkpoint.read_whole()
-        return checkpoint
-    found = newest_whole(resume, models)
+    if os.path.isfile(os.path.join(path, DESCRIPTION)):
+        return read_whole(path, read_description(path))
+    found = newest_whole(held_snapshots(path))
     if found is None:
-        raise UsageError(f"--resume: {resume} holds no snapshot to resume")
+        raise UsageError(f"--resume: {path} holds no snapshot to resume")
     return found
 
 
-def newest_whole(save_dir: str, models: Models) -> Checkpoint | None:
-    """The snapshot in `save_dir` that got furthest; damaged ones are named and passed over."""
+def newest_whole(held: frozenset[tuple[str, int]]) -> Checkpoint | None:
+    """The one of `held_snapshots` that got furthest; damaged ones are named and passed over."""
     found = []
-    for path, _ in sorted(held_snapshots(save_dir)):
+    for path, _ in sorted(held):
         try:
-            checkpoint = open_checkpoint(path, models=models)
+            snapshot = read_description(path)
         except RunError as error:
             notice(f"Passed over: {error}.")
             continue
         is_epoch = EPOCH_NAME.fullmatch(os.path.basename(path)) is not None  # not its twin, `last`
-        found.append((position(checkpoint.snapshot), is_epoch, path, checkpoint))
-    for *_, checkpoint in sorted(found, key=lambda each: each[:3], reverse=True):
+        found.append((position(snapshot), is_epoch, path, snapshot))
+    for *_, path, snapshot in sorted(found, key=lambda each: each[:3], reverse=True):
         try:
-            checkpoint.read_whole()
-            return checkpoint
+            return read_whole(path, snapshot)
         except RunError as error:
             notice(f"Passed over: {error}.")
     return None

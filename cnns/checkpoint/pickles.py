@@ -13,6 +13,7 @@ from typing import Any
 
 MAX_BYTES = 4 << 20  # of the instructions; those of a ResNet-50 take 50 kB
 MARK = object()
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # of the weights in a dict
 DAMAGE = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError)
 
 
@@ -193,3 +194,26 @@ def pop_to_mark(stack: list) -> list:
     items = stack[at + 1 :]
     del stack[at:]
     return items
+
+
+def whole(value) -> int:
+    if type(value) is not int or value < 0:
+        raise Refused("a size in it is not a whole number")
+    return value
+
+
+def find_weights(value, kind: type, *, depth: int = 3) -> dict:
+    """The dict of tensors in what a file holds: the whole, or what is below `state_dict`."""
+    if not isinstance(value, dict) or depth == 0:
+        raise Refused("it holds no dict of tensors")
+    if value and all(isinstance(item, kind) for item in value.values()):
+        if not all(isinstance(name, str) for name in value):
+            raise Refused("its tensors have no names")
+        return value
+    for wrapper in WRAPPERS:
+        if isinstance(value.get(wrapper), dict):
+            return find_weights(value[wrapper], kind, depth=depth - 1)
+    for name, item in value.items():
+        if not isinstance(item, kind):
+            raise Refused(f"{printable(str(name))} in it is not a tensor")
+    raise Refused("it holds no tensors")

@@ -3,7 +3,7 @@
 A snapshot is a directory `snapshot_<name>` that holds
 
     model.safetensors     parameters and buffers, float32, named as in torchvision
-    training.safetensors  the rest of what a run needs to go on as if it had never stopped
+    training.safetensors  the rest of what a run needs to resume as if it had never stopped
     snapshot.json         what they belong to: model, classes, preprocessing, epoch, figures, flags
 
 It is written under a temporary name beside its place, flushed to disk and renamed, so that it is
@@ -14,10 +14,7 @@ import json
 import os
 import platform
 import re
-import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -26,7 +23,7 @@ from oneflow import nn
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from cnns.checkpoint.files import replace_directory, sync_directory, write_durably
+from cnns.checkpoint.files import write_durably, writing
 from cnns.data.images import Preprocessing, read_preprocessing
 from cnns.errors import RunError
 from cnns.models.layers import from_standard, to_standard
@@ -134,29 +131,6 @@ def load_training_state(
 
 
 def save_snapshot(
-    save_dir: str,
-    name: str,
-    model: nn.Module,
-    snapshot: Snapshot,
-    *,
-    graph: nn.Graph | None = None,
-    replace: bool = False,
-) -> str:
-    """Write `<save_dir>/snapshot_<name>` and return its path.
-
-    Args:
-        graph: the training graph, if the run is to go on from here.
-        replace: put it in the place of one of the same name, which is whole until then.
-
-    Raises RunError where it cannot be written, with the disk as it was before, or where a weight is
-    not finite.
-    """
-    path = os.path.join(save_dir, PREFIX + name)
-    write_snapshot(path, model, snapshot, graph=graph, replace=replace)
-    return path
-
-
-def write_snapshot(
     path: str,
     model: nn.Module,
     snapshot: Snapshot,
@@ -164,44 +138,26 @@ def write_snapshot(
     graph: nn.Graph | None = None,
     replace: bool = False,
 ) -> None:
-    """As `save_snapshot`, under any path."""
+    """Write a snapshot as the directory `path`.
+
+    Args:
+        graph: the training graph, if the run is to be resumed from here.
+        replace: put it in the place of one of the same name, which is whole until then.
+
+    Raises RunError where it cannot be written, with the disk as it was before, or where a weight is
+    not finite.
+    """
     arrays = state_arrays(model)
     for parameter, array in arrays.items():
         if not np.isfinite(array).all():
             raise RunError(f"{parameter} is no longer finite, so {path} is not written")
-    with writing(path) as temporary:
-        os.makedirs(temporary)
+    with writing(path, replace=replace) as temporary:
         write_durably(os.path.join(temporary, WEIGHTS), save(arrays))
         if graph is not None:
             state = save(training_arrays(graph, model))
             write_durably(os.path.join(temporary, TRAINING_STATE), state)
         text = json.dumps(asdict(snapshot), indent=2) + "\n"
         write_durably(os.path.join(temporary, DESCRIPTION), text.encode())
-        put(temporary, path, replace=replace)
-
-
-@contextmanager
-def writing(path: str) -> Iterator[str]:
-    """A temporary name beside `path`; nothing is left under it."""
-    directory, name = os.path.split(path)
-    temporary = os.path.join(directory, f".{name}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-    except OSError as error:
-        raise RunError(
-            f"cannot save the model to {path}: {error.strerror}; earlier snapshots are untouched"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def put(temporary: str, path: str, *, replace: bool) -> None:
-    sync_directory(temporary)
-    if replace:
-        replace_directory(temporary, path)
-    else:
-        os.rename(temporary, path)
-    sync_directory(os.path.dirname(path) or ".")
 
 
 def read_description(path: str) -> Snapshot:
@@ -255,14 +211,6 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     return weights
 
 
-def read_training_state(path: str) -> dict[str, np.ndarray]:
-    """Read training.safetensors of the snapshot directory `path`, as `training_arrays` gave it.
-
-    Raises RunError where it is missing or damaged.
-    """
-    return read_arrays(path, TRAINING_STATE)
-
-
 def check_files(path: str) -> None:
     """Raise RunError where a file of arrays of the snapshot `path` is missing or cut off.
 
@@ -279,6 +227,10 @@ def check_files(path: str) -> None:
 
 
 def read_arrays(path: str, name: str) -> dict[str, np.ndarray]:
+    """Read the file `name` of the snapshot directory `path`: arrays by name.
+
+    Raises RunError where it is missing or damaged.
+    """
     file_path = os.path.join(path, name)
     try:
         return load_file(file_path)

@@ -20,8 +20,8 @@ from cnns.checkpoint.snapshot import (
     DESCRIPTION,
     TRAINING_STATE,
     Snapshot,
+    read_arrays,
     read_description,
-    read_training_state,
     read_weights,
     state_arrays,
     versions,
@@ -31,11 +31,6 @@ from cnns.models.layers import from_standard, to_standard
 from cnns.models.model import Models
 
 MAX_NAMES = 3  # of a kind, in one line
-
-
-def mismatch(kind: str, names: list[str]) -> str:
-    """`2 missing, first fc.bias, fc.weight`."""
-    return f"{len(names)} {kind}, first {', '.join(names[:MAX_NAMES])}"
 
 
 def standard_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -74,7 +69,11 @@ def load_weights(
         if name in weights and weights[name].shape != shape
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong}
-    faults = [mismatch(kind, names) for kind, names in kinds.items() if names]
+    faults = [
+        f"{len(names)} {kind}, first {', '.join(names[:MAX_NAMES])}"
+        for kind, names in kinds.items()
+        if names
+    ]
     if faults:
         raise UsageError(f"the weights of {path} do not fit the network: {'; '.join(faults)}")
     state = model.state_dict()
@@ -96,16 +95,10 @@ class Checkpoint:
     weights: dict[str, np.ndarray] | None = None  # of one of ours, where they have been read
     state: dict[str, np.ndarray] | None = None  # its training state, where that has been read
 
-    def read_whole(self) -> None:
-        """Read all that a run needs to be resumed. Raises RunError where it is not there, whole."""
-        if self.snapshot.step > 0:
-            if not os.path.exists(os.path.join(self.path, TRAINING_STATE)):
-                raise RunError(
-                    f"{self.path} holds weights only, no {TRAINING_STATE}; start a new run from "
-                    f"them with --model_load_dir={self.path}"
-                )
-            self.state = read_training_state(self.path)
-        self.weights = read_weights(self.path)
+    def take_state(self) -> dict[str, np.ndarray]:
+        """The training state, which is not kept: it is as large as the weights, or twice that."""
+        state, self.state = self.state, None
+        return state
 
     def load(self, network: nn.Module, *, finetune: bool = False) -> list[str]:
         """Copy the weights into a network, and let go of them. Returns notices for the user.
@@ -120,6 +113,7 @@ class Checkpoint:
             told = len(self.foreign.notices)
             weights = fit(self.foreign, shapes)
             notices += self.foreign.notices[told:]
+            self.foreign.arrays = {}
             auxiliary = {name for name in shapes if is_auxiliary(name)}
             if auxiliary and not auxiliary & weights.keys():
                 own = state_arrays(network)
@@ -140,12 +134,24 @@ class Checkpoint:
         """What the user should know of weights of others."""
         if self.foreign is None:
             return []
-        snapshot = self.snapshot
         text = (
-            f"{self.path} is {self.foreign.kind}: taken as {snapshot.model} with "
-            f"{snapshot.num_classes} classes"
+            f"{self.path} is {self.foreign.kind}: taken as {self.snapshot.model} with "
+            f"{self.snapshot.num_classes} classes."
         )
-        return [text + ".", *self.foreign.notices]
+        return [text, *self.foreign.notices]
+
+
+def read_whole(path: str, snapshot: Snapshot) -> Checkpoint:
+    """All of one of ours that a run needs to be resumed. Raises RunError where it is not whole."""
+    state = None
+    if snapshot.step > 0:
+        if not os.path.exists(os.path.join(path, TRAINING_STATE)):
+            raise RunError(
+                f"{path} holds weights only, no {TRAINING_STATE}; start a new run from them with "
+                f"--model_load_dir={path}"
+            )
+        state = read_arrays(path, TRAINING_STATE)
+    return Checkpoint(path, snapshot, weights=read_weights(path), state=state)
 
 
 def open_checkpoint(

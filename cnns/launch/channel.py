@@ -1,89 +1,78 @@
-"""Messages between the parents of a job."""
+"""Messages between the parents of a job: JSON objects, one a line."""
 
+import asyncio
 import json
-import socket
 import time
 
 MAGIC = "of_cnn launch"
-PROTOCOL = 1  # of the messages between parents; another one is another job's business
-MAX_MESSAGE_BYTES = 1 << 20
-
-
-# Messages between parents.
-
-
-class Gone(Exception):
-    """The other side of a channel closed it, or said something that is not a message."""
+PROTOCOL = 2  # of the messages between parents; nodes with another one cannot take part
+MAX_BYTES = 1 << 20  # of a message
+BEAT_SECONDS = 0.5
+SILENCE_SECONDS = 10.0  # a node not heard from for so long is lost
+HELLO_SECONDS = 5.0  # a connection that has not said by then who it is gets closed
 
 
 class Channel:
-    """A connection to another parent: JSON objects, each after its length in 4 bytes."""
+    """A connection to another parent. Sending never waits for a peer that does not read."""
 
-    def __init__(self, sock: socket.socket, address: str):
-        sock.setblocking(False)  # a send must never wait for a peer that does not read
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock, self.address = sock, address
-        self.node: int | None = None  # until it has said so
-        self.told = False  # how the job ends; nothing more goes there
-        self.opened = self.heard = self.sent = time.monotonic()
-        self.inbox, self.outbox = bytearray(), bytearray()
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **hello):
+        self.reader, self.writer = reader, writer
+        ends = (writer.get_extra_info(name) for name in ("peername", "sockname"))
+        self.address, self.own_address = (end[0] if end else "" for end in ends)
+        self.greeted = False  # its hello has arrived
+        self.node: int | None = None  # once it takes part in the job
+        self.is_silent = False
+        self.last_received = time.monotonic()
+        self.send("hello", magic=MAGIC, protocol=PROTOCOL, **hello)
 
     def send(self, kind: str, **fields) -> None:
-        data = json.dumps({"kind": kind, **fields}).encode()
-        assert len(data) <= MAX_MESSAGE_BYTES, f"a message of {len(data)} bytes"
-        self.outbox += len(data).to_bytes(4, "big") + data
-        self.sent = time.monotonic()
-        self.flush()
+        self.writer.write(json.dumps({"kind": kind, **fields}).encode() + b"\n")
 
-    def flush(self) -> None:
+    async def run(self, owner) -> str:
+        """Give what arrives to `owner`, and return why the connection has ended."""
+        watch = asyncio.create_task(self.watch())
         try:
-            while self.outbox:
-                del self.outbox[: self.sock.send(self.outbox)]
-        except BlockingIOError:
-            pass
-        except OSError:  # reading will tell
-            self.outbox.clear()
-
-    def receive(self) -> list[dict]:
-        """The messages that have arrived. Raises Gone."""
-        try:
-            data = self.sock.recv(1 << 16)
-        except BlockingIOError:
-            return []
+            async for line in self.reader:
+                self.last_received = time.monotonic()
+                message = json.loads(line)
+                if self.greeted:
+                    owner.on_message(self, message.pop("kind"), message)
+                elif message["magic"] == MAGIC:
+                    self.greeted = True
+                    owner.on_hello(self, message)
+                else:
+                    return "something else listens there"
+            return f"not heard from for {SILENCE_SECONDS:g} s" if self.is_silent else "closed"
         except OSError as error:
-            raise Gone(error.strerror) from None
-        if not data:
-            raise Gone("closed")
-        self.heard = time.monotonic()
-        self.inbox += data
-        messages = []
-        while len(self.inbox) >= 4:
-            size = int.from_bytes(self.inbox[:4], "big")
-            if size > MAX_MESSAGE_BYTES:
-                raise Gone("not a message")
-            if len(self.inbox) < 4 + size:
-                break
-            try:
-                message = json.loads(self.inbox[4 : 4 + size])
-            except (ValueError, RecursionError):
-                raise Gone("not a message") from None
-            if not isinstance(message, dict):
-                raise Gone("not a message")
-            messages.append(message)
-            del self.inbox[: 4 + size]
-        return messages
+            return error.strerror or str(error)
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError):
+            return "not a message"
+        finally:
+            watch.cancel()
+            self.writer.close()
+
+    async def watch(self) -> None:
+        """Send heartbeats, and close the connection when none arrive."""
+        while not self.is_silent:
+            await asyncio.sleep(BEAT_SECONDS)
+            self.send("heartbeat")
+            limit = SILENCE_SECONDS if self.greeted else HELLO_SECONDS
+            if time.monotonic() - self.last_received > limit:
+                await asyncio.sleep(BEAT_SECONDS / 10)  # perhaps it was this process that stopped
+                self.is_silent = time.monotonic() - self.last_received > limit
+        self.writer.transport.abort()
 
 
 def difference(ours: object, theirs: object, name: str = "") -> tuple[str, object, object] | None:
     """The first fact in which two nodes differ, with both values; nested names are joined."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in [*ours, *(key for key in theirs if key not in ours)]:
+        for key in ours | theirs:
             path = f"{name} {key}".strip()
             found = difference(ours.get(key, "nothing"), theirs.get(key, "nothing"), path)
             if found is not None:
                 return found
         return None
-    # As text: in JSON, not a number equals itself.
+    # As text, for nan does not equal itself.
     return None if json.dumps(ours) == json.dumps(theirs) else (name, ours, theirs)
 
 

@@ -1,14 +1,15 @@
 """Who takes part in a job: nodes, ranks, addresses and ports."""
 
+import glob
 import ipaddress
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from cnns.errors import RunError, UsageError
-
-MAX_STRANGERS = 32  # connections that have not said who they are
 
 # A scheduler's number of this node, and the number of nodes (one process on each) that it counts.
 SCHEDULERS = (
@@ -17,9 +18,7 @@ SCHEDULERS = (
     ("PMI_RANK", "PMI_SIZE"),
     ("PBS_NODENUM", "PBS_NUM_NODES"),
 )
-
-
-# Who takes part.
+LISTENING = "0A"  # in /proc/net/tcp
 
 
 @dataclass(frozen=True)
@@ -84,16 +83,9 @@ def make_job(
         raise UsageError(
             f"--node_rank={node_rank} must be at least 0 and less than --num_nodes={num_nodes}"
         )
-    if num_nodes == 1:
-        node_rank = 0
-    return Job(
-        num_nodes=num_nodes,
-        node_rank=find_node_rank(node_ips, node_rank, environ),
-        node_ips=node_ips,
-        processes_per_node=processes_per_node,
-        ctrl_port=ctrl_port,
-        start_timeout=start_timeout,
-    )
+    if node_rank is None:
+        node_rank = find_node_rank(node_ips, environ) if num_nodes > 1 else 0
+    return Job(num_nodes, node_rank, node_ips, processes_per_node, ctrl_port, start_timeout)
 
 
 def check_addresses(num_nodes: int, node_ips: Sequence[str]) -> None:
@@ -103,13 +95,11 @@ def check_addresses(num_nodes: int, node_ips: Sequence[str]) -> None:
             f"--node_ips={listed} has {len(node_ips)} addresses and --num_nodes is {num_nodes}; "
             "they must agree"
         )
-    twice = [ip for i, ip in enumerate(node_ips) if ip in node_ips[:i]]
-    if twice:
-        raise UsageError(f"--node_ips={listed} names {twice[0]} twice; give each node its own")
-    for ip in node_ips:
-        try:
-            address = ipaddress.ip_address(ip)
-        except ValueError:  # a host name
+    for i, ip in enumerate(node_ips):
+        if ip in node_ips[:i]:
+            raise UsageError(f"--node_ips={listed} names {ip} twice; give each node its own")
+        address = parse_address(ip)
+        if address is None:
             continue
         if address.version != 4:  # its bootstrap server checks the peer's family, and aborts
             raise UsageError(
@@ -117,6 +107,14 @@ def check_addresses(num_nodes: int, node_ips: Sequence[str]) -> None:
             )
         if address.is_unspecified or address.is_multicast:
             raise UsageError(f"--node_ips: {ip} is not the address of a machine")
+
+
+def parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for a host name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
 
 
 def resolve(host: str) -> str:
@@ -138,17 +136,11 @@ def is_own_address(host: str) -> bool:
     return True
 
 
-def find_node_rank(
-    node_ips: Sequence[str],
-    node_rank: int | None = None,
-    environ: Mapping[str, str] = os.environ,
-) -> int:
-    """Which node this machine is: as given, by its own addresses, or as the scheduler says.
+def find_node_rank(node_ips: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+    """Which node this machine is, by its own addresses, or as the scheduler says.
 
     Raises UsageError where that cannot be told.
     """
-    if node_rank is not None:
-        return node_rank
     own = [i for i, host in enumerate(node_ips) if is_own_address(host)]
     if len(own) == 1:
         return own[0]
@@ -169,56 +161,35 @@ def find_node_rank(
     )
 
 
-# Ports.
-
-
 def who_listens(port: int) -> str:
     """` by <program> (process <id>)` for a port in use on this machine, or nothing if unknown."""
-    inodes = set()
+    sockets = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            with open(table, encoding="ascii") as file:
-                rows = [line.split() for line in file.readlines()[1:]]
-        except OSError:
-            continue
-        listening = "0A"
-        inodes |= {
-            f"socket:[{row[9]}]"
-            for row in rows
-            if row[3] == listening and int(row[1].rpartition(":")[2], 16) == port
-        }
-    for process in filter(str.isdecimal, os.listdir("/proc") if inodes else ()):
-        try:
-            files = os.listdir(f"/proc/{process}/fd")
-            if any(os.readlink(f"/proc/{process}/fd/{fd}") in inodes for fd in files):
-                with open(f"/proc/{process}/comm", encoding="utf-8") as file:
-                    return f" by {file.read().strip()} (process {process})"
-        except OSError:  # it has ended, or belongs to another user
-            continue
+        with suppress(OSError):
+            for row in map(str.split, Path(table).read_text().splitlines()[1:]):
+                if row[3] == LISTENING and row[1].endswith(f":{port:04X}"):
+                    sockets.add(f"socket:[{row[9]}]")
+    for file in glob.iglob("/proc/[0-9]*/fd/*") if sockets else ():
+        with suppress(OSError):  # the process has ended, or belongs to another user
+            if os.readlink(file) in sockets:
+                process = file.split("/")[2]
+                name = Path(f"/proc/{process}/comm").read_text().strip()
+                return f" by {name} (process {process})"
     return ""
 
 
 def listen(job: Job) -> socket.socket:
-    """The socket at which node 0 waits for the others. Raises RunError for a port in use."""
+    """The socket to which the other nodes connect. Raises RunError for a port in use."""
     host = job.node_ips[0]
+    # On its own machine a host name may stand for 127.0.1.1.
+    address = host if parse_address(host) and is_own_address(host) else ""
     try:
-        address = str(ipaddress.ip_address(host))
-    except ValueError:  # on its own machine a host name may stand for 127.0.1.1
-        address = ""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a job may just have ended here
-    try:
-        try:
-            sock.bind((address if is_own_address(address) else "", job.ctrl_port))
-            sock.listen(MAX_STRANGERS)
-        except OSError as error:
-            raise RunError(
-                f"{job.node(0)} cannot listen on port {job.ctrl_port}: {error.strerror}"
-                f"{who_listens(job.ctrl_port)}; end that, or give every node another --ctrl_port"
-            ) from None
-    except RunError:
-        sock.close()
-        raise
+        sock = socket.create_server((address, job.ctrl_port))
+    except OSError as error:
+        raise RunError(
+            f"{job.node(0)} cannot listen on port {job.ctrl_port}: {os.strerror(error.errno)}"
+            f"{who_listens(job.ctrl_port)}; end that, or give every node another --ctrl_port"
+        ) from None
     sock.setblocking(False)
     return sock
 

@@ -1,58 +1,60 @@
 """One process of a job: what it does at its start and end, and how its parent sees it."""
 
+import asyncio
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Full, Queue
+from threading import Thread
 
-from cnns.launch import limits
-from cnns.launch.channel import MAX_MESSAGE_BYTES, brief
+from cnns.launch.channel import brief
 from cnns.launch.job import Job
 
+RANK_0_SECONDS = 120.0  # for rank 0 to import OneFlow, before the others do so anyway
 WORKER_MARK = "CNNS_WORKER"
-TAIL_LINES, LINE_BYTES = 60, 2000  # what is kept of a worker's stderr
+TAIL_LINES, LINE_BYTES = 100, 1000  # what is kept of a worker's stderr; fits into one message
+MAX_WAITING_LINES = 10_000  # that nobody has read yet
+HOLD_SECONDS = 5.0  # a line that may belong to a crash waits so long to see whether one follows
 # gRPC would send OneFlow's own connections through these.
 PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "grpc_proxy")
 
-OWN_ERROR = re.compile(r"[^\s:]+: error: (.+)")  # as config.report writes it
+OWN_ERROR = re.compile(r"[^\s:]+: error: (.+)")  # as cnns.errors.report writes it
 FATAL = re.compile(r"F\d{4,8} [^]]*\] (.*)")  # glog
 # Lines of a crash in native code, and the lines with which any crash begins.
 NATIVE = re.compile(r"[EF]\d{4,8} \d|\*\*\* |    @ +0x|terminate called|  what\(\)|.*EPOLLERR")
 NOT_CAUGHT = re.compile(rf"{NATIVE.pattern}|Traceback \(most|Fatal Python error")
 CRASH = re.compile(rf"{NOT_CAUGHT.pattern}|{OWN_ERROR.pattern}")
 
-# Run in front of a worker. The kernel ends the worker when its parent dies, however that dies. The
-# check is for a parent that died before the request.
+# Run in front of a worker. The kernel kills the worker when its parent dies, however that dies; a
+# child of the worker, which the kernel wakes when the worker dies, kills what else the worker has
+# started. Each checks once for a parent that died before it asked.
 STARTER = """
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+set_death_signal = lambda number: ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+set_death_signal(signal.SIGKILL)
 if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
+worker = os.getpid()
+before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+if os.fork() == 0:
+    set_death_signal(signal.SIGUSR1)
+    while os.getppid() == worker:
+        signal.sigwait([signal.SIGUSR1])
+    os.killpg(worker, signal.SIGKILL)
+signal.pthread_sigmask(signal.SIG_SETMASK, before)
 os.execvp(sys.argv[2], sys.argv[2:])
 """
-# Ends what workers have started themselves when the parent is gone and so its end of the pipe is
-# closed. A group is named once when it starts and once more when it is over.
-GUARD = """
-import os, signal, sys
-groups = set()
-for line in sys.stdin:
-    groups ^= {int(line)}
-for group in groups:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except OSError:
-        pass
-"""
 
 
-# What workers see.
+# In a worker.
 
 
 def is_worker(environ: Mapping[str, str] = os.environ) -> bool:
@@ -60,35 +62,22 @@ def is_worker(environ: Mapping[str, str] = os.environ) -> bool:
     return WORKER_MARK in environ
 
 
-def worker_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The rank of this process; 0 where there is only one."""
-    return int(environ["RANK"]) if is_worker(environ) else 0
-
-
-def worker_local_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The device of this process on its node; 0 where there is only one process."""
-    return int(environ["LOCAL_RANK"]) if is_worker(environ) else 0
-
-
-def prepare_worker(environ: Mapping[str, str] = os.environ) -> None:
+def prepare_worker() -> None:
     """To be called before OneFlow is imported; does nothing in a process that is not a worker.
 
     Waits until rank 0 listens: OneFlow tries once, and sleeps for 10 s before it tries again. And
     sees to it that an exception ends this process, see `leave`.
     """
-    if not is_worker(environ):
+    if not is_worker():
         return
     sys.excepthook = die
-    if worker_rank(environ) == 0:
-        return
-    address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    end = time.monotonic() + limits.RANK_0_SECONDS
-    while time.monotonic() < end:
+    address = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    end = time.monotonic() + RANK_0_SECONDS
+    while os.environ["RANK"] != "0" and time.monotonic() < end:
         try:
-            socket.create_connection(address, timeout=limits.BEAT_SECONDS).close()
-            return
+            return socket.create_connection(address, timeout=1.0).close()
         except OSError:
-            time.sleep(limits.TICK_SECONDS)
+            time.sleep(0.1)
 
 
 def die(*exception) -> None:
@@ -106,23 +95,27 @@ def leave(status: int) -> int:
     """
     if is_worker() and status != 0:
         for file in (sys.stdout, sys.stderr):
-            try:
+            with suppress(OSError):  # nobody reads it any more
                 file.flush()
-            except OSError:  # nobody reads it any more
-                pass
         os._exit(status)
     return status
 
 
-def worker_environ(
-    job: Job, rank: int, master: tuple[str, int], environ: Mapping[str, str] = os.environ
-) -> dict[str, str]:
+# In its parent.
+
+
+def command(script: str, argv: list[str] | None) -> list[str]:
+    """What starts a script once more, as a worker; `argv` as its `main` got it."""
+    return [sys.executable, *(sys.argv if argv is None else [script, *argv])]
+
+
+def worker_environ(job: Job, rank: int, master: tuple[str, int]) -> dict[str, str]:
     """The environment of the worker `rank`; `master` is where rank 0 will listen."""
-    result = {name: value for name, value in environ.items() if name not in PROXIES}
+    environ = {name: value for name, value in os.environ.items() if name not in PROXIES}
     if job.processes_per_node > 1:  # else each process would take all cores
         cores = len(os.sched_getaffinity(0))
-        result.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.processes_per_node)))
-    result |= {
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.processes_per_node)))
+    return environ | {
         WORKER_MARK: "1",
         "MASTER_ADDR": master[0],
         "MASTER_PORT": str(master[1]),
@@ -131,44 +124,23 @@ def worker_environ(
         "LOCAL_RANK": str(rank - job.ranks[0]),
         "PYTHONUNBUFFERED": "1",
     }
-    return result
 
 
-# Workers.
+OWN_WORDS, DEATH, ABORT = range(3)  # OneFlow aborts when another process dies: it is the effect
 
 
-def signal_group(group: int, number: int) -> None:
-    try:
-        os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):
-        pass
+@dataclass(frozen=True)
+class End:
+    """How a job ends: the exit status of its parents, and the line that each prints."""
+
+    status: int
+    text: str = ""
+    tail: Sequence[str] = ()  # what the worker that is the cause said last
+    order: int = DEATH  # of several causes the lowest explains the end best, then the first
+    at_once: bool = False  # SIGKILL without SIGTERM, and no node is waited for
 
 
-class Guard:
-    """A process that outlives this one by a moment, to end what the workers have started."""
-
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", GUARD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            bufsize=0,
-        )
-
-    def toggle(self, group: int) -> None:
-        try:
-            self.process.stdin.write(b"%d\n" % group)
-        except BrokenPipeError:  # somebody killed it; the kernel still ends the workers themselves
-            pass
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        try:
-            self.process.wait(limits.REAP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+Explain = Callable[[int, Sequence[str]], str | None]  # number on this node, last words
 
 
 class Worker:
@@ -183,32 +155,38 @@ class Worker:
     def __init__(
         self,
         command: Sequence[str],
-        environ: Mapping[str, str],
-        rank: int,
         *,
-        alone: bool = False,
-        stdin: int | None = subprocess.DEVNULL,
+        job: Job,
+        rank: int,
+        master: tuple[str, int],
+        stdin: int | None,
     ):
-        self.rank = rank
-        self.shown = rank == 0
-        self.waits = NOT_CAUGHT if alone else CRASH
+        self.job, self.rank = job, rank
+        self.is_alone = job.world_size == 1
+        self.is_shown = rank == 0
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *command],
-            env=environ,
+            env=worker_environ(job, rank, master),
             stdin=stdin,
-            stdout=None if self.shown else subprocess.DEVNULL,
+            stdout=None if self.is_shown else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        self.pid = self.process.pid
         os.set_blocking(self.process.stderr.fileno(), False)
         self.rest = b""  # of a line
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self.own_error = self.fatal = ""
-        self.out = bytearray()  # to be passed on
-        self.holding = False  # everything, for the job is about to end
-        self.held: list[bytes] = []
-        self.held_since = 0.0
+        self.held: list[bytes] | None = None  # all lines from one on that looks like a crash
+        self.is_ending = False  # the job; what is held waits for the reason
+        # A thread prints, so that a paused terminal does not stop this process.
+        self.to_print: Queue[bytes | None] = Queue(MAX_WAITING_LINES)
+        self.printer = Thread(target=self.print_lines, daemon=True)
+        self.printer.start()
+
+    def print_lines(self) -> None:
+        while (line := self.to_print.get()) is not None:
+            with suppress(OSError):  # nobody reads it any more
+                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.flush()
 
     def read_stderr(self) -> bool:
         """Take what there is; False at the end of the stream."""
@@ -216,103 +194,90 @@ class Worker:
             while data := os.read(self.process.stderr.fileno(), 1 << 16):
                 *lines, self.rest = (self.rest + data).split(b"\n")
                 for line in lines:
-                    self.add_line(line)
-                del self.out[:-MAX_MESSAGE_BYTES]  # what nobody has read for long
+                    self.add_line(line + b"\n")
                 if len(self.rest) > LINE_BYTES:
-                    self.add_line(self.rest)
-                    self.rest = b""
+                    self.flush()
         except BlockingIOError:
             return True
         return False
 
+    def flush(self) -> None:
+        if self.rest:
+            self.add_line(self.rest + b"\n")
+            self.rest = b""
+
     def add_line(self, line: bytes) -> None:
-        text = line[:LINE_BYTES].decode(errors="replace").rstrip("\r")
+        text = line[:LINE_BYTES].decode(errors="replace").rstrip("\r\n")
         self.tail.append(text)
-        if match := OWN_ERROR.fullmatch(text):
-            self.own_error = match[1]
-        elif not self.fatal and (match := FATAL.fullmatch(text)):
-            self.fatal = match[1]
-        if not self.shown:
+        if not self.is_shown:
             return
-        if self.holding or self.held or self.waits.match(text):
-            self.held_since = self.held_since if self.held else time.monotonic()
+        if (NOT_CAUGHT if self.is_alone else CRASH).match(text):
+            self.hold()
+        if self.held is not None:
             self.held.append(line)
-            del self.held[:-TAIL_LINES]
         else:
-            self.out += line + b"\n"
+            self.print(line)
+
+    def print(self, line: bytes) -> None:
+        with suppress(Full):
+            self.to_print.put_nowait(line)
+
+    def hold(self) -> None:
+        """Keep further lines until it is clear whether this is a crash."""
+        if self.held is None:
+            self.held = []
+            loop = asyncio.get_running_loop()
+            loop.call_later(HOLD_SECONDS, lambda: self.is_ending or self.release())
 
     def release(self, *, native: bool = True) -> None:
-        """Pass on what was held back; without the native lines if told so."""
-        for line in self.held:
+        """Print what was held; without the native lines if told so."""
+        for line in self.held or ():
             if native or not NATIVE.match(line.decode(errors="replace")):
-                self.out += line + b"\n"
-        self.held.clear()
+                self.print(line)
+        self.held = None
 
-    def last_words(self) -> tuple[str, ...]:
+    def finish_printing(self) -> None:
+        self.to_print.put(None)
+        self.printer.join()
+
+    def signal_group(self, number: int) -> None:
+        """Signal the worker and what it has started."""
+        if self.process.returncode is None:  # until it is reaped, the number is its own
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
+
+    def last_words(self) -> list[str]:
         """What it said from where a crash begins; else all that is kept and was not shown."""
-        lines = tuple(self.tail)
-        begin = len(lines) if self.rank == 0 else 0
+        lines = list(self.tail)
+        begin = len(lines) if self.is_shown else 0
         return lines[next((i for i, line in enumerate(lines) if CRASH.match(line)), begin) :]
 
-    def pass_on(self, *, wait: bool = False) -> None:
-        """Write to our stderr what it takes without waiting: a paused terminal must not stop us."""
-        try:
-            while self.out and (wait or select.select([], [2], [], 0)[1]):
-                del self.out[: os.write(2, self.out[:512])]
-        except OSError:  # nobody reads it any more
-            self.out.clear()
-
-    def poll(self) -> int | None:
-        """The exit status if it has ended, negative for a signal; its children end with it."""
-        if self.process.returncode is not None:
-            return self.process.returncode
-        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            return None
-        signal_group(self.pid, signal.SIGKILL)  # before it is reaped: until then the number is ours
-        code = self.process.wait()
-        self.read_stderr()
-        if self.rest:
-            self.add_line(self.rest)
-            self.rest = b""
-        return code
-
-
-# Why a job ends.
-
-
-@dataclass(frozen=True)
-class Exit:
-    """How a worker ended: its status, negative for a signal, and what its stderr said of it."""
-
-    rank: int
-    code: int
-    own_error: str = ""
-    fatal: str = ""
-    tail: tuple[str, ...] = ()
-    is_explained: bool = False  # `own_error` is not its own, but what is known of its crash
-
-    @property
-    def is_abort(self) -> bool:
-        return self.code == -signal.SIGABRT
-
-    def describe(self, who: str) -> str:
-        if self.code > 0:
-            if self.own_error:
-                return f"{who}: {brief(self.own_error, 500)}"
-            last = next((line for line in reversed(self.tail) if line.strip()), "")
-            if any(line.startswith("Traceback (most") for line in self.tail):
-                return f"{who} failed: {brief(last, 500)}"
-            return f"{who} ended with exit status {self.code}"
-        try:
-            name = signal.Signals(-self.code).name
-        except ValueError:
-            name = f"signal {-self.code}"
-        hint = f": {brief(self.fatal, 300)}" if self.fatal else ""
-        if self.code == -signal.SIGKILL:
-            hint = " (out of memory?)"
-        return f"{who} was killed by {name}{hint}"
-
-
-def command(script: str, argv: list[str] | None) -> list[str]:
-    """What starts a script once more, as a worker; `argv` as its `main` got it."""
-    return [sys.executable, *(sys.argv if argv is None else [script, *argv])]
+    def outcome(self, code: int, explain: Explain) -> End:
+        """What the end of this worker with the status `code` means for the job."""
+        if code in (0, 130, 143):
+            return End(code)
+        words = self.last_words()
+        known = explain(self.rank - self.job.ranks[0], words)
+        if self.is_alone and (known or code > 0):  # else it has said so itself
+            return End(1, known) if known else End(code)
+        status = 2 if code == 2 and not known else 1
+        who = "the process" if self.is_alone else self.job.rank(self.rank)
+        after = "" if self.is_alone else "; all processes were ended"
+        errors = [match[1] for line in words if (match := OWN_ERROR.fullmatch(line))]
+        if known or code > 0 and errors:
+            text = known or errors[-1]
+            return End(status, f"{who}: {brief(text, 500)}{after}", order=OWN_WORDS)
+        if code > 0:
+            what = f"ended with exit status {code}"
+            if any(line.startswith("Traceback (most") for line in words):
+                what = f"failed: {brief(next(filter(str.strip, reversed(words))), 500)}"
+            return End(status, f"{who} {what}{after}", words)
+        names = {number.value: number.name for number in signal.Signals}
+        what = f"was killed by {names.get(-code, f'signal {-code}')}"
+        fatal = next((match[1] for line in words if (match := FATAL.fullmatch(line))), "")
+        if code == -signal.SIGKILL:
+            what, words = f"{what} (out of memory?)", []
+        elif fatal:
+            what = f"{what}: {brief(fatal, 300)}"
+        order = ABORT if code == -signal.SIGABRT else DEATH
+        return End(status, f"{who} {what}{after}", words, order)

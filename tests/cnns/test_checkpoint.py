@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import cnns.checkpoint.snapshot as snapshot_module
 import model_registry
-from cnns.checkpoint import files
-from cnns.checkpoint.files import exchange
 from cnns.checkpoint.find import (
+    find_resume,
     find_snapshot,
     link_snapshot,
     open_save_dir,
@@ -26,6 +25,7 @@ from cnns.checkpoint.find import (
     restore,
 )
 from cnns.checkpoint.snapshot import (
+    PREFIX,
     Snapshot,
     read_description,
     read_weights,
@@ -50,12 +50,18 @@ def describe(**more):
     return Snapshot(model="tiny", num_classes=4, preprocessing=PREPROCESSING, **more)
 
 
+def save(save_dir, name, model, snapshot, **more):
+    path = f"{save_dir}/{PREFIX}{name}"
+    save_snapshot(path, model, snapshot, **more)
+    return path
+
+
 @pytest.fixture
 def saved(tmp_path):
     flow.manual_seed(1)
     model = place(Tiny(4), "cpu")
     snapshot = describe(classes=("a", "b", "c", "d"), epoch=3, step=7, metrics={"val_top_1": 0.5})
-    path = save_snapshot(str(tmp_path), "epoch_3", model, snapshot)
+    path = save(str(tmp_path), "epoch_3", model, snapshot)
     return Path(path), model, snapshot
 
 
@@ -153,7 +159,7 @@ def test_the_newest_snapshot_is_found(saved, tmp_path, monkeypatch):
     for i, run in enumerate(("model_save-2", "model_save-1")):
         save_dir = os.path.join(SNAPSHOT_ROOT, run)
         os.makedirs(save_dir)
-        path = save_snapshot(save_dir, "epoch_0", model, snapshot)
+        path = save(save_dir, "epoch_0", model, snapshot)
         os.utime(os.path.join(path, "snapshot.json"), (i, i))
     half = os.path.join(SNAPSHOT_ROOT, "model_save-1", ".snapshot_x.tmp-1")
     os.makedirs(half)
@@ -180,7 +186,7 @@ def test_a_full_disk_leaves_what_was_there(saved, tmp_path, monkeypatch, fails_a
     monkeypatch.setattr(snapshot_module, "write_durably", write_some)
     monkeypatch.setattr(os, "rename", full if fails_at == "rename" else rename)
     with pytest.raises(RunError, match="No space left on device"):
-        save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
+        save(str(tmp_path), "epoch_4", model, snapshot)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
@@ -193,10 +199,10 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import test_checkpoint, small
 from cnns.checkpoint.snapshot import save_snapshot
 from cnns.errors import run_main
-save_snapshot(sys.argv[2], "a", small.Tiny(4), test_checkpoint.describe())
+save_snapshot(sys.argv[2] + "/snapshot_a", small.Tiny(4), test_checkpoint.describe())
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 save = lambda: save_snapshot(
-    sys.argv[2], "b", small.Tiny(4), test_checkpoint.describe())
+    sys.argv[2] + "/snapshot_b", small.Tiny(4), test_checkpoint.describe())
 sys.exit(run_main(save))
 """
     done = subprocess.run(
@@ -233,7 +239,7 @@ def test_weights_of_another_number_format_are_refused(saved):
 def test_flags_that_are_no_text_can_be_kept(saved, tmp_path):
     _, model, snapshot = saved
     snapshot.flags = {"log_dir": "bad\udcff"}
-    path = save_snapshot(str(tmp_path), "x", model, snapshot)
+    path = save(str(tmp_path), "x", model, snapshot)
     assert read_description(path).flags == snapshot.flags
 
 
@@ -264,7 +270,7 @@ def test_a_resumed_run_writes_beside_its_snapshot(tmp_path, saved):
         assert os.path.samefile(save_dir, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "snapshot_epoch_3"]
     snapshot.epoch, snapshot.step = 4, 9
-    save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
+    save(str(tmp_path), "epoch_4", model, snapshot)
     with (
         pytest.raises(UsageError, match="holds snapshot_epoch_4, which is later"),
         open_save_dir(None, resumed=str(path)),
@@ -278,18 +284,15 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, saved):
     _, model, snapshot = saved
     model.fc.bias.data.fill_(float("nan"))
     with pytest.raises(RunError, match="fc.bias is no longer finite"):
-        save_snapshot(str(tmp_path), "epoch_4", model, snapshot)
+        save(str(tmp_path), "epoch_4", model, snapshot)
     assert [p.name for p in tmp_path.iterdir()] == ["snapshot_epoch_3"]
 
 
-@pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_snapshot_is_replaced_by_a_whole_one(tmp_path, saved, monkeypatch, can_exchange):
+def test_a_snapshot_is_replaced_by_a_whole_one(tmp_path, saved):
     path, model, snapshot = saved
-    if not can_exchange:
-        monkeypatch.setattr(files, "exchange", lambda first, second: False)
     for step in (8, 9):
         snapshot.step = step
-        save_snapshot(str(tmp_path), "last", model, snapshot, replace=True)
+        save(tmp_path, "last", model, snapshot, replace=True)
         assert read_description(str(tmp_path / "snapshot_last")).step == step
     link_snapshot(str(path), "last")
     assert tree(tmp_path / "snapshot_last") == tree(path)
@@ -298,14 +301,45 @@ def test_a_snapshot_is_replaced_by_a_whole_one(tmp_path, saved, monkeypatch, can
     read_weights(str(tmp_path / "snapshot_last"))
 
 
-def test_names_are_exchanged_in_one_step(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    assert exchange(str(tmp_path / "a"), str(tmp_path / "b"))
-    assert list(tree(tmp_path)) == ["a/b", "b/a"]
-    with pytest.raises(OSError):
-        exchange(str(tmp_path / "a"), str(tmp_path / "none"))
+@pytest.mark.parametrize("killed", [True, False])
+def test_each_moment_of_replacing_leaves_a_whole_snapshot(tmp_path, saved, monkeypatch, killed):
+    """Killed, or refused by the disk, before each rename; then resumed and written once more."""
+    path, model, snapshot = saved
+    shutil.rmtree(path)
+    last, rename = str(tmp_path / "snapshot_last"), os.rename
+    snapshot.step = 0
+    for moment in range(4):
+        snapshot.epoch = 8
+        save(tmp_path, "last", model, snapshot, replace=True)
+        renames = iter(range(moment))
+
+        def stop(source, target, renames=renames):
+            if next(renames, None) is None:
+                raise SystemExit if killed else OSError(errno.EIO, os.strerror(errno.EIO))
+            rename(source, target)
+
+        snapshot.epoch = 9
+        with monkeypatch.context() as patch, suppress(SystemExit, RunError):
+            patch.setattr(os, "rename", stop)
+            save(tmp_path, "last", model, snapshot, replace=True)
+        found = find_resume("auto", str(tmp_path))
+        assert found.snapshot.epoch == (9 if moment >= 2 else 8)
+        assert find_resume(last, None).snapshot == found.snapshot
+        assert find_snapshot(last, models=model_registry.MODELS) == found.path
+        with open_save_dir(str(tmp_path), resumed=found.path):
+            save(tmp_path, "last", model, found.snapshot, replace=True)
+        assert os.listdir(tmp_path) == ["snapshot_last"]
+
+
+def test_a_replaced_snapshot_gets_its_name_back(tmp_path, saved):
+    """Of a run that was killed while it replaced `best`, and is resumed from another one."""
+    path, model, snapshot = saved
+    for name in ("best", "last"):
+        shutil.copytree(path, tmp_path / f"snapshot_{name}.old")
+    save(tmp_path, "last", model, snapshot)
+    with open_save_dir(str(tmp_path), resumed=str(path)):
+        names = [f"snapshot_{name}" for name in ("best", "epoch_3", "last")]
+        assert sorted(os.listdir(tmp_path)) == names
 
 
 def test_files_are_copied_where_links_are_not_to_be_had(tmp_path, saved, monkeypatch):
@@ -321,7 +355,7 @@ def test_files_are_copied_where_links_are_not_to_be_had(tmp_path, saved, monkeyp
 def test_only_old_snapshots_of_epochs_are_pruned(tmp_path, saved):
     path, model, snapshot = saved
     for number in (0, 2, 10, 9):
-        save_snapshot(str(tmp_path), f"epoch_{number}", model, snapshot)
+        save(str(tmp_path), f"epoch_{number}", model, snapshot)
     others = ["snapshot_best", "snapshot_epoch_x", "snapshot_initial_model", "epoch_1"]
     for name in others:
         (tmp_path / name).mkdir()

@@ -410,7 +410,7 @@ def spoiled(tmp_path, small_weights):
     for cut in (0, 5, 1000, len(safe) - 1):
         yield f"cut{cut}.safetensors", safe[:cut], ""
     yield "text.pth", b"some text that is long enough", "of no known format"
-    yield "pickle.pkl", pickle.dumps({"a": 1}), "no file of PyTorch"
+    yield "pickle.pkl", pickle.dumps({"a": 1}), "not a file of PyTorch"
 
     def lie(**changes):
         storage = {"kind": "FloatStorage", "key": "0", "count": 4} | changes

@@ -296,7 +296,7 @@ def test_damaged_snapshots_are_passed_over(run):
     shutil.rmtree(run / "snapshot_best")
     (run / "snapshot_epoch_1" / "training.safetensors").write_bytes(b"half")
     (run / "snapshot_last" / "snapshot.json").write_text("{")
-    assert find_resume("auto", "run", models=model_registry.MODELS).path == "run/snapshot_epoch_0"
+    assert find_resume("auto", "run").path == "run/snapshot_epoch_0"
 
 
 def test_damaged_snapshots_do_not_stand_in_the_way(run):
@@ -383,7 +383,7 @@ def test_a_signal_ends_the_run_with_a_snapshot_and_a_second_one_at_once(name, st
         run.send_signal(number)
         run.communicate()
     assert run.returncode in (-number, status)
-    assert find_resume("auto", "run", models=model_registry.MODELS).path == "run/snapshot_last"
+    assert find_resume("auto", "run").path == "run/snapshot_last"
 
 
 def test_a_full_disk_leaves_the_last_good_snapshot(tmp_path):

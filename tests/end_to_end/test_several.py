@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import model_registry
 import netns
 from cnns.checkpoint.find import find_resume
 from cnns.checkpoint.snapshot import read_arrays, read_description, read_weights
@@ -181,7 +180,7 @@ open(f"rank-{os.environ['RANK']}", "w").write(json.dumps(epochs))
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from cnns.launch.job import make_job
-from cnns.launch.nodes import launch
+from cnns.launch.parent import launch
 job = make_job(num_nodes=1, node_ips=None, processes_per_node=3, ctrl_port=50051)
 command = [sys.executable, "-c", {code!r}, {str(ROOT)!r}, {str(ROOT / "tests")!r}]
 sys.exit(launch(command, job=job, facts=dict))
@@ -389,7 +388,7 @@ def test_sigterm_to_either_parent_ends_both_with_a_snapshot(tmp_path):
         runs[1].send_signal(signal.SIGTERM)
         ends = [finish(run, 143, timeout=60) for run in runs]
     assert "Saving model to run/snapshot_last.\n" in ends[0][0]
-    found = find_resume("auto", str(tmp_path / "run"), models=model_registry.MODELS)
+    found = find_resume("auto", str(tmp_path / "run"))
     assert found.path.endswith("snapshot_last")
 
 

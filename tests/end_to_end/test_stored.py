@@ -43,7 +43,7 @@ def test_a_run_is_resumed_to_what_it_became():
         assert was.keys() == now.keys()
         for key, array in was.items():  # to the bit on the machine that wrote it
             np.testing.assert_allclose(now[key], array, rtol=1e-4, atol=1e-6)
-    found = find_resume("run", None, models=model_registry.MODELS)
+    found = find_resume("run", None)
     assert (found.path, found.snapshot.step) == ("run/snapshot_epoch_1", 6)
     assert found.snapshot.flags["random_area"] == [0.08, 1.0]
 
