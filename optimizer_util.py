@@ -41,7 +41,7 @@ class _SelectiveDecay:
     no_decay: tuple = ()
 
     def _generate_conf_for_graph(self, train_conf, vars_conf):
-        confs = super()._generate_conf_for_graph(train_conf, vars_conf)
+        confs = super()._generate_conf_for_graph(train_conf, vars_conf)  # type: ignore[misc]
         for parameter in self.no_decay:
             vars_conf[parameter].l2 = 0.0
         return confs
@@ -152,7 +152,7 @@ class Schedule:
         formula, _ = SCHEDULES[self.name]
         return formula(self, step)
 
-    def build(self, optimizer: flow.optim.Optimizer):
+    def build(self, optimizer: flow.optim.Optimizer) -> Any:
         """The same for a graph, or None where the rate is constant.
 
         `optimizer` was built with this schedule's learning rate.

@@ -102,7 +102,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block,
+        block: type[nn.Module],
         depths: tuple[int, int, int, int],
         num_classes: int,
         width: int = 64,

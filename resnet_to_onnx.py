@@ -175,8 +175,13 @@ def call_oneflow_onnx(graph: nn.Graph, *, opset: int) -> onnx.ModelProto:
 @contextmanager
 def library_errors() -> Iterator[list[str]]:
     """Gathers the errors that oneflow-onnx only logs, and keeps its log from the screen."""
-    errors, handler = [], logging.Handler(logging.ERROR)
-    handler.emit = lambda record: errors.append(record.getMessage())
+    errors: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.append(record.getMessage())
+
+    handler = Handler(logging.ERROR)
     logger = logging.getLogger("oneflow_onnx")
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)

@@ -146,7 +146,7 @@ def launch_script(
         argv: as the script's `main` got it.
         memory: `asked` and `flag` of `explain_crash`.
     """
-    explain = partial(explain_crash, **memory)
+    explain = partial(explain_crash, asked=memory["asked"], flag=memory["flag"])
     return launch(command(script, argv), job=job, facts=facts, explain=explain, stdin=stdin)
 
 

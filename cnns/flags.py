@@ -10,7 +10,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from cnns.errors import UsageError
 
@@ -93,16 +93,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argparse parser without abbreviations whose errors are one line, exit status 2."""
 
-    def __init__(self, description: str, **options):
+    def __init__(self, description: str, **options: Any):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options
         )
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{os.path.basename(self.prog)}: error: {message} (--help lists the flags)\n")
 
 
-def add_switch(group, name: str, text: str, default: bool = False) -> None:
+def add_switch(
+    group: argparse._ActionsContainer, name: str, text: str, default: bool = False
+) -> None:
     """A boolean flag: `--name`, `--name=True` or `--name=False`."""
     group.add_argument(
         name, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=text

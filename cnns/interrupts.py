@@ -39,7 +39,7 @@ class Interrupts:
         self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 

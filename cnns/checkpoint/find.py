@@ -2,14 +2,14 @@
 
 import fcntl
 import glob
-import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from oneflow import nn
 
@@ -129,11 +129,14 @@ def position(snapshot: Snapshot) -> tuple[int, int]:
 def make_timed_dir() -> str:
     """A new directory under SNAPSHOT_ROOT, named after the time."""
     first = f"./{SNAPSHOT_ROOT}/model_save-{datetime.now().strftime('%Y%m%d%H%M%S')}"
-    for number in itertools.count(1):
-        path = first if number == 1 else f"{first}-{number}"
-        with suppress(FileExistsError):  # of another run that started within this second
+    path, number = first, 1
+    while True:
+        try:
             os.makedirs(path)
             return path
+        except FileExistsError:  # of another run that started within this second
+            number += 1
+            path = f"{first}-{number}"
 
 
 def link_snapshot(path: str, name: str) -> None:
@@ -284,7 +287,7 @@ def restore(
     model: str | None,
     num_classes: int | None,
     switches: Switches = Switches(),
-    **preprocessing,
+    **preprocessing: Any,
 ) -> tuple[nn.Module, Snapshot, str]:
     """The network of a snapshot, on the host, with what the snapshot says and its path.
 

@@ -7,7 +7,7 @@ there is nothing in a file that could run.
 """
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,8 +63,9 @@ class Reader:
                 raise Refused(f"its pickle has no end within {MAX_BYTES} bytes") from None
             raise Refused("its pickle is damaged or cut off") from None
 
-    def run(self, instructions) -> tuple[Any, int]:
-        stack, memo = [], {}
+    def run(self, instructions: Iterable) -> tuple[Any, int]:
+        stack: list[Any] = []
+        memo: dict[int, Any] = {}
         for code, argument, position in instructions:
             kind = code.name
             if kind in CONSTANTS:
@@ -136,7 +137,7 @@ class Reader:
             raise Refused("it sets the state of something that is not a tensor")
 
 
-CONSTANTS = {
+CONSTANTS: dict[str, Callable[[], object]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -153,9 +154,9 @@ LITERALS = {
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def ordered_dict(pairs=()) -> dict:
+def ordered_dict(pairs: Any = ()) -> dict:
     """What stands for `collections.OrderedDict`."""
-    result = {}
+    result: dict = {}
     for pair in expect(pairs, list | tuple):
         set_items(result, list(expect(pair, list | tuple)))
     return result
@@ -166,7 +167,7 @@ def printable(text: str) -> str:
     return ascii(text)[1:-1][:80]
 
 
-def expect(value: Any, kind) -> Any:
+def expect(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
         raise Refused("its pickle is not a dict of tensors")
     return value
@@ -196,13 +197,13 @@ def pop_to_mark(stack: list) -> list:
     return items
 
 
-def whole(value) -> int:
+def whole(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise Refused("a size in it is not a whole number")
     return value
 
 
-def find_weights(value, kind: type, *, depth: int = 3) -> dict:
+def find_weights(value: Any, kind: type, *, depth: int = 3) -> dict:
     """The dict of tensors in what a file holds: the whole, or what is below `state_dict`."""
     if not isinstance(value, dict) or depth == 0:
         raise Refused("it holds no dict of tensors")

@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, deserialize
@@ -117,7 +118,7 @@ class Tensor:
         )
 
 
-def make_storage(persistent_id) -> Storage:
+def make_storage(persistent_id: Any) -> Storage:
     tag, name, key, _, count, *view = expect(persistent_id, tuple)
     module, _, kind = expect(name, Name).text.rpartition(".")
     if tag != "storage" or module != "torch" or kind not in STORAGES:
@@ -129,7 +130,7 @@ def make_storage(persistent_id) -> Storage:
     return Storage(key, STORAGES[kind], whole(count))
 
 
-def make_tensor(storage, offset, shape, strides, *_) -> Tensor:
+def make_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     storage = expect(storage, Storage)
     shape, strides = tuple(map(whole, shape)), tuple(map(whole, strides))
     if len(shape) != len(strides) or len(shape) > 8:
@@ -198,7 +199,7 @@ def read_tensors(
 ) -> dict[str, np.ndarray]:
     if sum(math.prod(tensor.shape) for tensor in tensors.values()) * 4 > MAX_GROWTH * size:
         raise Refused("its tensors claim to be larger than the file")
-    by_storage = {}
+    by_storage: dict[Storage, list[str]] = {}
     for name, tensor in tensors.items():
         by_storage.setdefault(tensor.storage, []).append(name)
     arrays = {}
@@ -242,7 +243,7 @@ def read_old_pth(path: str) -> dict[str, np.ndarray]:
     return read_tensors(tensors, data_of, size=len(data))
 
 
-def all_tensors(value) -> Iterable[Tensor]:
+def all_tensors(value: Any) -> Iterable[Tensor]:
     """Every tensor anywhere in a value; each container is looked into once."""
     seen, waiting = set(), [value]
     while waiting:

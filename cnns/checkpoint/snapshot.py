@@ -16,6 +16,7 @@ import platform
 import re
 import zlib
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import oneflow as flow
@@ -87,7 +88,7 @@ def checksum(model: nn.Module) -> int:
     return total
 
 
-def local(tensor) -> flow.Tensor:
+def local(tensor: flow.Tensor) -> flow.Tensor:
     """The whole of a tensor, one that every process holds, as an ordinary one of this process."""
     if tensor.is_global:
         if tensor.sbp != (flow.sbp.broadcast,):
@@ -179,7 +180,7 @@ def read_description(path: str) -> Snapshot:
             content["classes"] = tuple(content["classes"])
         snapshot = Snapshot(**content)
         snapshot.num_classes = int(snapshot.num_classes)
-        kinds = {"epoch": int | None, "iteration": int, "step": int}
+        kinds: dict[str, Any] = {"epoch": int | None, "iteration": int, "step": int}
         kinds |= {"flags": dict, "metrics": dict, "best": dict}
         for name, kind in kinds.items():
             if not isinstance(getattr(snapshot, name), kind):

@@ -97,6 +97,7 @@ class Checkpoint:
 
     def take_state(self) -> dict[str, np.ndarray]:
         """The training state, which is not kept: it is as large as the weights, or twice that."""
+        assert self.state is not None
         state, self.state = self.state, None
         return state
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from typing import Any
 
 MAGIC = "of_cnn launch"
 PROTOCOL = 2  # of the messages between parents; nodes with another one cannot take part
@@ -15,7 +16,7 @@ HELLO_SECONDS = 5.0  # a connection that has not said by then who it is gets clo
 class Channel:
     """A connection to another parent. Sending never waits for a peer that does not read."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **hello):
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **hello: Any):
         self.reader, self.writer = reader, writer
         ends = (writer.get_extra_info(name) for name in ("peername", "sockname"))
         self.address, self.own_address = (end[0] if end else "" for end in ends)
@@ -25,10 +26,10 @@ class Channel:
         self.last_received = time.monotonic()
         self.send("hello", magic=MAGIC, protocol=PROTOCOL, **hello)
 
-    def send(self, kind: str, **fields) -> None:
+    def send(self, kind: str, **fields: Any) -> None:
         self.writer.write(json.dumps({"kind": kind, **fields}).encode() + b"\n")
 
-    async def run(self, owner) -> str:
+    async def run(self, owner: Any) -> str:
         """Give what arrives to `owner`, and return why the connection has ended."""
         watch = asyncio.create_task(self.watch())
         try:

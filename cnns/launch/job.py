@@ -120,7 +120,8 @@ def parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 def resolve(host: str) -> str:
     """The IPv4 address of an address or host name. Raises UsageError."""
     try:
-        return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+        return str(found[0][4][0])
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise UsageError(f"--node_ips: no IPv4 address is known for {host!r} ({why})") from None
@@ -187,7 +188,7 @@ def listen(job: Job) -> socket.socket:
         sock = socket.create_server((address, job.ctrl_port))
     except OSError as error:
         raise RunError(
-            f"{job.node(0)} cannot listen on port {job.ctrl_port}: {os.strerror(error.errno)}"
+            f"{job.node(0)} cannot listen on port {job.ctrl_port}: {error.strerror}"
             f"{who_listens(job.ctrl_port)}; end that, or give every node another --ctrl_port"
         ) from None
     sock.setblocking(False)

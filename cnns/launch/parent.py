@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from cnns.errors import RunError, UsageError, describe, report
 from cnns.launch.channel import MAX_BYTES, PROTOCOL, Channel, brief, difference
@@ -72,7 +73,7 @@ class Coordinator:
         self.port: socket.socket | None = None  # of rank 0, from the start on
         self.working = set(range(job.world_size))
         self.causes: list[End] = []
-        self.stop_signal: int | None = None
+        self.stop_signal = 0  # 0: none has come
         self.stopped = False  # a worker has ended as a signal asked it to
         self.end: asyncio.Future[End] = self.loop.create_future()
 
@@ -103,7 +104,7 @@ class Coordinator:
         text = describe_lost(self.job.node(channel.node), channel, why)
         self.fail(End(1, f"{text}; all processes were ended"), wait=not channel.is_silent)
 
-    def tell_all(self, kind: str, **fields) -> None:
+    def tell_all(self, kind: str, **fields: Any) -> None:
         for channel in self.nodes.values():
             channel.send(kind, **fields)
 
@@ -251,7 +252,8 @@ class Parent:
         stdin: int | None,
     ):
         self.command, self.job, self.explain, self.stdin = command, job, explain, stdin
-        self.facts, self.error = {}, None
+        self.facts: dict | None = {}
+        self.error: End | None = None
         try:
             if job.world_size > 1:  # a process alone checks for itself
                 self.facts = json.loads(json.dumps(facts()))  # as the others' arrive
@@ -296,7 +298,11 @@ class Parent:
             self.end.set_exception(context.get("exception") or RuntimeError(context["message"]))
 
     async def stay_connected(self, connect: Callable) -> None:
-        hello = {"node_rank": self.job.node_rank, "flags": self.job.flags, "facts": self.facts}
+        hello: dict[str, Any] = {
+            "node_rank": self.job.node_rank,
+            "flags": self.job.flags,
+            "facts": self.facts,
+        }
         hello["error"] = None if self.error is None else vars(self.error)
         while self.coordinator is None:
             try:
@@ -345,12 +351,12 @@ class Parent:
 
     def on_signal(self, number: int) -> None:
         now = time.monotonic()
-        again = self.first_signal_at is not None
-        if again and now - self.first_signal_at < SAME_SIGNAL_SECONDS:
+        first = self.first_signal_at
+        if first is not None and now - first < SAME_SIGNAL_SECONDS:
             return
-        self.first_signal_at = self.first_signal_at or now
+        self.first_signal_at = now if first is None else first
         if self.coordinator is not None:  # which decides, and tells all nodes
-            self.coordinator.send("signal", number=number, again=again)
+            self.coordinator.send("signal", number=number, again=first is not None)
         else:
             settle(self.end, self.error or End(128 + number, "interrupted", at_once=True))
 
@@ -362,11 +368,11 @@ class Parent:
             worker = Worker(self.command, job=self.job, rank=rank, master=master, stdin=self.stdin)
             self.workers.append(worker)
             self.running.add(rank)
-            self.loop.add_reader(worker.process.stderr, self.read_stderr, worker)
+            self.loop.add_reader(worker.stderr, self.read_stderr, worker)
 
     def read_stderr(self, worker: Worker) -> None:
         if not worker.read_stderr():
-            self.loop.remove_reader(worker.process.stderr)
+            self.loop.remove_reader(worker.stderr)
 
     def poll_workers(self) -> None:
         for worker in self.workers:
@@ -376,7 +382,7 @@ class Parent:
                 worker.flush()
                 if self.stop_signal is not None and code == -self.stop_signal:
                     code = 128 + self.stop_signal
-                if not self.end.done():
+                if not self.end.done() and self.coordinator is not None:
                     end = worker.outcome(code, self.explain)
                     self.coordinator.send("exit", rank=worker.rank, end=vars(end))
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Full, Queue
 from threading import Thread
+from typing import Any
 
 from cnns.launch.channel import brief
 from cnns.launch.job import Job
@@ -71,16 +72,17 @@ def prepare_worker() -> None:
     if not is_worker():
         return
     sys.excepthook = die
-    address = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     end = time.monotonic() + RANK_0_SECONDS
     while os.environ["RANK"] != "0" and time.monotonic() < end:
         try:
-            return socket.create_connection(address, timeout=1.0).close()
+            socket.create_connection(address, timeout=1.0).close()
+            return
         except OSError:
             time.sleep(0.1)
 
 
-def die(*exception) -> None:
+def die(*exception: Any) -> None:
     """Print an uncaught exception as Python does, and leave."""
     sys.__excepthook__(*exception)
     if not issubclass(exception[0], KeyboardInterrupt):
@@ -172,7 +174,9 @@ class Worker:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        os.set_blocking(self.process.stderr.fileno(), False)
+        assert self.process.stderr is not None
+        self.stderr = self.process.stderr
+        os.set_blocking(self.stderr.fileno(), False)
         self.rest = b""  # of a line
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.held: list[bytes] | None = None  # all lines from one on that looks like a crash
@@ -191,7 +195,7 @@ class Worker:
     def read_stderr(self) -> bool:
         """Take what there is; False at the end of the stream."""
         try:
-            while data := os.read(self.process.stderr.fileno(), 1 << 16):
+            while data := os.read(self.stderr.fileno(), 1 << 16):
                 *lines, self.rest = (self.rest + data).split(b"\n")
                 for line in lines:
                     self.add_line(line + b"\n")
@@ -227,7 +231,11 @@ class Worker:
         if self.held is None:
             self.held = []
             loop = asyncio.get_running_loop()
-            loop.call_later(HOLD_SECONDS, lambda: self.is_ending or self.release())
+            loop.call_later(HOLD_SECONDS, self.release_unless_ending)
+
+    def release_unless_ending(self) -> None:
+        if not self.is_ending:
+            self.release()
 
     def release(self, *, native: bool = True) -> None:
         """Print what was held; without the native lines if told so."""

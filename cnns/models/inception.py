@@ -11,7 +11,15 @@ BATCH_NORM = {"eps": 1e-3, "momentum": 0.1}  # running = 0.9 old + 0.1 new
 class Conv(nn.Module):
     """Convolution, batch norm, ReLU. Padding keeps the size, unless `valid`."""
 
-    def __init__(self, inputs: int, outputs: int, kernel, *, stride: int = 1, valid: bool = False):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int | tuple[int, int],
+        *,
+        stride: int = 1,
+        valid: bool = False,
+    ):
         super().__init__()
         height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
         padding = (0, 0) if valid else (height // 2, width // 2)

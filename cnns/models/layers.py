@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import oneflow as flow
@@ -94,7 +95,7 @@ class Dropout(nn.Module):
         return x * self.mask if self.training else x
 
 
-def adaptive_mean(x, size: int):
+def adaptive_mean(x: flow.Tensor, size: int) -> flow.Tensor:
     """(N, C, H, W) to (N, C, size, size): means over `size` parts of each side, as even as can be.
 
     Part i goes from floor(i H / size) to ceil((i + 1) H / size), as in PyTorch, so that neighbours
@@ -138,7 +139,7 @@ def draw_fan_out(module: nn.Module) -> None:
 BATCH_NORMS = (nn.BatchNorm2d, nn.FusedBatchNorm2d)
 
 
-def batch_norm_relu(channels: int, *, fused: bool, **settings) -> nn.Module:
+def batch_norm_relu(channels: int, *, fused: bool, **settings: Any) -> nn.Module:
     """As BatchNormReLU; `fused` takes OneFlow's kernel for it, which only CUDA has."""
     return (nn.FusedBatchNorm2d if fused else BatchNormReLU)(channels, **settings)
 

@@ -1,5 +1,7 @@
 """MobileNetV2 (https://arxiv.org/abs/1801.04381), parameters named as in torchvision."""
 
+from typing import Any
+
 from oneflow import nn
 
 from cnns.models.layers import Dropout, draw_fan_out
@@ -17,12 +19,12 @@ STAGES = (
 STEM_CHANNELS, LAST_CHANNELS = 32, 1280
 
 
-def conv_norm(inputs: int, outputs: int, kernel: int, **settings) -> list[nn.Module]:
+def conv_norm(inputs: int, outputs: int, kernel: int, **settings: Any) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **settings)
     return [convolution, nn.BatchNorm2d(outputs)]
 
 
-def conv_norm_relu6(inputs: int, outputs: int, kernel: int, **settings) -> nn.Module:
+def conv_norm_relu6(inputs: int, outputs: int, kernel: int, **settings: Any) -> nn.Module:
     return nn.Sequential(*conv_norm(inputs, outputs, kernel, **settings), nn.ReLU6())
 
 

@@ -1,5 +1,7 @@
 """VGG with batch norm (https://arxiv.org/abs/1409.1556), parameters named as in torchvision."""
 
+from collections.abc import Sequence
+
 from oneflow import nn
 
 from cnns.models.layers import Dropout, adaptive_mean, draw_fan_out
@@ -20,7 +22,9 @@ class VGG(nn.Module):
         hidden: width of the two hidden layers of the classifier.
     """
 
-    def __init__(self, num_classes: int = 1000, stages=STAGES, hidden: int = 4096):
+    def __init__(
+        self, num_classes: int = 1000, stages: Sequence[Sequence[int]] = STAGES, hidden: int = 4096
+    ):
         super().__init__()
         layers, channels = [], 3
         for depth, width in stages:
