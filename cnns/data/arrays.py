@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import oneflow as flow
@@ -71,7 +72,7 @@ class ArrayTrainLoader(ArrayLoader):
         *,
         augmentation: Augmentation,
         seed: int,
-        **array_loader,
+        **array_loader: Any,
     ):
         super().__init__(images, labels, **array_loader)
         self.augmentation = augmentation
@@ -102,7 +103,13 @@ class ArrayValLoader(ArrayLoader):
     """Images in order; shorter side resized, centre crop."""
 
     def __init__(
-        self, images, labels, *, num_examples: int, preprocessing: Preprocessing, **array_loader
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        num_examples: int,
+        preprocessing: Preprocessing,
+        **array_loader: Any,
     ):
         super().__init__(images, labels, preprocessing=preprocessing, **array_loader)
         self.preprocessing = preprocessing
