@@ -55,7 +55,7 @@ from tools.ofrecord_writer import BLOCK_BYTES
 # Crops of the demo photographs at this size and quality are 110 kB on average, as ImageNet's are.
 PHOTOGRAPH_SIZE = (580, 435)
 PHOTOGRAPH_QUALITY = 98
-CONVERSION_PARTS = 4  # of 130 MB; those of ImageNet have 560
+CONVERSION_PARTS = 4  # of 130 MB; ImageNet's have 560
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,7 +84,7 @@ def make_parser() -> Parser:
         "with --inference, how fast a network classifies by OneFlow and by ONNX Runtime. "
         "Prints JSON."
     )
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
     parser.add_argument(
         "--model", choices=sorted(model_registry.MODELS), default="resnet50", help="network"
     )
@@ -99,7 +99,7 @@ def make_parser() -> Parser:
         "--rounds",
         type=number(int, 1),
         default=5,
-        help="rounds of each kind, taken by turns; the median counts",
+        help="rounds of each kind, in turn; the median counts",
     )
     parser.add_argument("--train_data_dir", help="OFRecord parts: measure their loader alone")
     parser.add_argument(
@@ -143,9 +143,9 @@ def by_turns(
 ) -> tuple[list[float], float]:
     """The median seconds of each function, and the median of first to second.
 
-    The ratio is that of neighbours in time, so that a busy machine slows both.
+    The ratio compares runs next to each other in time, so that a busy machine slows both.
     """
-    seconds = []
+    seconds: list[list[float]] = []
     for _ in range(rounds):
         seconds.append([])
         for function in functions:
@@ -206,7 +206,7 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
 def benchmark_inference(args: Namespace, device: str) -> dict:
     """Milliseconds per image of the same network, with random weights, by both backends.
 
-    Images are there already: reading and resizing them is left out.
+    Without reading and resizing the images.
     """
     model = model_registry.MODELS[args.model]
     preprocessing, classes = model.preprocessing(image_size=args.image_size), 1000
@@ -219,12 +219,12 @@ def benchmark_inference(args: Namespace, device: str) -> dict:
         reference = resnet_to_onnx.Reference(network)
         exported = resnet_to_onnx.convert(reference, snapshot, "random", opset=12)
         resnet_to_onnx.write(exported, path, external_data=False)
-        backends = (
+        backends: tuple[Callable[[np.ndarray], object], ...] = (
             Predictor(place(network, device), device=device),
             ExportedModel(path).probabilities,
         )
 
-        def repeat(predict) -> Callable[[], None]:
+        def repeat(predict: Callable[[np.ndarray], object]) -> Callable[[], object]:
             predict(images)  # compiles, and warms up
             return lambda: [predict(images) for _ in range(args.steps)]
 
@@ -239,7 +239,7 @@ def benchmark_inference(args: Namespace, device: str) -> dict:
 
 
 def median_rate(run: subprocess.Popen) -> float:
-    """samples/s of a run's training lines but the first, in which buffers are made."""
+    """Median samples/s of a run's training lines, but for the first, in which buffers are made."""
     out, errors = run.communicate()
     if run.returncode != 0:
         raise RunError(errors.splitlines()[-1])
@@ -250,13 +250,13 @@ def median_rate(run: subprocess.Popen) -> float:
 def benchmark_processes(args: Namespace, device: str) -> dict:
     """samples/s of one process and of several with the same global batch.
 
-    What communication costs is seen by comparing the several with as many runs side by side that
-    have their share of the batch each and nothing to say to one another.
+    To see what communication costs, the several are compared with as many independent runs side by
+    side, each with its share of the batch.
     """
     count, batch_size = args.num_processes, args.batch_size_per_device
     if batch_size % count:
         raise UsageError(
-            f"--batch_size_per_device={batch_size} cannot be shared out among {count} processes"
+            f"--batch_size_per_device={batch_size} cannot be divided among {count} processes"
         )
     with tempfile.TemporaryDirectory() as directory:
 
@@ -357,7 +357,7 @@ def make_archive(path: Path, num_images: int) -> int:
 
 
 def copy_plainly(source: Path, target: Path) -> None:
-    """Read a file and write its bytes, to the disk as a part is."""
+    """Copy a file and flush it to the disk, as a part is."""
     with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
         while block := reader.read(BLOCK_BYTES):
             writer.write(block)
@@ -376,8 +376,8 @@ def resident_megabytes(pid: int) -> float:
 
 
 def convert(archive: Path, output: Path, num_workers: int) -> float:
-    """Run the conversion; return the most memory that its processes held together, in MB."""
-    tool, most = Path(__file__).with_name("make_ofrecord.py"), 0.0
+    """Run the conversion; return the peak memory of all its processes together, in MB."""
+    tool, most = str(Path(__file__).with_name("make_ofrecord.py")), 0.0
     command = [sys.executable, tool, "imagenet", f"--train={archive}", f"--output={output}"]
     command += [f"--num_parts={CONVERSION_PARTS}", f"--num_workers={num_workers}"]
     with tempfile.TemporaryFile("w+") as messages:

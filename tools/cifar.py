@@ -37,15 +37,16 @@ def read_files(path: Path) -> dict[str, bytes]:
             return {name: (path / name).read_bytes() for name in wanted if (path / name).exists()}
         with tarfile.open(path) as archive:
             return {
-                os.path.basename(member.name): archive.extractfile(member).read()
+                os.path.basename(member.name): file.read()
                 for member in archive
                 if member.isfile() and os.path.basename(member.name) in wanted
+                if (file := archive.extractfile(member))
             }
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise RunError(f"{path}: is not a whole tar archive: {error}") from None
+        raise RunError(f"{path}: is not a complete tar archive: {error}") from None
     except OSError as error:
         if error.strerror is None:  # gzip's own
-            raise RunError(f"{path}: is not a whole tar archive: {error}") from None
+            raise RunError(f"{path}: is not a complete tar archive: {error}") from None
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
 
 
@@ -66,7 +67,7 @@ def read_cifar(
     """Images (N, 32, 32, 3) uint8 RGB, labels (N,) uint8 and names by split; and the class names.
 
     `labels` is "fine" or "coarse", for CIFAR-100 only; None: fine.
-    Raises UsageError where the archive cannot be read, RunError where it is not what it should be.
+    Raises UsageError where the archive cannot be read, RunError where its content is wrong.
     """
     files = read_files(path)
     if NAME_FILES[0] in files:

@@ -30,7 +30,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--model",
         choices=sorted(model_registry.MODELS),
-        help="network; unless given, the one that the names of the weights tell of",
+        help="network; unless given, recognised by the names of the weights",
     )
     parser.add_argument(
         "--layout",
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     path = find_snapshot(args.source, models=model_registry.MODELS)
     if os.path.lexists(args.target):
-        raise UsageError(f"DST: {args.target} exists; nothing is overwritten, so name another")
+        raise UsageError(f"DST: {args.target} exists; nothing is overwritten, so give another")
     checkpoint = open_checkpoint(
         path, models=model_registry.MODELS, model=args.model, layout=args.layout
     )

@@ -1,8 +1,8 @@
 """ImageNet's own files, the archives as downloaded or folders, as an index of images.
 
 An archive is not unpacked: its headers are walked once, jumping over the images, and what is kept
-of each image is its name, its place, its size and its label. Everything that can be wrong with the
-names is found here, before anything is written.
+of each image is its name, offset, size and label. Every fault in the names is found here, before
+anything is written.
 """
 
 import functools
@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +38,10 @@ HEADER_BYTES = 1 << 16  # more than any header needs
 INDEX_SECONDS = 10.0  # between lines of progress
 
 
-def some(names, limit: int = 5) -> str:
+def some(names: Iterable[str], limit: int = 5) -> str:
     """The first few of `names` for a message."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    every = list(names)
+    return ", ".join(every[:limit]) + (", ..." if len(every) > limit else "")
 
 
 def is_image_name(name: str) -> bool:
@@ -72,7 +72,7 @@ class Index:
             self.folders[folder] = None
 
     def sort(self) -> None:
-        """By path, so that archive and folder come out the same. Raises RunError for one twice."""
+        """By path, so that archive and folder give the same. Raises RunError for a duplicate."""
         order = sorted(range(len(self.names)), key=self.names.__getitem__)
         self.names = [self.names[i] for i in order]
         self.folder_of = [self.folder_of[i] for i in order]
@@ -80,14 +80,13 @@ class Index:
         self.sizes = array("q", (self.sizes[i] for i in order))
         for name, following in itertools.pairwise(self.names):
             if name == following:
-                raise RunError(f"{self.source}: two files have the name {name}")
+                raise RunError(f"{self.source}: two files are named {name}")
 
 
 class Window:
     """Bytes `begin` to `end` of a file, as tarfile reads them.
 
-    A hostile header may have tarfile read the whole of it, so there is a limit to what is read for
-    one member.
+    A malicious header could make tarfile read all of it, so what is read for a member is limited.
     """
 
     def __init__(self, handle: int, begin: int, end: int):
@@ -114,11 +113,11 @@ def walk_tar(window: Window, where: str) -> Iterator[tuple[str, int, int]]:
     """(path, offset in the file, size) of each file in a tar archive.
 
     Reads the headers only. Raises RunError for an archive that is cut off or damaged, or holds
-    something else than files and directories.
+    anything but files and directories.
     """
     at, end, broken = 0, window.begin + window.size, False
     try:
-        with tarfile.open(fileobj=window, mode="r:", encoding="utf-8") as archive:
+        with tarfile.open(fileobj=window, mode="r:", encoding="utf-8") as archive:  # type: ignore[call-overload]  # only reads
             for member in archive:
                 archive.members.clear()  # tarfile keeps them all
                 window.left = HEADER_BYTES
@@ -135,15 +134,15 @@ def walk_tar(window: Window, where: str) -> Iterator[tuple[str, int, int]]:
                 offset = window.begin + member.offset_data
                 if offset + member.size > end:
                     raise RunError(
-                        f"{where}: {member.name} goes on to byte {offset + member.size}, and the "
-                        f"archive ends at byte {end}: it is cut off; copy or download it again"
+                        f"{where}: {member.name} extends to byte {offset + member.size}, but "
+                        f"the archive ends at byte {end}: it is cut off; copy or download it again"
                     )
                 yield member.name, offset, member.size
     except OSError as error:
         raise RunError(f"{where}: cannot be read: {error.strerror}") from None
     except (tarfile.TarError, ArithmeticError, LookupError, ValueError, RecursionError):
         broken = True
-    # tarfile takes whatever is not a header for the end.
+    # tarfile takes anything but a header for the end of the archive.
     window.left = HEADER_BYTES
     window.seek(at)
     block = window.read(tarfile.BLOCKSIZE)
@@ -157,8 +156,8 @@ def walk_tar(window: Window, where: str) -> Iterator[tuple[str, int, int]]:
         raise RunError(f"{where}: is not a tar archive{gzip}")
     if broken or any(block):
         raise RunError(
-            f"{where}: no tar header at byte {window.begin + at} that can be read: the archive "
-            "is damaged; copy or download it again"
+            f"{where}: the tar header at byte {window.begin + at} cannot be read: the archive is "
+            "damaged; copy or download it again"
         )
 
 
@@ -180,7 +179,7 @@ def index_archive(path: Path) -> Index:
                     continue
                 folder = os.path.basename(name).removesuffix(".tar")
                 if folder in index.folders:
-                    raise RunError(f"{path}: holds two archives of the name {folder}.tar")
+                    raise RunError(f"{path}: holds two archives named {folder}.tar")
                 index.folders[folder] = None
                 inner = Window(file.fileno(), offset, offset + size)
                 for member, *place in walk_tar(inner, f"{path}: {name}"):
@@ -225,12 +224,12 @@ def index_folder(root: Path) -> Index:
         index.folders[folder] = None
         if deeper := scan(folder):
             raise RunError(
-                f"{root / deeper[0]}: is a folder in a class folder; images lie directly in those"
+                f"{root / deeper[0]}: is a folder in a class folder, which may hold images only"
             )
     return index
 
 
-# Labels, and what may be wrong with names.
+# Labels, and faults in names.
 
 
 def read_val_labels(path: Path, wordnet_ids: list[str]) -> np.ndarray:
@@ -260,8 +259,8 @@ def refuse_folders(index: Index, label_of: dict[str, int], names: list[str]) -> 
     unknown = sorted(set(index.folders) - set(label_of))
     if unknown:
         raise RunError(
-            f"{index.source}: {len(unknown)} too many: {some(unknown)} "
-            f"{'is' if len(unknown) == 1 else 'are'} not among the {len(label_of)} classes"
+            f"{index.source}: folders that are not among the {len(label_of)} classes "
+            f"({len(unknown)}): {some(unknown)}"
         )
     missing = sorted(set(label_of) - set(index.folders))
     if missing:
@@ -278,14 +277,12 @@ def refuse_folders(index: Index, label_of: dict[str, int], names: list[str]) -> 
 def train_labels(index: Index, label_of: dict[str, int], names: list[str]) -> np.ndarray:
     if "" in index.folder_of:
         loose = index.names[index.folder_of.index("")]
-        raise RunError(
-            f"{index.source}: {loose} lies outside of the class folders, so it has no class"
-        )
+        raise RunError(f"{index.source}: {loose} is outside the class folders, so it has no class")
     refuse_folders(index, label_of, names)
     for path, folder in zip(index.names, index.folder_of, strict=True):
         match = OFFICIAL_NAME.fullmatch(os.path.basename(path))
         if match and match[1] in label_of and match[1] != folder:
-            raise RunError(f"{index.source}: {path} is by its name of another class")
+            raise RunError(f"{index.source}: {path} belongs to another class by its name")
     return np.array([label_of[folder] for folder in index.folder_of], np.int32)
 
 
@@ -294,21 +291,22 @@ def validation_labels(
 ) -> np.ndarray:
     if index.folders:
         refuse_folders(index, label_of, names)
-    labels, seen, official = [], {}, 0
+    labels, seen, official = [], dict[str, str](), 0
     for path, folder in zip(index.names, index.folder_of, strict=True):
         name = os.path.basename(path)
         if name in seen:
-            raise RunError(f"{index.source}: two files have the name {name}: {seen[name]}, {path}")
+            raise RunError(f"{index.source}: two files are named {name}: {seen[name]}, {path}")
         seen[name] = path
         match = VAL_NAME.fullmatch(name)
-        known = match is not None and 1 <= int(match[1]) <= len(table)
+        number = int(match[1]) if match else 0
+        known = 1 <= number <= len(table)
         official += known
         if not known and not folder:
             raise RunError(
-                f"{index.source}: {path} has no label: {table_name} goes from "
+                f"{index.source}: {path} has no label: {table_name} covers "
                 f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(table):08d}.JPEG"
             )
-        listed = int(table[int(match[1]) - 1]) if known else label_of[folder]
+        listed = int(table[number - 1]) if known else label_of[folder]
         if folder and label_of[folder] != listed:
             raise RunError(
                 f"{index.source}: {path} is of class {listed} by {table_name}, but its folder is "
@@ -396,7 +394,7 @@ def find_source(root: Path, split: str) -> Path:
         )
     if len(found) > 1:
         raise UsageError(
-            f"--input={root}: holds {' and '.join(found)}; say which by --{split}={root / found[0]}"
+            f"--input={root}: holds {' and '.join(found)}; choose by --{split}={root / found[0]}"
         )
     return root / found[0]
 
@@ -407,8 +405,8 @@ def find_sources(root: Path | None, **given: Path | None) -> dict[str, Path]:
     for split, path in given.items():
         if path is not None and not path.exists():
             raise UsageError(f"--{split}={path}: there is no such file or folder")
-        if path or root:
-            sources[split] = path or find_source(root, split)
+        if source := path or (root and find_source(root, split)):
+            sources[split] = source
     if not sources:
         raise UsageError("give --input, or --train, --validation or both")
     return sources
@@ -446,7 +444,7 @@ def load_images(
             raise RunError(f"{source}: holds no images")
         if index.others:
             notices.append(
-                f"{source}: left out, as no images by name ({len(index.others)}): "
+                f"{source}: left out, not named like images ({len(index.others)}): "
                 f"{some(index.others)}"
             )
         loaders[split] = Images(index, labels, names, wordnet_ids, resize_shorter, decode)

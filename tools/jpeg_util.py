@@ -1,4 +1,4 @@
-"""One image as the RGB JPEG that OneFlow reads, and a look at a JPEG without decoding it.
+"""One image as the RGB JPEG that OneFlow reads, and checks of a JPEG without decoding it.
 
 OneFlow 0.9's OFRecord decoders read three-component JPEGs, baseline or progressive, and nothing
 else: a greyscale JPEG is decoded to noise without an error, and a CMYK JPEG, a PNG, GIF, BMP or
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from cnns.data.images import to_rgb
 
@@ -50,12 +51,12 @@ class JpegInfo:
 def walk_jpeg(data: bytes) -> JpegInfo:
     """Walk the markers of a JPEG, to the end of the image. Raises BadImage.
 
-    Finds a file that is cut off or not a JPEG, a broken header, a missing table of quantisation,
-    and bytes in the compressed data that cannot stand there; not a changed value in these. Nor does
-    a decoder, mostly: libjpeg turns it into other pixels. What follows the image is not looked at.
+    Finds a file that is cut off or not a JPEG, a broken header, a missing quantisation table,
+    and impossible bytes in the compressed data, but no other changes there. Nor does a decoder,
+    mostly: libjpeg turns them into other pixels. What follows the image is ignored.
     """
     if not data.startswith(b"\xff\xd8"):
-        raise BadImage("no JPEG" if data else "empty file")
+        raise BadImage("not a JPEG" if data else "empty file")
     try:
         return walk_markers(data)
     except (IndexError, struct.error):
@@ -68,7 +69,7 @@ def walk_markers(data: bytes) -> JpegInfo:
     while data[at : at + 2] != bytes((0xFF, END)):
         marker = data[at + 1]
         if data[at] != 0xFF:
-            raise BadImage(f"byte {at} is {data[at]:#04x} where a marker has to be")
+            raise BadImage(f"byte {at} is {data[at]:#04x} where a marker should be")
         if marker == 0xFF:  # fill
             at += 1
             continue
@@ -76,7 +77,7 @@ def walk_markers(data: bytes) -> JpegInfo:
             at += 2
             continue
         if marker == START or marker < 0xC0:
-            raise BadImage(f"byte {at} is the marker {marker:#04x}, which cannot stand there")
+            raise BadImage(f"byte {at} is the marker {marker:#04x}, which is not allowed there")
         (length,) = struct.unpack_from(">H", data, at + 2)
         body, at = at + 4, at + 2 + length
         if length < 2:
@@ -98,7 +99,7 @@ def walk_markers(data: bytes) -> JpegInfo:
             found = NEXT_MARKER.search(data, at)
             at = found.start() if found else len(data)
     if info is None or not scans:
-        raise BadImage("no image in it")
+        raise BadImage("holds no image")
     if not (info.width and info.height and info.channels):
         raise BadImage(f"a picture of {info.width} x {info.height} pixels")
     if not tables:
@@ -116,13 +117,13 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data)) as image:
             yield image
     except UnidentifiedImageError:
-        raise BadImage("no image that Pillow knows" if data else "empty file") from None
-    except Exception as error:  # Pillow's readers raise of many kinds on a broken file
+        raise BadImage("not an image that Pillow can read" if data else "empty file") from None
+    except Exception as error:  # Pillow's readers raise many kinds on a broken file
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def load_small(image: Image.Image) -> None:
-    """Decode all of a JPEG's compressed data, to an eighth of the size: half of the time."""
+    """Decode all of a JPEG's compressed data, to an eighth of the size, in half the time."""
     image.draft(None, (1, 1))
     image.load()
 
@@ -133,7 +134,7 @@ def decode_jpeg(data: bytes) -> None:
         load_small(image)
 
 
-def encode_jpeg(image: Image.Image, **options) -> bytes:
+def encode_jpeg(image: Image.Image, **options: object) -> bytes:
     """An RGB JPEG of `image`, quality 95 and full colour resolution unless `options` say else."""
     buffer = io.BytesIO()
     if "qtables" not in options:
@@ -145,7 +146,7 @@ def encode_jpeg(image: Image.Image, **options) -> bytes:
 def kind_of(image: Image.Image) -> str:
     """`RGB JPEG`, `greyscale JPEG`, ..., or the name of another format."""
     if image.format not in ("JPEG", "MPO"):  # MPO: a JPEG followed by more pictures
-        return image.format
+        return image.format or ""
     return CHANNELS[1] if image.mode == "L" else f"{image.mode} JPEG"
 
 
@@ -156,7 +157,7 @@ def to_rgb_jpeg(image: Image.Image) -> bytes:
     size of the original, against 0.16 and twice the size at quality 95.
     """
     image.load()
-    if kind_of(image) == CHANNELS[1]:
+    if isinstance(image, JpegImageFile) and image.mode == "L":
         table = image.quantization[0]
         if max(table) <= 255:  # only an 8-bit table can be written to an ordinary JPEG
             return encode_jpeg(image, qtables=[table, table])
@@ -164,17 +165,17 @@ def to_rgb_jpeg(image: Image.Image) -> bytes:
 
 
 def orientation(image: Image.Image) -> int:
-    """The camera's orientation tag: 1 is upright. Broken tags do not make a broken image."""
+    """The camera's orientation tag: 1 is upright. Broken tags do not make an image bad."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # whatever the reader of the tags trips over
+    except Exception:  # whatever the reader of the tags raises
         return 1
 
 
 def upright_jpeg(data: bytes) -> tuple[bytes, str]:
-    """An image file's own bytes if they are an upright RGB JPEG, else one; and what it was if not.
+    """An upright RGB JPEG as it is, or another image as one; and what it was, if it was changed.
 
-    The decoders ignore the orientation tags of cameras, which inference heeds, so a picture that
+    The decoders ignore the orientation tags of cameras, which inference applies, so a picture that
     lies on its side is turned. Raises BadImage where Pillow cannot decode the whole image.
     """
     with opened(data) as image:
@@ -190,11 +191,11 @@ def upright_jpeg(data: bytes) -> tuple[bytes, str]:
 def passed_through(
     data: bytes, *, shorter: int | None, decode: bool
 ) -> tuple[bytes, str, JpegInfo]:
-    """An image file's own bytes if they are an RGB JPEG, else one; and what it was if not.
+    """An RGB JPEG as it is, or another image as one; and what it was, if it was changed.
 
-    ImageNet's labels and everybody's figures go with pictures that are not turned by the camera's
-    orientation. `shorter` makes pictures smaller that are larger, to so many pixels on the shorter
-    side, quality 95 with colour at half resolution; `decode` decodes what `walk_jpeg` looks at.
+    The camera's orientation is ignored, as in published results on ImageNet. `shorter` shrinks
+    larger pictures to that many pixels on the shorter side, quality 95 with colour at half
+    resolution; `decode` also decodes what `walk_jpeg` finds in order.
     Raises BadImage with the reason.
     """
     was = ""
@@ -216,8 +217,8 @@ def passed_through(
     if shorter and min(info.width, info.height) > shorter:
         with opened(data) as image:
             scale = shorter / min(image.size)
-            size = tuple(max(1, round(side * scale)) for side in image.size)
-            resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
             data = encode_jpeg(resized, subsampling=2)
         info = walk_jpeg(data)
     return data, was, info

@@ -24,7 +24,7 @@ PHOTOGRAPHS = {"cat.jpg": "tabby, tabby cat", "coffee.jpg": "espresso"}
 AREA = (0.3, 1.0)  # share of the photograph
 ASPECT_RATIO = (3 / 4, 4 / 3)  # width over height
 SHORTEST_SIDE = 200  # pixels
-MAX_EXAMPLES = 10_000  # far fewer than there are boxes to draw, so that drawing comes to an end
+MAX_EXAMPLES = 10_000  # far fewer than there are boxes to draw, so that drawing ends
 
 
 def draw_box(rng: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
@@ -39,9 +39,9 @@ def draw_box(rng: random.Random, width: int, height: int) -> tuple[int, int, int
 
 
 def draw_crops(
-    photographs: list[tuple[int, Image.Image]], count: int, rng: random.Random, taken: set
+    photographs: list[tuple[int, Image.Image]], count: int, rng: random.Random, taken: set[tuple]
 ) -> list[Example]:
-    """Crops of (label, photograph) by turns, so that classes are balanced; none is in `taken`."""
+    """Crops of (label, photograph) in turn, so that classes are balanced; none is in `taken`."""
     examples = []
     for label, photograph in itertools.islice(itertools.cycle(photographs), count):
         box = draw_box(rng, *photograph.size)
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
     except OSError as error:
         raise RunError(f"a demo photograph cannot be read: {error}") from None
-    splits, rng, taken = [], random.Random(args.seed), set()
+    splits, rng, taken = [], random.Random(args.seed), set[tuple]()
     for name, count in (("train", args.num_examples), ("validation", args.num_val_examples)):
         examples = draw_crops(photographs, count, rng, taken)
         names = [f"crop {i}" for i in range(count)]
@@ -94,5 +94,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the clean-up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up first
     sys.exit(run_main(main))

@@ -14,6 +14,7 @@ import signal
 import sys
 import zlib
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,12 +110,12 @@ def find_splits(root: Path) -> dict[str, Path]:
 def find_images(root: Path) -> dict[str, list[str]]:
     """Image files below each class folder of `root`, as sorted paths relative to `root`.
 
-    Raises RunError for a folder without images and an image outside of the class folders.
+    Raises RunError for a folder without images and an image outside the class folders.
     """
-    classes = {name: [] for name in subfolders(root)}
+    classes: dict[str, list[str]] = {name: [] for name in subfolders(root)}
     others = []
 
-    def fail(error: OSError):
+    def fail(error: OSError) -> None:
         raise RunError(f"{error.filename}: cannot be read: {error.strerror}")
 
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
@@ -126,7 +127,7 @@ def find_images(root: Path) -> dict[str, list[str]]:
                 others.append(printable(path))
             elif below == ".":
                 raise RunError(
-                    f"{root / printable(name)}: lies outside of the class folders, so it has no "
+                    f"{root / printable(name)}: is outside the class folders, so it has no "
                     "class; move it into one"
                 )
             else:
@@ -140,9 +141,9 @@ def find_images(root: Path) -> dict[str, list[str]]:
                 "images or remove the folder"
             )
         if printable(name) != name or not name.isprintable():
-            raise RunError(f"{root / printable(name)}: rename it, so that it is plain UTF-8")
+            raise RunError(f"{root / printable(name)}: rename it to printable UTF-8")
     if others:
-        note(f"{root}: left out, as no images by name ({len(others)}): {some(sorted(others))}")
+        note(f"{root}: left out, not named like images ({len(others)}): {some(sorted(others))}")
     return {name: sorted(paths) for name, paths in classes.items()}
 
 
@@ -155,9 +156,11 @@ def folder_lookup(names: list[str], wordnet_ids: list[str]) -> dict[str, list[in
     return lookup
 
 
-def folder_labels(folders, lookup: dict[str, list[int]], *, root: Path, source: str):
-    """The label of each class folder. Raises RunError for one that has none, two or another's."""
-    labels, folder_of = [], {}
+def folder_labels(
+    folders: Iterable[str], lookup: dict[str, list[int]], *, root: Path, source: str
+) -> list[int]:
+    """The label of each class folder. Raises RunError where it is none, unclear, or another's."""
+    labels, folder_of = [], dict[int, str]()
     for folder in folders:
         found = lookup.get(folder)
         if not found:
@@ -173,7 +176,7 @@ def folder_labels(folders, lookup: dict[str, list[int]], *, root: Path, source: 
         twin = folder_of.setdefault(found[0], folder)
         if twin != folder:
             raise RunError(
-                f"{root / folder}: is the same class of {source} as {twin!r}; join the folders"
+                f"{root / folder}: is the same class of {source} as {twin!r}; merge the folders"
             )
         labels.append(found[0])
     return labels
@@ -219,7 +222,7 @@ class SmallImages:
     """Loads the i-th of an array of images, greyscale or RGB.
 
     At quality 100 a pixel of Fashion-MNIST is off by 2 of 255 at most, on average by 0.06; the
-    decoders take no lossless format.
+    decoders read no lossless format.
     """
 
     images: np.ndarray  # (N, H, W) or (N, H, W, 3) uint8
@@ -247,7 +250,7 @@ def read_idx(path: Path, what: str) -> np.ndarray:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise RunError(f"{path}: the gzip data are broken: {error}") from None
+            raise RunError(f"{path}: the gzip data are damaged: {error}") from None
     magic = int.from_bytes(data[:4], "big")
     if len(data) < 4 or magic != IDX_MAGIC[what]:
         kinds = {number: f", which is a file of {kind}" for kind, number in IDX_MAGIC.items()}
@@ -260,7 +263,7 @@ def read_idx(path: Path, what: str) -> np.ndarray:
     needed = header + int(np.prod(shape, dtype=object))
     if len(data) < header or len(data) != needed:
         raise RunError(
-            f"{path}: holds {len(data)} bytes, but its header promises {needed} "
+            f"{path}: holds {len(data)} bytes, but its header says {needed} "
             f"({' x '.join(map(str, shape))} {what})"
         )
     if 0 in shape:
@@ -335,7 +338,7 @@ def idx_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
         flag = "num_val_examples" if name == "validation" else "num_examples"
         wanted = getattr(args, flag) or len(images)
         if wanted > len(images):
-            raise UsageError(f"--{flag}={wanted}: {pairs[name][0]} holds {len(images)} images only")
+            raise UsageError(f"--{flag}={wanted}: {pairs[name][0]} holds only {len(images)} images")
         names = [f"{pairs[name][0].name}[{i}]" for i in range(wanted)]
         splits.append(Split(args.output / name, names, SmallImages(images, labels)))
     return splits, classes
@@ -397,12 +400,12 @@ def add_output_flags(parser: Parser, *, parts: str) -> None:
 
 
 DEFAULT_PARTS = (
-    "one per started 10000 examples, and 8 or, for small data, one per 64 examples at least"
+    "one per 10000 examples, rounded up, but at least 8 or, for small data, one per 64 examples"
 )
 SKIP_BAD = "leave bad images out, and list them in the manifest"
 
 
-def add_imagenet_parser(jobs) -> None:
+def add_imagenet_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
     parser = jobs.add_parser(
         "imagenet",
         help="ImageNet's archives as downloaded, or unpacked",
@@ -423,8 +426,8 @@ def add_imagenet_parser(jobs) -> None:
     parser.add_argument(
         "--resize_shorter",
         type=number(int, 16),
-        help="make larger pictures smaller, to so many pixels on the shorter side, as JPEG of "
-        "quality 95; unless given, bytes are kept",
+        help="shrink larger pictures to this many pixels on the shorter side, as JPEG of quality "
+        "95; unless given, bytes are kept",
     )
     parser.add_argument(
         "--check",
@@ -444,7 +447,7 @@ def add_imagenet_parser(jobs) -> None:
     parser.set_defaults(make=imagenet_job, choose_num_parts=lambda n: min(IMAGENET_PARTS, n))
 
 
-def add_folder_parser(jobs) -> None:
+def add_folder_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
     parser = jobs.add_parser(
         "folder",
         help="image files, one sub-folder per class",
@@ -468,7 +471,7 @@ def add_folder_parser(jobs) -> None:
     parser.set_defaults(make=folder_job)
 
 
-def add_idx_parser(jobs) -> None:
+def add_idx_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
     parser = jobs.add_parser(
         "idx",
         help="IDX files of the MNIST family",
@@ -487,7 +490,7 @@ def add_idx_parser(jobs) -> None:
     )
     add_output_flags(parser, parts=DEFAULT_PARTS)
     add = parser.add_argument
-    add("--num_examples", type=number(int, 1), help="convert the first so many; unless given, all")
+    add("--num_examples", type=number(int, 1), help="convert only the first N; unless given, all")
     add("--num_val_examples", type=number(int, 1), help="the same for the validation set")
     text = "whose class names go into the manifest"
     add("--dataset", choices=sorted(IDX_CLASSES), help=text)
@@ -499,7 +502,7 @@ def add_idx_parser(jobs) -> None:
     parser.set_defaults(make=idx_job)
 
 
-def add_cifar_parser(jobs) -> None:
+def add_cifar_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
     parser = jobs.add_parser(
         "cifar",
         help="binary archives of CIFAR-10 and CIFAR-100",
@@ -523,7 +526,7 @@ def make_parser() -> Parser:
     return parser
 
 
-# None of these goes into the manifest: equal runs, into two places, give equal bytes.
+# Not in the manifest, so that equal runs into two places give equal bytes.
 NOT_IN_MANIFEST = ("job", "make", "choose_num_parts", "output", "num_workers")
 
 
@@ -548,5 +551,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the clean-up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up first
     sys.exit(run_main(main))

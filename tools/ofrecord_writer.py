@@ -1,4 +1,4 @@
-"""Directories of OFRecord parts: equal input and seed give equal bytes, and what is there is whole.
+"""Directories of OFRecord parts: equal input and seed give equal bytes; never half a directory.
 
 A directory is filled under the name `<directory>.partial` and takes its own name only when every
 part and, last, `manifest.json` are on disk; so a run that was killed leaves nothing that a reader
@@ -49,7 +49,7 @@ KEPT = "kept"  # what became of a part that an earlier run made
 
 @dataclass(frozen=True)
 class Example:
-    """One record to be. `more` holds further features, as `encode_record` takes them."""
+    """One record to write. `more` holds further features, as `encode_record` takes them."""
 
     encoded: bytes  # an RGB JPEG
     label: int  # 0-based
@@ -59,7 +59,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """One directory to be made: the names of its examples, for messages, and how to get each one.
+    """One directory to make: the names of its examples, for messages, and how to get each one.
 
     `load(i)` returns the Example called `names[i]` or raises BadImage. It is called once for each
     i, in no particular order, and must give the same bytes every time. It may have a method
@@ -93,7 +93,7 @@ def read_image(path: str) -> bytes:
 
 
 def file_stamp(path: str, label: int) -> bytes:
-    """What shows that an image file, or its label, is another one than before."""
+    """Bytes that change when an image file or its label changes."""
     try:
         state = os.stat(path)
     except OSError:
@@ -104,9 +104,9 @@ def file_stamp(path: str, label: int) -> bytes:
 def write_part(path: Path, messages: Iterable[bytes]) -> dict:
     """Write serialised OFRecords as a part, and return its entry in the manifest.
 
-    It has a temporary name until it is whole. Raises OSError where the disk does.
+    It has a temporary name until it is complete. Raises OSError.
     """
-    # A worker that outlives its killed parent for a moment must not meet the next run.
+    # A worker may outlive its killed parent for a moment, and must not write the next run's file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     digest, num_examples, num_bytes, sent = hashlib.sha256(), 0, 0, 0
     try:
@@ -118,8 +118,8 @@ def write_part(path: Path, messages: Iterable[bytes]) -> dict:
                     num_bytes += len(piece)
                 num_examples += 1
                 if num_bytes - sent > SEND_BYTES:
-                    # The disk begins now, and has little left when it is waited for; and what is on
-                    # it makes room in the page cache for the input.
+                    # The disk starts writing now, so that fsync has little left to wait for, and
+                    # what is written leaves the page cache to the input.
                     sent = num_bytes
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             file.flush()
@@ -163,9 +163,9 @@ def check_output(output: Path) -> None:
 
 
 def read_journal(path: Path) -> tuple[dict, dict[int, PartReport]]:
-    """What the journal of an unfinished directory was begun with, and its finished parts.
+    """The identity in the journal of an unfinished directory, and the finished parts.
 
-    The last line may be cut off, as the run may have been killed while it wrote that.
+    The last line may be cut off, as the run may have been killed while it wrote it.
     """
     lines = path.read_bytes().split(b"\n")
     identity, finished = json.loads(lines[0]), {}
@@ -196,7 +196,7 @@ def refuse_other(partial: Path, before: dict, now: dict) -> None:
     if found:
         raise UsageError(
             f"{partial}: begun by a run with other arguments ({'; '.join(found)}); give the same "
-            "to go on with it, remove it to start anew, or give another --output"
+            "to resume, remove it to start again, or give another --output"
         )
 
 
@@ -247,8 +247,7 @@ def lock(handle: int, directory: Path) -> None:
 def unfinished(split: Split, identity: dict) -> Iterator["Unfinished"]:
     """`<split.output>.partial`, locked: new, or left by an interrupted run of the same command.
 
-    Left by an exception, the block keeps the finished parts, and removes the directory if there are
-    none.
+    If the block raises, the finished parts are kept; if there are none, the directory is removed.
     """
     place = Unfinished(split, partial_name(split.output), identity)
     place.directory.mkdir(parents=True, exist_ok=True)
@@ -276,7 +275,7 @@ class Unfinished:
     complete: bool = False  # only the name is missing
 
     def look(self) -> None:
-        """Read what an earlier run left. Raises UsageError where that was no run of this kind."""
+        """Read what an earlier run left. Raises UsageError where that was another command."""
         names = sorted(os.listdir(self.directory))
         others = [name for name in names if not name.endswith(TEMPORARY)]
         if JOURNAL in others:
@@ -285,7 +284,7 @@ class Unfinished:
             except ValueError:
                 raise UsageError(
                     f"{self.directory / JOURNAL}: cannot be read; remove {self.directory} to start "
-                    "anew"
+                    "again"
                 ) from None
             refuse_other(self.directory, before, self.identity)
         elif MANIFEST in others:
@@ -315,9 +314,9 @@ class Unfinished:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Give a directory with its manifest its name."""
+        """Give a directory that has its manifest its own name."""
         (self.directory / JOURNAL).unlink(missing_ok=True)
-        # Takes the place of an empty directory, of no other.
+        # Replaces an empty directory, and no other.
         os.rename(self.directory, self.split.output.resolve())
         sync_directory(self.directory.parent)
 
@@ -330,7 +329,7 @@ class Unfinished:
         self.remove_temporary()
         print(
             f"note: {self.directory}: {len(self.finished)} of {self.identity['number of parts']} "
-            "parts are finished and kept; the same command goes on from there",
+            "parts are finished and kept; the same command resumes from there",
             file=sys.stderr,
         )
 
@@ -340,9 +339,9 @@ class Unfinished:
 
 
 def default_num_parts(num_examples: int) -> int:
-    """One part per started 10,000 examples; 8 at least, so that 8 devices find one each.
+    """One part per 10,000 examples, rounded up, but at least 8, so that 8 devices get one each.
 
-    Parts of fewer than 64 examples are not worth their name, so small data make fewer.
+    Small data make fewer parts, of 64 examples at least.
     """
     return max(-(-num_examples // 10_000), min(8, num_examples // 64), 1)
 
@@ -351,9 +350,9 @@ def shuffled_parts(num_examples: int, num_parts: int, seed: int) -> list[np.ndar
     """Positions of the examples of each part: a shuffle, cut into runs that differ by 1 at most."""
     order = list(range(num_examples))
     random.Random(seed).shuffle(order)  # Python keeps this sequence from version to version
-    order = np.array(order, np.int64)
+    shuffled = np.array(order, np.int64)
     bounds = [k * num_examples // num_parts for k in range(num_parts + 1)]
-    return [order[a:b] for a, b in itertools.pairwise(bounds)]
+    return [shuffled[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -366,10 +365,10 @@ class PartTask:
     earlier: PartReport | None = None
 
     def __call__(self, advance: Advance) -> tuple[PartReport, str]:
-        """Its report, and KEPT, or why the part of an earlier run was made anew."""
+        """Its report, and KEPT, or why the part of an earlier run was made again."""
         source, why = self.source_digest(), ""
         if self.earlier:
-            why = self.why_not_kept(source)
+            why = self.why_not_kept(self.earlier, source)
             if not why:
                 advance(len(self.positions))
                 return self.earlier, KEPT
@@ -399,17 +398,17 @@ class PartTask:
             digest.update(name + b"\0" + fingerprint(i))
         return digest.hexdigest()
 
-    def why_not_kept(self, source: str) -> str:
-        if source != self.earlier.source:
+    def why_not_kept(self, earlier: PartReport, source: str) -> str:
+        if source != earlier.source:
             return "the input has changed"
-        digest, info = hashlib.sha256(), self.earlier.info
+        digest = hashlib.sha256()
         try:
             with open(self.path, "rb") as file:
                 while block := file.read(BLOCK_BYTES):
                     digest.update(block)
         except FileNotFoundError:
             return "it was missing"
-        return "" if digest.hexdigest() == info["sha256"] else "it was damaged"
+        return "" if digest.hexdigest() == earlier.info["sha256"] else "it was damaged"
 
 
 def part_tasks(place: Unfinished, seed: int, skip_bad: bool) -> Iterator[PartTask]:
@@ -417,7 +416,7 @@ def part_tasks(place: Unfinished, seed: int, skip_bad: bool) -> Iterator[PartTas
     for k, positions in enumerate(shuffled_parts(num_examples, num_parts, seed)):
         earlier = place.finished.get(k)
         if earlier and earlier.bad and not skip_bad:
-            earlier = None  # they may have been mended
+            earlier = None  # the images may have been replaced
         yield PartTask(place.directory / part_name(k), place.split, positions.tolist(), earlier)
 
 
@@ -425,7 +424,7 @@ def write_parts(
     place: Unfinished, *, seed: int, skip_bad: bool, num_workers: int, advance: Advance
 ) -> None:
     """Make the parts that are missing, and fill in the reports of all."""
-    reports, outcomes, earlier = {}, Counter(), len(place.finished)
+    reports, outcomes, earlier = {}, Counter[str](), len(place.finished)
     tasks = part_tasks(place, seed, skip_bad)
     running = run_tasks(tasks, num_workers=num_workers, advance=advance)
     with contextlib.closing(running):  # ends the workers whatever happens here
@@ -437,32 +436,32 @@ def write_parts(
     place.reports = [reports[k] for k in sorted(reports)]
     if earlier:
         kept, _ = outcomes.pop(KEPT, 0), outcomes.pop("", 0)
-        anew = "".join(f"; {n} made anew, as {why}" for why, n in sorted(outcomes.items()))
+        again = "".join(f"; {n} made again, as {why}" for why, n in sorted(outcomes.items()))
         print(
             f"note: {place.split.output}: {kept} parts of {len(reports)} were there from an "
-            f"earlier run{anew}",
+            f"earlier run{again}",
             file=sys.stderr,
         )
 
 
 def refuse_bad_images(places: Sequence[Unfinished], num_examples: int, skip_bad: bool) -> None:
-    """Name every bad image on stderr; raise RunError unless the good ones may do without them."""
+    """Name every bad image on stderr; raise RunError unless they may be left out."""
     bad = sorted(tuple(item) for place in places for part in place.reports for item in part.bad)
     for name, reason in bad:
         print(f"bad image: {name}: {reason}", file=sys.stderr)
     if bad and not skip_bad:
         raise RunError(
             f"{len(bad)} of {num_examples} images are bad (listed above); no data set was made: "
-            "mend or remove them, or leave them out with --skip_bad"
+            "replace or remove them, or leave them out with --skip_bad"
         )
     for place in places:
         for part in place.reports:
             if part.info["num_examples"] == 0:
                 for each in places:
-                    each.finished.clear()  # another number of parts has use for none of them
+                    each.finished.clear()  # of no use with another number of parts
                 raise RunError(
                     f"{place.split.output}/{part.info['name']}: would be empty, as all its images "
-                    "are bad (listed above); give fewer --num_parts, or mend the images"
+                    "are bad (listed above); give fewer --num_parts, or replace the images"
                 )
 
 
@@ -472,7 +471,7 @@ def default_num_workers(num_examples: int) -> int:
 
 
 def left_to_make(splits: Sequence[Split], identities: dict[Path, dict]) -> list[Split]:
-    """The splits without those that a run made before it was killed on its way to the others."""
+    """The splits without those that a run had finished before it was killed."""
     unfinished = [split for split in splits if partial_name(split.output).exists()]
     left = []
     for split in splits:
@@ -502,7 +501,7 @@ def write_dataset(
     (None: as many as there are cores, for large data). A run that was interrupted leaves its
     finished parts, and the same call makes the rest.
     Raises UsageError where an output is taken or there are more parts than examples, RunError for
-    bad images (unless `skip_bad`) and for a disk that refuses.
+    bad images (unless `skip_bad`) and for a disk that cannot be written.
     """
     identities = {}
     for split in splits:
@@ -554,7 +553,7 @@ def report_of(parts: list[PartReport], list_changes: bool) -> dict:
     """What the manifest says about images that are not their source's own bytes, or left out."""
     bad = sorted(tuple(item) for part in parts for item in part.bad)
     changes = sorted((what, name) for part in parts for name, what in part.changes)
-    facts = {}
+    facts: dict[str, object] = {}
     if changes:
         facts["re_encoded"] = dict(sorted(Counter(what for what, _ in changes).items()))
     if changes and list_changes:
@@ -570,6 +569,7 @@ def report_of(parts: list[PartReport], list_changes: bool) -> dict:
 def print_summary(output: Path) -> None:
     """Say what the manifest of a finished directory says."""
     manifest = read_manifest(output)
+    assert manifest is not None
     made_by, parts = manifest["made_by"], manifest["parts"]
     print(
         f"{output}: {manifest['num_examples']} examples of {manifest['num_classes']} classes in "

@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,11 +37,11 @@ from tools.ofrecord_writer import BLOCK_BYTES, default_num_workers
 from tools.worker_pool import Advance, Progress, run_tasks
 
 SPLITS = ("train", "validation")
-BYTES_PER_IMAGE = 100_000  # or so, to tell how much there is to do
+BYTES_PER_IMAGE = 100_000  # or so, to estimate the work
 # What OneFlow 0.9's decoders do with an image that is not an RGB JPEG.
 CONSEQUENCE = {
-    "greyscale JPEG": "which OneFlow decodes to noise without a word",
-    "no JPEG": "and OneFlow's decoder reads nothing else",
+    "greyscale JPEG": "which OneFlow decodes to noise without an error",
+    "not a JPEG": "and OneFlow's decoder reads nothing else",
 }
 OTHER_CONSEQUENCE = "on which OneFlow's decoder fails"
 
@@ -114,17 +115,19 @@ def check_part(
     found = []
     if not result.num_bytes:
         found.append("holds no record, and OneFlow's reader cannot open that")
-    for key, what in (("num_bytes", "bytes"), ("num_examples", "whole records")):
+    for key, what in (("num_bytes", "bytes"), ("num_examples", "complete records")):
         count = getattr(result, key)
         if entry.get(key, count) != count:
             found.append(f"holds {count} {what}, and the manifest says {entry[key]}")
     if entry.get("sha256", digest) != digest:
-        found.append("its SHA-256 is not the manifest's: it was changed")
+        found.append("its SHA-256 differs from the manifest's: it was changed")
     result.faults += [f"{path.name}: {what}" for what in found]
     return result
 
 
-def walk_part(file, result: PartResult, num_classes: int, decode: bool, advance: Advance) -> str:
+def walk_part(
+    file: BinaryIO, result: PartResult, num_classes: int, decode: bool, advance: Advance
+) -> str:
     """Fill in the result; return the SHA-256 of the part."""
     at, digest = 0, hashlib.sha256()
     size = result.num_bytes = os.fstat(file.fileno()).st_size
@@ -171,7 +174,7 @@ def manifest_faults(manifest: dict) -> Iterator[str]:
 
 
 def name_faults(names: list[str], manifest: dict | None) -> Iterator[str]:
-    """Parts that are missing, or too many."""
+    """Parts that are missing or not listed."""
     if manifest is None:
         if missing := missing_part(names):
             yield f"{missing}: is missing; parts are numbered from 0 without a gap"
@@ -268,7 +271,7 @@ def make_parser() -> Parser:
         metavar="DIR",
         help="directory of parts, or one that holds train/ and validation/",
     )
-    add_switch(parser, "--decode", "decode every JPEG, beside walking its structure")
+    add_switch(parser, "--decode", "decode every JPEG as well as walking its structure")
     parser.add_argument(
         "--num_classes",
         type=number(int, 1, MAX_CLASSES),
@@ -282,7 +285,7 @@ def make_parser() -> Parser:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    # A switch with an optional value would take the directory behind it for that.
+    # A switch with an optional value would take the directory after it for that value.
     return make_parser().parse_args(["--decode=True" if a == "--decode" else a for a in argv])
 
 
@@ -295,5 +298,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the clean-up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up first
     sys.exit(run_main(main))

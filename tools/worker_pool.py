@@ -14,9 +14,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from datetime import timedelta
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -27,7 +29,8 @@ REPORT_SECONDS = 0.1  # between a worker's reports of progress
 LINE_SECONDS = 30.0  # between lines of progress in a log
 
 Advance = Callable[[int], object]  # called with the number of examples just done
-Task = Callable[[Advance], object]  # returns what `run_tasks` yields for it
+Result = TypeVar("Result")
+Task = Callable[[Advance], Result]  # returns what `run_tasks` yields for it
 
 
 class Progress:
@@ -43,7 +46,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
 
     def print(self, line: str) -> None:
@@ -65,10 +68,10 @@ class Progress:
         return f"{self.count} of {self.total} {self.unit}, {rate:.0f} {self.unit}/s, {left} left"
 
 
-def work(task: Task, pipe, parent: int) -> None:
-    """The life of a worker: sends (count, None, None) now and then, last a result or an error."""
+def work(task: Task[object], pipe: connection.Connection, parent: int) -> None:
+    """Run a task in a worker: sends (count, None, None) now and then, last a result or an error."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before that
+    if os.getppid() != parent:  # the parent was killed before that
         return
     pending, reported = 0, time.monotonic()
 
@@ -87,8 +90,8 @@ def work(task: Task, pipe, parent: int) -> None:
 
 
 def run_tasks(
-    tasks: Iterable[Task], *, num_workers: int, advance: Advance
-) -> Iterator[tuple[int, object]]:
+    tasks: Iterable[Task[Result]], *, num_workers: int, advance: Advance
+) -> Generator[tuple[int, Result], None, None]:
     """Yield (number, result) of each task as it is done; the numbers count the tasks from 0.
 
     With one worker the tasks run in this process, in order; with more they are started in order. A
@@ -101,8 +104,8 @@ def run_tasks(
             yield number, task(advance)
         return
     method = "spawn" if "oneflow" in sys.modules or threading.active_count() > 1 else "fork"
-    context = multiprocessing.get_context(method)
-    workers = {}  # pipe -> (number, process)
+    context: Any = multiprocessing.get_context(method)
+    workers: dict[connection.Connection, tuple[int, BaseProcess]] = {}
     try:
         while True:
             for number, task in itertools.islice(waiting, num_workers - len(workers)):
@@ -111,8 +114,8 @@ def run_tasks(
                     target=work, args=(task, theirs, os.getpid()), daemon=True
                 )
                 workers[pipe] = number, process
-                # Ctrl-C reaches the whole group. A worker inherits the mask, so that it never gets
-                # through to it, and it arrives here a moment later.
+                # Ctrl-C goes to the whole process group. Workers inherit the mask, so it never
+                # reaches them, and it is delivered here a moment later.
                 mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
                 try:
                     process.start()
@@ -121,7 +124,8 @@ def run_tasks(
                 theirs.close()
             if not workers:
                 return
-            for pipe in connection.wait(list(workers)):
+            ready: Any = connection.wait(list(workers))  # some of these connections
+            for pipe in ready:
                 number, process = workers[pipe]
                 try:
                     count, result, error = pipe.recv()

@@ -4,9 +4,12 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import struct
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -28,15 +31,14 @@ MAX_RECORD_BYTES = 1 << 30  # a longer length is garbage, not an image
 
 def _message_class() -> type:
     """OneFlow's class of the message, without OneFlow, whose libraries are 1 GB."""
-    package = importlib.util.find_spec("oneflow").submodule_search_locations[0]
-    path = os.path.join(package, "core", "record", "record_pb2.py")
-    spec = importlib.util.spec_from_file_location("record_pb2", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.OFRecord
+    package = importlib.util.find_spec("oneflow")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("OneFlow is not installed; see requirements.txt")
+    path = os.path.join(os.path.dirname(package.origin), "core", "record", "record_pb2.py")
+    return runpy.run_path(path)["OFRecord"]
 
 
-OFRecord = _message_class()
+OFRecord: Any = _message_class()
 
 
 def encode_record(encoded: bytes, label: int, **more: bytes | str | int) -> bytes:
@@ -71,8 +73,8 @@ def decode_record(data: bytes) -> OFRecord:
     return record
 
 
-def only_value(record: OFRecord, name: str, kind: str) -> bytes | int:
-    """The only value of a feature of one kind, such as `int32`. Raises ValueError."""
+def only_value(record: OFRecord, name: str, kind: str) -> Any:
+    """The only value of a feature of one kind, `int32` or `bytes`. Raises ValueError."""
     if name not in record.feature:
         raise ValueError(f"has no `{name}`")
     found = record.feature[name].WhichOneof("kind")
@@ -181,7 +183,9 @@ def read_manifest(directory: str | os.PathLike) -> dict | None:
     return manifest
 
 
-def write_manifest(directory: Path, *, parts: list[dict], classes: list[str], made_by: dict):
+def write_manifest(
+    directory: Path, *, parts: list[dict], classes: Sequence[str], made_by: dict
+) -> None:
     """Write manifest.json, by which a directory is known to be whole; so write it last."""
     manifest = {
         "format_version": FORMAT_VERSION,

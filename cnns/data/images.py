@@ -41,7 +41,7 @@ def read_preprocessing(settings: dict) -> Preprocessing:
     for name, size in sizes.items():
         if not isinstance(size, int) or not 0 < size <= MAX_SIZE:
             raise ValueError(f"{name} is {size!r}")
-    colours = {name: tuple(map(float, settings[name])) for name in ("rgb_mean", "rgb_std")}
+    colours: dict = {name: tuple(map(float, settings[name])) for name in ("rgb_mean", "rgb_std")}
     for name, values in colours.items():
         if len(values) != 3 or not np.isfinite(values).all():
             raise ValueError(f"{name} is {settings[name]!r}")
@@ -186,7 +186,7 @@ def read_classes(path: Path) -> tuple[list[str], list[str]]:
         raise UsageError(f"{path}: is empty; a class list needs one class a line")
     matches = [WORDNET_LINE.fullmatch(line) for line in lines]
     with_ids = any(matches)
-    seen = {}
+    seen: dict[str, int] = {}
     for number, (line, match) in enumerate(zip(lines, matches, strict=True), start=1):
         if not line:
             raise UsageError(f"{path}: line {number} is empty; a class list has no gaps")
@@ -199,5 +199,5 @@ def read_classes(path: Path) -> tuple[list[str], list[str]]:
             raise UsageError(f"{path}: {key!r} stands in line {seen[key]} and line {number}")
         seen[key] = number
     if with_ids:
-        return [match[2] for match in matches], [match[1] for match in matches]
+        return [match[2] for match in matches if match], [match[1] for match in matches if match]
     return lines, []

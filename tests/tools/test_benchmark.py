@@ -1,4 +1,4 @@
-"""tools/benchmark.py runs and reports what it says; the figures themselves are nobody's promise."""
+"""tools/benchmark.py runs and reports what it says; the figures themselves are not checked."""
 
 import json
 
@@ -58,4 +58,4 @@ def test_several_processes(monkeypatch):
 
 def test_what_cannot_be_shared_out():
     result = call(benchmark.main, *SMALL, "--num_processes=3")
-    assert result.status == 2 and "cannot be shared out among 3" in result.stderr
+    assert result.status == 2 and "cannot be divided among 3" in result.stderr

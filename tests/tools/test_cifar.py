@@ -144,6 +144,6 @@ def test_cifar_refusals(tmp_path):
     refused(python, "holds neither .* needs the binary version", status=2)
     whole = archive().read_bytes()
     (tmp_path / "x.tar.gz").write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path / "x.tar.gz", "is not a whole tar archive")
+    refused(tmp_path / "x.tar.gz", "is not a complete tar archive")
     (tmp_path / "x.tar.gz").write_bytes(b"hello" * 300)
-    refused(tmp_path / "x.tar.gz", "is not a whole tar archive")
+    refused(tmp_path / "x.tar.gz", "is not a complete tar archive")

@@ -295,7 +295,7 @@ def test_validation_in_class_folders_and_archives_of_other_makes(source, tmp_pat
         output = tmp_path / f"out{form}"
         result = convert(source, output)
         assert result.status == 0, result.stderr
-        assert "left out, as no images by name (1): ./LICENSE" in result.stderr
+        assert "left out, not named like images (1): ./LICENSE" in result.stderr
         held = records(output / "validation")
         assert [held[name]["class/label"] for name, _ in files] == VAL_LABELS
         assert len(records(output / "train")) == 4
@@ -382,7 +382,7 @@ def test_walking_a_jpeg_takes_what_pillow_writes_and_nothing_cut_off():
         assert (info.width, info.height, info.channels, info.oddity) == (48, 40, 3, "")
         assert walk_jpeg(data + b"\0trailing\xff") == info
         for end in range(len(data)):
-            with pytest.raises(BadImage, match="cut off|empty|no JPEG"):
+            with pytest.raises(BadImage, match="cut off|empty|not a JPEG"):
                 walk_jpeg(data[:end])
     assert walk_jpeg(encoded(picture(1, mode="L"))).oddity == "greyscale JPEG"
     assert walk_jpeg(encoded(picture(1, mode="CMYK"))).oddity == "CMYK JPEG"
@@ -430,7 +430,7 @@ def test_bad_images_end_the_run_at_its_end_and_can_be_left_out(damaged, tmp_path
     result = convert(damaged, tmp_path / "out", *argv)
     assert result.status == 1
     bad = [line for line in result.stderr.splitlines() if line.startswith("bad image: ")]
-    reasons = ["cut off at byte", "empty file", "no image that Pillow knows"]
+    reasons = ["cut off at byte", "empty file", "not an image that Pillow can read"]
     for line, wnid, reason in zip(bad, TINY_WNIDS, reasons, strict=False):
         assert line.startswith(f"bad image: {wnid}/{wnid}_20.JPEG: {reason}")
     assert "error: 3 of 18 images are bad (listed above); no data set was made" in result.stderr
@@ -489,17 +489,17 @@ def test_a_class_too_many_and_an_unknown_wnid(source):
     files = class_files([*TINY_WNIDS, WNIDS[9]], 1)
     refused(
         with_train(source, train_tar(files)),
-        f"train.tar: 1 too many: {WNIDS[9]} is not among the 4 classes",
+        f"train.tar: folders that are not among the 4 classes .1.: {WNIDS[9]}",
     )
     files = class_files([*TINY_WNIDS, "n99999999", "photos"], 1)
-    refused(with_train(source, train_tar(files)), "2 too many: n99999999, photos are not among")
+    refused(with_train(source, train_tar(files)), "4 classes .2.: n99999999, photos")
 
 
 def test_a_class_twice(source):
     inner = [(f"{wnid}.tar", tar_bytes(f)) for wnid, f in class_files(TINY_WNIDS, 1).items()]
     refused(
         with_train(source, tar_bytes([*inner, inner[1]])),
-        f"two archives of the name {TINY_WNIDS[1]}.tar",
+        f"two archives named {TINY_WNIDS[1]}.tar",
     )
 
 
@@ -508,24 +508,24 @@ def test_two_files_of_one_name(source):
     files[TINY_WNIDS[0]].append(files[TINY_WNIDS[0]][0])
     refused(
         with_train(source, train_tar(files)),
-        f"train.tar: two files have the name {TINY_WNIDS[0]}/{TINY_WNIDS[0]}_0.JPEG",
+        f"train.tar: two files are named {TINY_WNIDS[0]}/{TINY_WNIDS[0]}_0.JPEG",
     )
     with_train(source, train_tar(class_files(TINY_WNIDS, 1)))
     held = val_files(len(VAL_LABELS))
-    refused(with_val(source, [*held, held[2]]), "val.tar: two files have the name ILSVRC2012_val_")
+    refused(with_val(source, [*held, held[2]]), "val.tar: two files are named ILSVRC2012_val_")
     other = f"{TINY_WNIDS[VAL_LABELS[0]]}/{held[0][0]}"
     with_val(source, [*held, (other, held[0][1])])
-    refused(source, "3 of 4 classes missing|two files have the name")
+    refused(source, "3 of 4 classes missing|two files are named")
 
 
 def test_an_image_of_another_class_or_none(source):
     files = class_files(TINY_WNIDS, 1)
     files[TINY_WNIDS[0]].append((f"{TINY_WNIDS[1]}_77.JPEG", photo(1)))
-    refused(with_train(source, train_tar(files)), "_77.JPEG is by its name of another class")
+    refused(with_train(source, train_tar(files)), "_77.JPEG belongs to another class by its name")
     inner = [(f"{wnid}.tar", tar_bytes(f)) for wnid, f in class_files(TINY_WNIDS, 1).items()]
     refused(
         with_train(source, tar_bytes([*inner, ("loose.JPEG", photo(1))])),
-        "loose.JPEG lies outside of the class folders",
+        "loose.JPEG is outside the class folders",
     )
 
 
@@ -533,7 +533,7 @@ def test_validation_files_without_a_label(source):
     held = val_files(len(VAL_LABELS))
     refused(
         with_val(source, [*held, ("ILSVRC2012_val_00000007.JPEG", photo(1))]),
-        "00000007.JPEG has no label: labels.txt goes from .*00000001.JPEG to .*00000006.JPEG",
+        "00000007.JPEG has no label: labels.txt covers .*00000001.JPEG to .*00000006.JPEG",
     )
     refused(with_val(source, [*held, ("holiday.JPEG", photo(1))]), "holiday.JPEG has no label")
 
@@ -571,7 +571,7 @@ def test_archives_that_are_cut_off_or_none(source):
     noise = bytearray(whole)
     at = 512 + 512 + -(-len(files[TINY_WNIDS[0]][0][1]) // 512) * 512
     noise[at : at + 20] = b"?" * 20
-    refused(with_train(source, bytes(noise)), f"no tar header at byte {at} .*is damaged")
+    refused(with_train(source, bytes(noise)), f"the tar header at byte {at} .*is damaged")
     link = tarfile.TarInfo("x.JPEG")
     link.type, link.linkname = tarfile.SYMTYPE, "y.JPEG"
     refused(
@@ -621,7 +621,7 @@ def test_hostile_headers_are_one_line(source, header, first):
 def test_inputs_that_are_not_there_or_ambiguous(source, tmp_path):
     refused(source, "--train=.*nowhere: there is no such", "--train=nowhere", status=2)
     (source / "train").mkdir()
-    refused(source, "holds ILSVRC2012_img_train.tar and train; say which by --train=", status=2)
+    refused(source, "holds ILSVRC2012_img_train.tar and train; choose by --train=", status=2)
     (source / "ILSVRC2012_img_train.tar").unlink()
     refused(source, "4 of 4 classes missing")
     (source / "train").rmdir()

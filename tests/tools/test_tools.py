@@ -239,7 +239,7 @@ def test_interrupted_run_keeps_whole_parts_and_goes_on(tmp_path, capsys, stop):
         "train.partial/part-00000",
         "train.partial/part-00001",
     ]
-    assert "2 of 4 parts are finished and kept; the same command goes on" in capsys.readouterr().err
+    assert "2 of 4 parts are finished and kept; the same command resumes" in capsys.readouterr().err
     del calls[:]
     calls += [None] * 100
     write_dataset(some_splits(out, load), classes=["a"], made_by={}, num_parts=4)
@@ -317,7 +317,7 @@ def test_other_arguments_are_refused(unfinished, tmp_path, change, match):
     assert tree(unfinished) == before
 
 
-def test_parts_that_are_not_as_the_journal_says_are_made_anew(unfinished, tmp_path, capsys):
+def test_parts_that_are_not_as_the_journal_says_are_made_again(unfinished, tmp_path, capsys):
     resume(tmp_path / "whole")
     (unfinished / "part-00000").unlink()
     part = unfinished / "part-00001"
@@ -326,13 +326,13 @@ def test_parts_that_are_not_as_the_journal_says_are_made_anew(unfinished, tmp_pa
     with open(unfinished / "journal.jsonl", "a") as journal:
         journal.write('{"index": 2, "info": {"na')  # killed in the middle of the line
     resume(tmp_path / "out")
-    assert "1 made anew, as it was damaged; 1 made anew, as it was missing" in (
+    assert "1 made again, as it was damaged; 1 made again, as it was missing" in (
         capsys.readouterr().err
     )
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def test_changed_input_is_made_anew_and_said(photos, tmp_path, capsys, monkeypatch):
+def test_changed_input_is_made_again_and_said(photos, tmp_path, capsys, monkeypatch):
     # The first run stops at an image that is bad, with the other parts finished.
     whole = (photos / "validation" / "cow" / "x.JPEG").read_bytes()
     (photos / "validation" / "cow" / "x.JPEG").write_bytes(whole[:-9])
@@ -343,7 +343,7 @@ def test_changed_input_is_made_anew_and_said(photos, tmp_path, capsys, monkeypat
     (photos / "validation" / "cow" / "x.JPEG").write_bytes(whole)
     folder(photos, tmp_path / "out", "--num_parts=3")
     err = capsys.readouterr().err
-    assert "train: 2 parts of 3 were there from an earlier run; 1 made anew, as the input " in err
+    assert "train: 2 parts of 3 were there from an earlier run; 1 made again, as the input " in err
     assert "validation: 2 parts of 3 were there from an earlier run\n" in err
     folder(photos, tmp_path / "whole", "--num_parts=3")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
@@ -645,7 +645,7 @@ def test_files_that_are_no_images_are_named(photos, tmp_path, capsys):
     (photos / "train" / ".hidden").mkdir()
     (photos / "train" / "bee" / "._0.jpg").write_text("x")
     folder(photos, tmp_path / "out")
-    assert "no images by name (2): ant/Thumbs.db, bee/._0.jpg" in capsys.readouterr().err
+    assert "not named like images (2): ant/Thumbs.db, bee/._0.jpg" in capsys.readouterr().err
     assert read_manifest(tmp_path / "out" / "train")["classes"] == ["ant", "bee", "cow"]
 
 
@@ -667,7 +667,7 @@ def test_folder_refusals(photos, tmp_path):
     refused(RunError, "bare: holds no class folders", source=tmp_path / "bare")
 
     stray = save(picture(1), photos / "train" / "stray.jpg")
-    refused(RunError, "stray.jpg: lies outside of the class folders")
+    refused(RunError, "stray.jpg: is outside the class folders")
     stray.unlink()
 
     (photos / "train" / "empty").mkdir()
@@ -710,7 +710,7 @@ def test_class_list_gives_the_labels(tmp_path, capsys):
     [
         (["crane"], "'crane' may be class 134 or 517 .*WordNet id"),
         (["n00000000"], "'n00000000' is not a class of"),
-        (["n01440764", "tench"], "'n01440764'; join the folders"),
+        (["n01440764", "tench"], "'n01440764'; merge the folders"),
     ],
 )
 def test_class_list_refusals(tmp_path, folders, match):
@@ -810,14 +810,14 @@ def test_idx_broken_files(tmp_path):
     plain = gzip.decompress(images.read_bytes())
     short, long, header = (tmp_path / name for name in ("short", "long", "header"))
     short.write_bytes(plain[:-1])
-    refused(RunError, "holds 3151 bytes, but its header promises 3152", images=short)
+    refused(RunError, "holds 3151 bytes, but its header says 3152", images=short)
     long.write_bytes(plain + b"x")
-    refused(RunError, "holds 3153 bytes, but its header promises 3152", images=long)
+    refused(RunError, "holds 3153 bytes, but its header says 3152", images=long)
     header.write_bytes(plain[:9])
     refused(RunError, "header: holds 9 bytes", images=header)
     torn = tmp_path / "torn.gz"
     torn.write_bytes(images.read_bytes()[:-9])
-    refused(RunError, "torn.gz: the gzip data are broken", images=torn)
+    refused(RunError, "torn.gz: the gzip data are damaged", images=torn)
     none = write_idx(tmp_path / "none", np.zeros((0, 28, 28)))
     refused(RunError, "none: holds no images", images=none)
     refused(UsageError, "nowhere: cannot be read: No such file", images=tmp_path / "nowhere")
@@ -828,7 +828,7 @@ def test_idx_broken_files(tmp_path):
         "--dataset=mnist",
         labels=high,
     )
-    refused(UsageError, "--num_examples=5: .*holds 4 images only", "--num_examples=5")
+    refused(UsageError, "--num_examples=5: .*holds only 4 images", "--num_examples=5")
     refused(UsageError, "--num_val_examples needs --input", "--num_val_examples=1")
     refused(UsageError, "both name the classes", "--dataset=mnist", f"--classes={CLASSES_FILE}")
     refused(UsageError, "--input names a folder", f"--input={tmp_path}")

@@ -80,7 +80,7 @@ def faults(directory: Path, *argv) -> list[str]:
     return [line.removeprefix(f"{directory}: ") for line in lines]
 
 
-SHA = "its SHA-256 is not the manifest's: it was changed"
+SHA = "its SHA-256 differs from the manifest's: it was changed"
 
 
 def test_whole_directories_have_no_fault(ours, theirs):
@@ -132,7 +132,7 @@ def test_one_byte_cut_off(ours, theirs):
         if root == ours:
             assert found[1:] == [
                 f"part-00001: holds {size - 1} bytes, and the manifest says {size}",
-                f"part-00001: holds {count - 1} whole records, and the manifest says {count}",
+                f"part-00001: holds {count - 1} complete records, and the manifest says {count}",
                 f"part-00001: {SHA}",
             ]
 
@@ -156,7 +156,7 @@ def test_a_bit_of_a_jpeg_that_shows_has_a_place(ours, theirs):
         found = faults(root)
         assert re.match(
             rf"part-00001: record 1, at byte {start}: the image: byte \d+ is 0xf7 where a marker "
-            "has to be",
+            "should be",
             found[0],
         )
         assert found[1:] == ([f"part-00001: {SHA}"] if root == ours else [])
@@ -205,10 +205,10 @@ def test_records_that_oneflow_cannot_read(tmp_path):
     rgb = image("RGB")
     messages = {
         encode({"encoded": image("L"), "class/label": 0}): "the image: greyscale JPEG, which "
-        "OneFlow decodes to noise without a word",
+        "OneFlow decodes to noise without an error",
         encode({"encoded": image("CMYK"), "class/label": 0}): "the image: CMYK JPEG, on which "
         "OneFlow's decoder fails",
-        encode({"encoded": image("RGB", "PNG"), "class/label": 0}): "the image: no JPEG, and "
+        encode({"encoded": image("RGB", "PNG"), "class/label": 0}): "the image: not a JPEG, and "
         "OneFlow's decoder reads nothing else",
         encode({"encoded": rgb[:-2], "class/label": 0}): f"the image: cut off at byte "
         f"{len(rgb) - 2}, before the end of the image",
@@ -257,7 +257,7 @@ def test_parts_that_are_missing_or_too_many(ours, theirs):
         "part-00003: is not in the manifest",
         "part-00001: holds no record, and OneFlow's reader cannot open that",
         f"part-00001: holds 0 bytes, and the manifest says {size}",
-        "part-00001: holds 0 whole records, and the manifest says 3",
+        "part-00001: holds 0 complete records, and the manifest says 3",
         f"part-00001: {SHA}",
     ]
 
