@@ -520,7 +520,7 @@ def memory_flags(args: Namespace, *, batch: str) -> dict[str, str]:
 def flags_of_a_job(args: Namespace, parser: FlagParser) -> dict[str, object]:
     """The flags that have to be the same on every node, by name, as JSON knows them.
 
-    Paths may differ: what is behind them is compared by itself.
+    Paths may differ: what they lead to is compared separately.
     """
     compared = {
         name for name, flag in parser.flags.items() if flag.of != "node" and flag.parse is not path

@@ -42,9 +42,9 @@ from cnns.errors import RunError
 class OFRecordLoader(nn.Module):
     """What training and validation share: OneFlow's native reader, and the label.
 
-    Reader and decoders run on the CPU and outside the graph, where they can be made anew: a reader
-    begins at its first record, and a decoder's random numbers at its seed. Each process reads parts
-    of its own.
+    Reader and decoders run on the CPU and outside the graph, so that each epoch can make new ones:
+    a new reader begins at its first record, and a new decoder's random numbers at its seed. Each
+    process reads parts of its own.
     """
 
     def __init__(self, data: Shards, *, batch_size: int, device: str):
@@ -63,7 +63,7 @@ class OFRecordLoader(nn.Module):
         return list(order[cuts[self.rank] : cuts[self.rank + 1]])
 
     def read(self, parts: Sequence[int], *, skip: int = 0, **reader: Any) -> Iterator[flow.Tensor]:
-        """Batches of records, round and round the parts in the given order, behind `skip` batches.
+        """Batches of records after the first `skip`, from `parts` in this order, over and over.
 
         The native reader takes parts by their numbers, and of these those that are a process's by
         its rank, so it is shown links under the right numbers. It opens all of its own before the
@@ -119,7 +119,7 @@ class OFRecordTrainLoader(OFRecordLoader):
         return rng.permutation(len(self.shards.part_counts)).tolist()
 
     def batches(self, epoch: int, iteration: int = 0) -> Iterator[tuple]:
-        """Batches of an epoch, behind the first `iteration` of them, which are read and dropped."""
+        """Batches of an epoch after the first `iteration` of them, which are read and dropped."""
         records = self.read(
             self.share(self.order(epoch)),
             skip=iteration,
@@ -204,7 +204,7 @@ class GPUDecodingTrainLoader(nn.Module):
         self.normalise = make_normalisation(preprocessing)
 
     def batches(self, epoch: int, iteration: int = 0) -> Iterator[tuple]:
-        """Nothing to hand in, without end."""
+        """An empty tuple for each call of the graph, which reads by itself."""
         return itertools.repeat(())
 
     def forward(self) -> tuple[flow.Tensor, flow.Tensor]:
@@ -262,7 +262,7 @@ class OFRecordValLoader(OFRecordLoader):
         self.num_batches = -(-largest // self.batch_size)
         self.decode = nn.OFRecordImageDecoder("encoded", color_space="RGB")
         # Its default, the mean over the area of a pixel, is the nearest to Pillow's bilinear, which
-        # smooths as it shrinks; OneFlow's bilinear does not. To Pillow's bicubic all are as near.
+        # smooths as it shrinks; OneFlow's bilinear does not. All are as close to Pillow's bicubic.
         self.resize = nn.image.Resize(
             resize_side="shorter",
             keep_aspect_ratio=True,

@@ -187,7 +187,7 @@ def wait_for_all() -> None:
 
 
 class Agreement:
-    """Lets all processes stop after the same step, whenever a signal reaches which of them.
+    """Lets all processes stop after the same step, whichever of them a signal reaches.
 
     Each hands its vote to the step as `stop`, and the step returns their sum. One process alone
     stops at once.
@@ -249,7 +249,7 @@ def to_device(batch: np.ndarray, placement: flow.placement) -> flow.Tensor:
 
 
 def to_global(rows: flow.Tensor, placement: flow.placement) -> flow.Tensor:
-    """The tensors of all processes, one below the other, as a global one on their devices.
+    """The tensors of all processes, concatenated, as one global tensor on their devices.
 
     All are of one shape, which is not checked: that would take a round of messages each time.
     """

@@ -42,7 +42,7 @@ class Flag:
 
     @property
     def help(self) -> str:
-        """Its text, with what it needs in front and its default behind."""
+        """Its text, with what it needs before it and its default after it."""
         default = self.unless_given
         text = f"{self.whole_text}; unless given, {default}" if default else self.whole_text
         return text.replace("%", "%%")  # argparse formats help texts

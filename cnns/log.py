@@ -50,7 +50,7 @@ def is_first_rank() -> bool:
 
 
 def notice(text: str) -> None:
-    """Something worth knowing that is not a result: on stderr, so not one of the log's lines."""
+    """Print something worth knowing that is not a result to stderr."""
     if is_first_rank():
         print(text, file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""A training run: its epochs, lines, validation, snapshots, and the signals that end it.
+"""A training run: epochs, log lines, validation, snapshots, and the signals that end it.
 
 What is run is decided in of_cnn_train_val.py; here is only in which order things happen. Snapshots
 are written by `Saver`, and everything that a line shows comes from `Meter`.
@@ -27,7 +27,7 @@ class Progress:
     """Where a run stands."""
 
     epoch: int | None = None  # last finished epoch, validation included; None before the first
-    iteration: int = 0  # iterations done in the epoch behind that
+    iteration: int = 0  # iterations done in the epoch after that
     step: int = 0  # updates made
     metrics: dict = field(default_factory=dict)  # of the last finished epoch
     best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1

@@ -41,7 +41,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """1x1 to `expansion` times the channels, depthwise, 1x1 back with no ReLU behind it."""
+    """1x1 to `expansion` times the channels, depthwise, 1x1 back with no ReLU after it."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
         super().__init__()

@@ -29,7 +29,7 @@ def conv_norm_relu6(inputs: int, outputs: int, kernel: int, **settings: Any) -> 
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expansion` times the channels, 3x3 depthwise, 1x1 back with no ReLU behind it."""
+    """1x1 to `expansion` times the channels, 3x3 depthwise, 1x1 back with no ReLU after it."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
         super().__init__()
