@@ -93,7 +93,7 @@ MODEL_FLAGS = {
         "network", choices=MODELS, otherwise="that of the snapshot to start from, else resnet50"
     ),
     "num_classes": Flag(
-        "length of the logits",
+        "number of classes",
         number(int, 1, MAX_CLASSES),
         otherwise="as in the snapshot to start from, else as in the manifest of the training data, "
         "else 1000",
@@ -126,7 +126,7 @@ DEVICE_FLAGS = {
         of="node",
     ),
     "gpu_num_per_node": Flag(
-        "devices per machine, each with a process of its own; processes on a CPU",
+        "GPUs per machine, one process each; on a CPU, the number of processes",
         COUNT,
         1,
         of="start",
@@ -164,7 +164,7 @@ CUDA_TRAINING_FLAGS = {
         cuda=True,
     ),
     "nccl_fusion_threshold_mb": Flag(
-        "send gradients in pieces of at least so many MB",
+        "fuse gradients into all-reduces of up to this many MB",
         COUNT,
         otherwise="OneFlow's default",
         cuda=True,
@@ -206,8 +206,8 @@ TRAIN_DATA_FLAGS = {
     ),
     **AUGMENTATION_FLAGS,
     "shuffle_buffer_size": Flag(
-        "records among which OneFlow's OFRecord reader draws the next one; 1: each image of a "
-        "device's share once per epoch",
+        "size in records of the buffer from which OneFlow's OFRecord reader draws; 1: no shuffling "
+        "within a part, and each image of a device's share once per epoch",
         COUNT,
         otherwise=f"{SHUFFLE_BUFFER_SIZE}, at most a 50th of that share",
     ),
@@ -236,7 +236,7 @@ OPTIMIZER_FLAGS = {
         "peak learning rate", number(float, 0), otherwise=describe_learning_rates()
     ),
     "wd": Flag(
-        "weight decay of convolution and fc weights and of the fc bias, none on batch norms",
+        "weight decay of every parameter except those of batch norms",
         number(float, 0),
         1 / 32768,
         otherwise="1/32768",
@@ -367,7 +367,7 @@ BACKEND_FLAGS = {
 }
 EXPORT_FLAGS = {
     "onnx_path": Flag(
-        "file to write; one that is there is replaced once the new one has been proved equal",
+        "file to write; an existing one is replaced after the new one has passed the comparison",
         onnx_path,
         otherwise=f"{ONNX_ROOT}/<name of the snapshot>.onnx",
     ),
@@ -449,7 +449,7 @@ SCRIPTS = {
         },
     ),
     "export": (
-        "Export a snapshot to ONNX, and prove the file equal to it.",
+        "Export a snapshot to ONNX, and compare the file's answers with OneFlow's.",
         {
             "model": SNAPSHOT_MODEL_FLAGS,
             "snapshot": SNAPSHOT_FLAGS,

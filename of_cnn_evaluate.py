@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int | None:
         evaluator = Evaluator(model, loader, top_k=args.top_k, use_fp16=args.use_fp16)
     for _ in range(args.num_epochs):
         counts, seconds = evaluator.round()
-        # The original numbers every round 0: the epoch is that of training.
+        # Always epoch 0, as OneFlow-Benchmark prints it: the field is the epoch of training.
         log(validation_line(0, loader.num_batches, counts, seconds))
     return None
 

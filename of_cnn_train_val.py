@@ -36,7 +36,7 @@ from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
-from cnns.data.synthetic import SyntheticLoader
+from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.distributed import choose_device, launch_script, place, set_communication, takes_cuda
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
@@ -99,7 +99,7 @@ class RunSpec:
     """What will be run, checked. Nothing is built yet, and nothing of it changes afterwards."""
 
     device: str
-    about: Snapshot  # what its snapshots say, but for the progress; the flags as they hold among it
+    about: Snapshot  # of its snapshots, except for the progress; with the final flags
     train_data: Dataset
     val_data: Dataset | None  # None: no validation
     batch_size: int  # global
@@ -143,7 +143,7 @@ def make_spec(given: Namespace) -> RunSpec:
     train_data, val_data = open_data(args)
     notices += train_data.check_shares(config.num_processes(args))
     start = resumed or open_start(args)
-    about = choose_network(args, start, train_data, notices)
+    about = describe_network(args, start, train_data, notices)
     train_data = train_data.for_network(about.num_classes)
     if val_data is not None:
         val_data = val_data.for_network(about.num_classes)
@@ -206,7 +206,7 @@ def open_data(args: Namespace) -> tuple[Dataset, Dataset | None]:
     """The training and validation data, checked; None: no validation."""
     batch_size = global_batch_size(args)
     if args.train_data_dir is None:
-        pool = SyntheticLoader.POOL_BATCHES * batch_size
+        pool = SyntheticTrainLoader.POOL_BATCHES * batch_size
         if (args.num_val_examples or 0) > pool:
             raise UsageError(
                 f"--num_val_examples={args.num_val_examples}, but synthetic data have {pool} "
@@ -246,7 +246,7 @@ def open_start(args: Namespace) -> Checkpoint | None:
     return None
 
 
-def choose_network(
+def describe_network(
     args: Namespace, start: Checkpoint | None, train_data: Dataset, notices: list[str]
 ) -> Snapshot:
     """What the network is; adds notices for the user.

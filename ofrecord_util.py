@@ -12,7 +12,7 @@ with N the global batch size. A training loader's `batches(epoch, iteration)` be
 alone, so that a run can stop and be resumed anywhere. A validation loader's `batches()` are one
 round, of `num_batches`, and have one tensor more in front,
 
-    counted  (N,) int32, 1 in rows that hold an example for the first time, 0 in others
+    counted  (N,) int32, 1 in rows to score, 0 in padding and repetitions
 
 With several processes each makes the rows that its device gets.
 """
@@ -34,7 +34,7 @@ from cnns.data.crops import SHUFFLE_BUFFER_SIZE, Augmentation, derive_seeds
 from cnns.data.format import PART_PREFIX
 from cnns.data.images import Preprocessing
 from cnns.data.kinds import Arrays, Dataset, Shards, Synthetic, split_evenly
-from cnns.data.synthetic import SyntheticLoader, SyntheticValLoader
+from cnns.data.synthetic import SyntheticTrainLoader, SyntheticValLoader
 from cnns.distributed import to_global
 from cnns.errors import RunError
 
@@ -65,9 +65,8 @@ class OFRecordLoader(nn.Module):
     def read(self, parts: Sequence[int], *, skip: int = 0, **reader: Any) -> Iterator[flow.Tensor]:
         """Batches of records after the first `skip`, from `parts` in this order, over and over.
 
-        The native reader takes parts by their numbers, and of these those that are a process's by
-        its rank, so it is shown links under the right numbers. It opens all of its own before the
-        first batch.
+        OneFlow gives parts to ranks by their numbers, so links renumber them: this rank gets
+        exactly `parts`. The reader opens all of them before the first batch.
         """
         with link_parts(self.shards, parts, self.rank * len(parts)) as links:
             num_parts = len(parts) * self.num_ranks
@@ -89,10 +88,9 @@ class OFRecordLoader(nn.Module):
 class OFRecordTrainLoader(OFRecordLoader):
     """Shuffled records, random crop, resize, flip, normalise.
 
-    Each epoch has its own order of parts, and gives each process others of them. Within it records
-    are drawn from a buffer that OneFlow fills up from the parts, and at their end from their
-    beginning: of the records of an epoch, about 0.37 times as many as the buffer holds are missed,
-    and as many others are read twice.
+    Parts are shuffled and shared out among the processes again in each epoch. OneFlow draws from a
+    shuffle buffer that it refills beyond the end of the parts from their beginning: in an epoch,
+    about 0.37 times the size of the buffer are missed, and as many records are read twice.
     """
 
     def __init__(
@@ -315,7 +313,7 @@ def allow_open_files(num_parts: int) -> None:
 LOADERS: dict[type[Dataset], tuple[Callable, Callable]] = {  # of training and validation
     Shards: (OFRecordTrainLoader, OFRecordValLoader),
     Arrays: (ArrayTrainLoader, ArrayValLoader),
-    Synthetic: (SyntheticLoader, SyntheticValLoader),
+    Synthetic: (SyntheticTrainLoader, SyntheticValLoader),
 }
 
 

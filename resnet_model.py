@@ -14,12 +14,11 @@ from cnns.models.layers import (
     BATCH_NORMS,
     Switches,
     batch_norm_relu,
-    draw_convolution,
+    init_convolution,
     making_layers,
     pad_input,
 )
 
-# Stated once, for every convolution and every batch norm of the network.
 conv = partial(nn.Conv2d, bias=False)
 BATCH_NORM = {"eps": 1e-5, "momentum": 0.1}  # running = 0.9 old + 0.1 new
 
@@ -93,9 +92,9 @@ class ResNet(nn.Module):
     Args:
         block: `BasicBlock`, `Bottleneck` or `ResNeXtBottleneck`.
         depths: number of blocks in each of the four stages.
-        num_classes: length of the logits.
+        num_classes: number of classes.
         width: channels of the stem and of the first stage; doubled at each later stage.
-        switches: see there.
+        switches: see cnns.models.layers.Switches.
     """
 
     first_conv = "conv1.weight"
@@ -136,7 +135,7 @@ class ResNet(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                draw_convolution(module, self.switches)
+                init_convolution(module, self.switches)
             elif isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             elif isinstance(module, BATCH_NORMS):

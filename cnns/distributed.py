@@ -112,7 +112,7 @@ OUT_OF_MEMORY = "out of memory"  # in OneFlow's words, and CUDA's
 
 
 def explain_crash(local_rank: int, words: Sequence[str], *, asked: str, flag: str) -> str | None:
-    """What the last words of a process say, where it is known what they mean, in one line.
+    """The cause of a crash in one line, where the end of stderr tells it, else None.
 
     Args:
         local_rank: the process's number on its machine, which is that of its device.
@@ -174,8 +174,8 @@ def set_communication(
         flow.boxing.nccl.enable_use_buffer_to_fuse_all_reduce(False)
 
 
-def everywhere(*scalars: flow.Tensor, stop: flow.Tensor | None) -> tuple[flow.Tensor, ...]:
-    """What a graph returns, so that every process can read it without asking the others."""
+def broadcast_outputs(*scalars: flow.Tensor, stop: flow.Tensor | None) -> tuple[flow.Tensor, ...]:
+    """Outputs of a graph on every process, so that reading them needs no communication."""
     if stop is not None:
         scalars = (*scalars, stop.sum())
     return tuple(scalar.to_global(sbp=flow.sbp.broadcast) for scalar in scalars)
@@ -202,8 +202,8 @@ class Agreement:
         """Arguments for the call of a graph."""
         if self.alone:
             return {}
-        wish = self.interrupts.received is not None
-        return {"stop": to_global(flow.tensor(np.array([wish], np.int32)), self.placement)}
+        stop = self.interrupts.received is not None
+        return {"stop": to_global(flow.tensor(np.array([stop], np.int32)), self.placement)}
 
     def check(self, done: tuple | None) -> None:
         """Raise Interrupted where the processes had agreed in a step that is `done`.

@@ -1,4 +1,4 @@
-"""The one function that evaluates: every example once, hits added up, divided at the end."""
+"""Evaluators: each example is scored exactly once; hits are added up and divided at the end."""
 
 import time
 from collections.abc import Callable

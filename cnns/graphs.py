@@ -12,11 +12,11 @@ from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
 from cnns.checkpoint.snapshot import local
-from cnns.distributed import everywhere, own_rows, to_device, to_global
+from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
 from cnns.models.layers import Dropout
 
-# Of dynamic loss scaling. The first gradient of a backward pass is the scale itself, in the loss's
-# float32; half precision begins at the logits' gradients, the scale times at most 1 / batch size.
+# Of dynamic loss scaling. 2^16 is more than float16 holds (65504), but the first float16 value of a
+# backward pass is the logits' gradient, which is at most the scale / batch size.
 LOSS_SCALE = {
     "init_scale": 2.0**16,
     "growth_factor": 2.0,
@@ -28,8 +28,9 @@ LOSS_SCALE = {
 def hits(logits: flow.Tensor, label: flow.Tensor, top_k: int) -> tuple[flow.Tensor, flow.Tensor]:
     """Whether each label is the first, or among the first `top_k`, of its logits.
 
-    Equal logits rank by class number, and a NaN is beaten by nothing and beats nothing, so that a
-    network that gives the same for every class is not counted as right.
+    Of equal logits the lower class ranks first, so that a network that gives the same for every
+    class is not counted as right. A label whose logit is NaN ranks last, and any other NaN ranks
+    above the label.
 
     Args:
         logits: (N, C) float.
@@ -44,8 +45,8 @@ def hits(logits: flow.Tensor, label: flow.Tensor, top_k: int) -> tuple[flow.Tens
         num_classes, dtype=flow.int32, placement=logits.placement, sbp=flow.sbp.broadcast
     ).unsqueeze(0)  # (1, C)
     equal_later = flow.logical_and(own == logits, number >= label.unsqueeze(1))
-    beaten = flow.logical_or(own > logits, equal_later).to(dtype=flow.int32).sum(dim=1)
-    rank = num_classes - beaten
+    below = flow.logical_or(own > logits, equal_later).to(dtype=flow.int32).sum(dim=1)
+    rank = num_classes - below
     return (rank < 1).to(dtype=flow.int32), (rank < top_k).to(dtype=flow.int32)
 
 
@@ -73,8 +74,8 @@ def count_hits(
     return (top_1 * counted).sum(), (hit_k * counted).sum(), ((1 - valid) * counted).sum()
 
 
-class CompiledGraph(nn.Graph):
-    """What the graphs share: a compilation that fails raises, and prints nothing before that."""
+class QuietGraph(nn.Graph):
+    """Holds back what OneFlow prints while it compiles, and drops it where that raises."""
 
     def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
         if self.is_compiled:
@@ -86,7 +87,7 @@ class CompiledGraph(nn.Graph):
         return output
 
 
-class TrainGraph(CompiledGraph):
+class TrainGraph(QuietGraph):
     """One call is one step: load, forward, backward, update, all on the device.
 
     A network with dropout needs the `masks` of the step; see `DropoutMasks`.
@@ -148,7 +149,7 @@ class TrainGraph(CompiledGraph):
             loss = loss + self.auxiliary_weight * auxiliary_loss
         loss.backward()
         top_1, top_k = hits(logits, label, self.top_k)
-        return everywhere(loss, top_1.sum(), top_k.sum(), (1 - valid).sum(), stop=stop)
+        return broadcast_outputs(loss, top_1.sum(), top_k.sum(), (1 - valid).sum(), stop=stop)
 
 
 def dropouts(model: nn.Module) -> list[Dropout]:
@@ -186,7 +187,7 @@ class DropoutMasks:
         return kept * np.float32(1 / (1 - layer.rate))
 
 
-class EvalGraph(CompiledGraph):
+class EvalGraph(QuietGraph):
     """Top-1 hits, top-k hits and labels outside the classes, over the rows whose `counted` is 1.
 
     Three int32 scalars, over all devices, and the sum of `stop` where that is given. The graph
@@ -206,10 +207,10 @@ class EvalGraph(CompiledGraph):
     ) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         logits = self.model(image)  # (N, C)
-        return everywhere(*count_hits(logits, label, counted, top_k=self.top_k), stop=stop)
+        return broadcast_outputs(*count_hits(logits, label, counted, top_k=self.top_k), stop=stop)
 
 
-class PredictGraph(CompiledGraph):
+class PredictGraph(QuietGraph):
     """Images (N, 3, H, W) float32 to probabilities (N, C) float32."""
 
     def __init__(self, model: nn.Module, *, use_fp16: bool = False):

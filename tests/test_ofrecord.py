@@ -20,7 +20,7 @@ import ofrecord_util
 from cnns.data import checks
 from cnns.data.arrays import ArrayTrainLoader, ArrayValLoader
 from cnns.data.checks import check_shards
-from cnns.data.crops import Augmentation, random_crop
+from cnns.data.crops import Augmentation, random_resized_crop
 from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.format import count_records
 from cnns.data.images import Preprocessing, center_crop, load_image
@@ -475,7 +475,7 @@ def test_arrays_are_normalised_in_the_graph():
 
 def test_random_crop_without_freedom_is_a_resize():
     picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    crop = random_crop(
+    crop = random_resized_crop(
         picture,
         size=32,
         augmentation=Augmentation(area=(1, 1), aspect_ratio=(1, 1), flip=0),
@@ -483,7 +483,7 @@ def test_random_crop_without_freedom_is_a_resize():
     )
     expected = center_crop(Image.fromarray(picture), resize_shorter=32, size=32)
     np.testing.assert_array_equal(crop, expected)
-    flipped = random_crop(
+    flipped = random_resized_crop(
         picture,
         size=32,
         augmentation=Augmentation(area=(1, 1), aspect_ratio=(1, 1), flip=1),
@@ -500,7 +500,7 @@ def test_random_crops_keep_their_bounds():
     augmentation = Augmentation(area=(0.3, 0.6), aspect_ratio=(0.8, 1.25), flip=0.5)
     flips, areas = 0, []
     for _ in range(300):
-        crop = random_crop(picture, size=100, augmentation=augmentation, rng=rng)
+        crop = random_resized_crop(picture, size=100, augmentation=augmentation, rng=rng)
         crop = crop.astype(float)
         flips += crop[50, 0, 0] > crop[50, -1, 0]
         width = abs(crop[50, -1, 0] - crop[50, 0, 0]) * 100 / 99

@@ -11,7 +11,7 @@ import config
 import optimizer_util
 import resnet_model
 from cnns.data.kinds import Synthetic
-from cnns.data.synthetic import SyntheticLoader
+from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.distributed import place
 from cnns.graphs import TrainGraph
 from optimizer_util import Schedule
@@ -141,7 +141,7 @@ def test_only_batch_norms_do_not_decay(name, num_decaying, total):
     optimizer = optimizer_util.build_optimizer(
         model, "sgd", learning_rate=LR, weight_decay=decay, momentum=0.875
     )
-    loader = SyntheticLoader(
+    loader = SyntheticTrainLoader(
         Synthetic(num_examples=4, num_classes=9),
         batch_size=2,
         preprocessing=TINY.preprocessing(),

@@ -19,7 +19,7 @@ from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset
 from cnns.data.images import Preprocessing
 from cnns.data.kinds import Synthetic
-from cnns.data.synthetic import SyntheticLoader
+from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.distributed import place, set_communication
 from cnns.graphs import EvalGraph, PredictGraph, TrainGraph
 from cnns.models.layers import Switches, from_standard
@@ -134,7 +134,7 @@ def make_train_graph(*, use_fp16, num_nodes=1):
     optimizer = optimizer_util.build_optimizer(
         model, "sgd", learning_rate=0.1, weight_decay=0.0, momentum=0.9
     )
-    loader = SyntheticLoader(
+    loader = SyntheticTrainLoader(
         Synthetic(num_examples=8, num_classes=10),
         batch_size=4,
         preprocessing=TINY.preprocessing(),

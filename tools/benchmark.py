@@ -176,7 +176,7 @@ def training_flags(args: Namespace, device: str, batch_size: int, processes: int
 
 
 def benchmark_training_loop(args: Namespace, device: str) -> dict:
-    """samples/s of `of_cnn_train_val.Run.train_epoch` and of a loop that calls the same graph."""
+    """samples/s of `cnns.run.Run.train_epoch` and of a loop that calls the same graph."""
     samples = args.steps * args.batch_size_per_device
     flags = training_flags(args, device, args.batch_size_per_device)
     given = script.parse_args([*flags, "--loss_print_every_n_iter=10"])

@@ -10,7 +10,7 @@ import oneflow as flow
 from oneflow import nn
 from PIL import Image
 
-from cnns.data.crops import Augmentation, random_crop
+from cnns.data.crops import Augmentation, random_resized_crop
 from cnns.data.images import Preprocessing, center_crop
 from cnns.data.kinds import Arrays
 from cnns.distributed import own_rows, to_global
@@ -74,7 +74,7 @@ class ArrayTrainLoader(ArrayLoader):
         positions = self.positions(iteration)
         indices = order[positions % len(order)]
         crops = [
-            random_crop(
+            random_resized_crop(
                 self.images[i],
                 size=self.size,
                 augmentation=self.augmentation,

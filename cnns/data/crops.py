@@ -40,7 +40,7 @@ def random_extent(
     return max(1, int(w * scale)), max(1, int(h * scale))
 
 
-def random_crop(
+def random_resized_crop(
     image: np.ndarray, *, size: int, augmentation: Augmentation, rng: np.random.Generator
 ) -> np.ndarray:
     """A random part of an (H, W, 3) uint8 image, resized to (size, size, 3) and mirrored at random.

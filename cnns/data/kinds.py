@@ -44,7 +44,7 @@ class Dataset:
         }
 
     def only_needed(self) -> "Dataset":
-        """The same without what lies behind the first `num_examples`."""
+        """This data set without what follows the first `num_examples`."""
         raise NotImplementedError
 
     def check_shares(self, num_processes: int) -> list[str]:
@@ -52,7 +52,7 @@ class Dataset:
         return []
 
     def for_network(self, num_classes: int) -> "Dataset":
-        """It, for a network of so many classes.
+        """This data set for a network of `num_classes` classes.
 
         Raises UsageError where it is known to have labels outside the network's classes.
         """

@@ -28,7 +28,7 @@ class SyntheticPool(nn.Module):
         batch_size: int,
         preprocessing: Preprocessing,
         device: str,
-        **augmentation: Any,  # not needed
+        **ignored: Any,  # seed and augmentation
     ):
         super().__init__()
         placement, size = flow.env.all_device_placement(device), preprocessing.image_size
@@ -44,7 +44,7 @@ class SyntheticPool(nn.Module):
         return image, label
 
 
-class SyntheticLoader(SyntheticPool):
+class SyntheticTrainLoader(SyntheticPool):
     """The pool, from its first batch, in every epoch."""
 
     def batches(self, epoch: int = 0, iteration: int = 0) -> Iterator[tuple]:

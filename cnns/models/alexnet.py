@@ -2,7 +2,7 @@
 
 from oneflow import nn
 
-from cnns.models.layers import Dropout, adaptive_mean, draw_uniform
+from cnns.models.layers import Dropout, adaptive_mean, init_uniform
 
 POOLED = 6  # pixels a side of what the classifier sees; at 224 px the last pooling gives just that
 
@@ -13,7 +13,7 @@ class AlexNet(nn.Module):
     It has no batch norm.
 
     Args:
-        num_classes: length of the logits.
+        num_classes: number of classes.
         hidden: width of the two hidden layers of the classifier.
     """
 
@@ -45,7 +45,7 @@ class AlexNet(nn.Module):
         )
         for module in self.modules():  # PyTorch's defaults, which torchvision leaves
             if isinstance(module, nn.Conv2d | nn.Linear):
-                draw_uniform(module)
+                init_uniform(module)
 
     def forward(self, image):  # (N, 3, H, W) float32 -> (N, num_classes) float32 logits
         x = self.features(image)  # (N, 256, H', W'); 6 x 6 at 224 px

@@ -6,7 +6,7 @@ Parameters are named as in the file of the package efficientnet-lite0-pytorch-mo
 
 from oneflow import nn
 
-from cnns.models.layers import Dropout, draw_fan_out
+from cnns.models.layers import Dropout, init_fan_out
 
 # Blocks, kernel, stride of the first block, expansion, channels: table 1 of the paper.
 STAGES = (
@@ -69,7 +69,7 @@ class Block(nn.Module):
 class EfficientNetLite(nn.Module):
     """EfficientNet-Lite0 for RGB images of any size: 4,652,008 parameters at 1000 classes.
 
-    In training nothing is dropped but features of the last layer: no block is.
+    Dropout before the classifier only; no stochastic depth.
     """
 
     def __init__(self, num_classes: int = 1000):
@@ -88,7 +88,7 @@ class EfficientNetLite(nn.Module):
         self._dropout = Dropout(0.2, LAST_CHANNELS)
         self._fc = nn.Linear(LAST_CHANNELS, num_classes)
         for module in self.modules():  # as torchvision's MobileNetV2
-            draw_fan_out(module)
+            init_fan_out(module)
 
     def forward(self, image):  # (N, 3, H, W) float32 -> (N, num_classes) float32 logits
         x = self.relu6(self._bn0(self._conv_stem(image)))

@@ -3,7 +3,7 @@
 import oneflow as flow
 from oneflow import nn
 
-from cnns.models.layers import BATCH_NORMS, Dropout, adaptive_mean, draw_uniform
+from cnns.models.layers import BATCH_NORMS, Dropout, adaptive_mean, init_uniform
 
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.1}  # running = 0.9 old + 0.1 new
 
@@ -166,7 +166,7 @@ class MixedC(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """The second classifier, which looks at features half-way, in training only."""
+    """The auxiliary classifier on the 17x17 features, in training only."""
 
     def __init__(self, inputs: int, num_classes: int):
         super().__init__()
@@ -224,7 +224,7 @@ class InceptionV3(nn.Module):
         deviations = {self.AuxLogits.conv1.conv: 0.01, self.AuxLogits.fc: 0.001}
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                draw_uniform(module)  # the bias stays
+                init_uniform(module)  # the bias stays
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.normal_(module.weight, 0.0, deviations.get(module, 0.1))
             elif isinstance(module, BATCH_NORMS):

@@ -57,11 +57,11 @@ class BatchNormReLU(nn.BatchNorm2d):
     """Batch norm, an addition if there is something to add, and ReLU."""
 
     def forward(self, x, addend=None):
-        y = nn.BatchNorm2d.forward(self, x)  # a graph's view of a module knows no `super()`
+        y = nn.BatchNorm2d.forward(self, x)  # nn.Graph calls this on a proxy without super()
         return flow.relu(y if addend is None else y + addend)
 
 
-def draw_convolution(module: nn.Conv2d, switches: Switches) -> None:
+def init_convolution(module: nn.Conv2d, switches: Switches) -> None:
     """Draw the weight of a convolution: normal with variance 2 / fan_in, the same in any layout."""
     weight = module.weight
     if switches.channel_last:
@@ -112,7 +112,7 @@ def adaptive_mean(x: flow.Tensor, size: int) -> flow.Tensor:
     return x
 
 
-def draw_uniform(module: nn.Module) -> None:
+def init_uniform(module: nn.Module) -> None:
     """Weight and bias of a convolution or linear layer uniform within 1 / sqrt(fan_in)."""
     bound = module.weight[0].numel() ** -0.5
     nn.init.uniform_(module.weight, -bound, bound)
@@ -120,11 +120,11 @@ def draw_uniform(module: nn.Module) -> None:
         nn.init.uniform_(module.bias, -bound, bound)
 
 
-def draw_fan_out(module: nn.Module) -> None:
+def init_fan_out(module: nn.Module) -> None:
     """A convolution's weight normal with variance 2 / fan_out, a linear layer's with a standard
     deviation of 0.01, their biases 0; a batch norm's gamma 1 and beta 0."""
     if isinstance(module, nn.Conv2d):
-        # out_channels times the kernel's pixels, whatever the groups
+        # As in torchvision, groups do not count: out_channels times the kernel's pixels.
         nn.init.normal_(module.weight, 0.0, (2 / module.weight[:, 0].numel()) ** 0.5)
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, 0.0, 0.01)

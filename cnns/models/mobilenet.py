@@ -4,7 +4,7 @@ from typing import Any
 
 from oneflow import nn
 
-from cnns.models.layers import Dropout, draw_fan_out
+from cnns.models.layers import Dropout, init_fan_out
 
 # Expansion, channels, blocks and stride of the first of them: table 2 of the paper.
 STAGES = (
@@ -62,7 +62,7 @@ class MobileNetV2(nn.Module):
             Dropout(0.2, LAST_CHANNELS), nn.Linear(LAST_CHANNELS, num_classes)
         )
         for module in self.modules():  # torchvision's rules
-            draw_fan_out(module)
+            init_fan_out(module)
 
     def forward(self, image):  # (N, 3, H, W) float32 -> (N, num_classes) float32 logits
         x = self.features(image)  # (N, 1280, H / 32, W / 32)

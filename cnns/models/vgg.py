@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from oneflow import nn
 
-from cnns.models.layers import Dropout, adaptive_mean, draw_fan_out
+from cnns.models.layers import Dropout, adaptive_mean, init_fan_out
 
 # Convolutions in each stage, and their channels: configuration D of the paper.
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -17,7 +17,7 @@ class VGG(nn.Module):
     138,365,992 parameters at 1000 classes.
 
     Args:
-        num_classes: length of the logits.
+        num_classes: number of classes.
         stages: (number of convolutions, channels) between the poolings.
         hidden: width of the two hidden layers of the classifier.
     """
@@ -44,7 +44,7 @@ class VGG(nn.Module):
             nn.Linear(hidden, num_classes),
         )
         for module in self.modules():  # torchvision's rules
-            draw_fan_out(module)
+            init_fan_out(module)
 
     def forward(self, image):  # (N, 3, H, W) float32 -> (N, num_classes) float32 logits
         x = self.features(image)  # (N, 512, H / 32, W / 32)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ofrecord_util
-from cnns.data.crops import Augmentation, random_crop
+from cnns.data.crops import Augmentation, random_resized_crop
 from cnns.data.datasets import open_train_dataset
 from cnns.data.images import Preprocessing
 from small import jpeg, record
@@ -163,7 +163,7 @@ def take(loader, num_batches: int) -> np.ndarray:
 def array_crops(picture: tuple[int, int], directory) -> np.ndarray:
     rng, pixels = np.random.default_rng(SEED), ramps(picture)
     settings = {"size": SIZE, "augmentation": Augmentation(), "rng": rng}
-    crops = [random_crop(pixels, **settings) for _ in range(DRAWS)]
+    crops = [random_resized_crop(pixels, **settings) for _ in range(DRAWS)]
     return np.stack(crops).astype(np.float64)
 
 

@@ -12,7 +12,7 @@ import optimizer_util
 from cnns.data.datasets import open_val_dataset
 from cnns.data.images import Preprocessing
 from cnns.data.kinds import Synthetic
-from cnns.data.synthetic import SyntheticLoader, SyntheticValLoader
+from cnns.data.synthetic import SyntheticTrainLoader, SyntheticValLoader
 from cnns.distributed import choose_device, place, to_device
 from cnns.errors import RunError, UsageError
 from cnns.evaluation import Evaluator
@@ -174,7 +174,7 @@ def training(model, *, seed=0, steps=100, lr=0.05, name="sgd", **optimizer):
         model, name, learning_rate=lr, weight_decay=1e-4, **settings, **optimizer
     )
     schedule = optimizer_util.Schedule("cosine", learning_rate=lr, total_steps=steps).build(built)
-    loader = synthetic(SyntheticLoader, seed=seed)
+    loader = synthetic(SyntheticTrainLoader, seed=seed)
     graph = TrainGraph(model, loader, built, schedule, label_smoothing=0.1, top_k=5)
     return graph, loader.batches()
 
@@ -208,7 +208,7 @@ def test_the_step_counts_hits_and_bad_labels():
     flow.manual_seed(0)
     model = place(Tiny(10), "cpu")
 
-    class Bad(SyntheticLoader):
+    class Bad(SyntheticTrainLoader):
         def batches(self, step=0):
             image, label = self.pool[0]
             shifted = label.numpy()
