@@ -107,6 +107,7 @@ def test_the_graph_that_predicts(golden, batch, resnet50):
     np.testing.assert_allclose(probabilities, theirs, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.long
 def test_a_step(golden, batch, resnet50):
     """Loss, gradients of every parameter and running statistics, through the training graph.
 

@@ -84,6 +84,7 @@ def test_a_folder_in_batches_gives_what_single_images_give(monkeypatch):
             assert float(one.split()[0]) == pytest.approx(float(two.split()[0]), abs=1e-6)
 
 
+@pytest.mark.long
 def test_the_backends_agree():
     flags = "--image_path", "photos", "--output=csv", "--top_k=3", "--batch_size=2"
     ours, theirs = classify("--device=cpu", *flags), classify("--backend=onnxruntime", *flags)

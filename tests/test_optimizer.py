@@ -247,6 +247,7 @@ def toy(size: int):
     return place(Toy(np.zeros(size, np.float32), np.zeros(1, np.float32)), "cpu")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", optimizer_util.SCHEDULES)
 def test_the_rate_of_every_step_of_90_epochs(name):
     optimizer, schedule = imagenet_schedule(toy(1), name)

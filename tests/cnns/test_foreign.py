@@ -550,6 +550,7 @@ def test_a_mismatch_names_the_first_of_each_kind(tmp_path, small_weights):
 # The scripts.
 
 
+@pytest.mark.long
 def test_the_published_folder_is_the_default(resnet50, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder_of_2020(tmp_path / PUBLISHED_FOLDER, resnet50[0], meta=False)
@@ -608,6 +609,7 @@ def test_finetune_takes_all_but_the_last_layer(tmp_path, kind):
     assert (result.status, "needs --model_load_dir" in result.stderr) == (2, True)
 
 
+@pytest.mark.long
 def test_conversion_and_evaluation(tmp_path, small_weights, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = pth(tmp_path / "a.pth", small_weights)

@@ -195,6 +195,7 @@ def learn(*, evaluate):
     return losses, scores
 
 
+@pytest.mark.long
 def test_training_learns_and_evaluation_beside_it_disturbs_nothing():
     alone, _ = learn(evaluate=False)
     losses, scores = learn(evaluate=True)

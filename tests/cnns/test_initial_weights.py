@@ -11,6 +11,7 @@ from cnns.checkpoint.snapshot import state_arrays
 SIGMAS = 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, last_bn", [("resnet18", "bn2"), ("resnet50", "bn3")])
 def test_initial_weights(name, last_bn):
     flow.manual_seed(0)
