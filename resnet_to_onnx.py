@@ -34,7 +34,7 @@ from cnns.checkpoint.files import sync_directory, write_durably
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import PREFIX, Snapshot
 from cnns.data.images import class_names, find_images, load_image
-from cnns.errors import RunError, UsageError, run_main
+from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.export import DATA_SUFFIX, INPUT, OUTPUT, ExportedModel, describe, find_export, softmax
 from cnns.log import notice
 from cnns.places import ONNX_ROOT
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             if comparison.equal:
                 put(temporary, path)
         if comparison.equal:
-            print("Convert to onnx success! >> ", path)
+            print("Convert to onnx success! >> ", printable(path))
     print_comparison(comparison, paths, snapshot)
     if not comparison.equal:
         raise RunError(
@@ -359,9 +359,9 @@ def print_comparison(comparison: Comparison, paths: list[str], snapshot: Snapsho
     for path, (logits, equal) in zip(paths, comparison.photographs, strict=True):
         probabilities = softmax(logits)[0]
         best = int(probabilities.argmax())
-        print(path)
+        print(printable(path))
         print(f"Are the results equal? {'Yes' if equal else 'No'}")
-        print(f"Class: {names[best]}; score: {probabilities[best]}", flush=True)
+        print(f"Class: {printable(names[best])}; score: {probabilities[best]}", flush=True)
     notice(
         f"Largest difference: {comparison.difference:.3g}, of logits up to "
         f"{comparison.largest:.3g} ({len(paths)} photographs, and random images in batches of "

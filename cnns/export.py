@@ -127,15 +127,21 @@ def read_structure(path: str) -> onnx.ModelProto:
     """The file without the weights beside it. Raises RunError where it is not an ONNX file, and
     ValueError where it would have something read from outside of its folder, or has loops."""
     try:
+        path.encode()
         refuse_special(path)
         if os.path.getsize(path) > MAX_BYTES:
             raise RunError(f"{path} is larger than {MAX_BYTES} bytes, which no ONNX file is")
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # of bytes behind the end
+        with open(path, "rb") as file, warnings.catch_warnings(record=True) as found:
             model = onnx.ModelProto.FromString(file.read())
+        if found:  # of an end before the last byte
+            raise DecodeError
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
-    except (DecodeError, RuntimeWarning):
+    except UnicodeEncodeError:
+        raise RunError(
+            f"cannot read {path}: its name is not UTF-8, and ONNX Runtime needs that; rename it"
+        ) from None
+    except DecodeError:
         raise RunError(
             f"cannot read {path}: it is not an ONNX file, or damaged or cut off"
         ) from None
