@@ -24,6 +24,7 @@ from cnns.checkpoint.snapshot import (
 )
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, read_whole
 from cnns.errors import RunError, UsageError
+from cnns.inputs import refuse_special
 from cnns.log import is_first_rank, notice
 from cnns.models.layers import Switches
 from cnns.models.model import Models, check_switches
@@ -177,7 +178,9 @@ def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | No
     """
     if model_load_dir is not None:
         path = current(model_load_dir)
-        if not (os.path.isdir(path) or os.path.isfile(path)):
+        if os.path.exists(path) and not os.path.isdir(path):
+            refuse_special(path)
+        if not os.path.exists(path):
             raise UsageError(
                 f"--model_load_dir: there is no file or directory {path}; check the path"
             )
