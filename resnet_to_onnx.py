@@ -35,7 +35,16 @@ from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import PREFIX, Snapshot
 from cnns.data.images import class_names, find_images, load_image
 from cnns.errors import RunError, UsageError, printable, run_main
-from cnns.export import DATA_SUFFIX, INPUT, OUTPUT, ExportedModel, describe, find_export, softmax
+from cnns.export import (
+    DATA_SUFFIX,
+    INPUT,
+    OUTPUT,
+    ExportedModel,
+    describe,
+    find_export,
+    is_utf_8,
+    softmax,
+)
 from cnns.log import notice
 from cnns.places import ONNX_ROOT
 
@@ -56,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     images = [load_image(path, snapshot.preprocessing) for path in paths]
     reference = Reference(network)
     path = args.onnx_path or default_path(snapshot_path)
+    if not is_utf_8(path):
+        raise UsageError(f"--onnx_path: {path} is not UTF-8, and ONNX Runtime needs that")
     if args.check_only:
         exported = ExportedModel(find_export(path))
         check_metadata(exported, snapshot)

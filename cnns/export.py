@@ -74,6 +74,15 @@ def find_export(path: str | None) -> str:
     return max(found, key=lambda path: (os.stat(path).st_mtime_ns, path))
 
 
+def is_utf_8(path: str) -> bool:
+    """Whether onnx and ONNX Runtime can open a file of this name."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def describe(
     *, model: str, snapshot: str, classes: list[str], preprocessing: Preprocessing
 ) -> dict[str, str]:
@@ -126,8 +135,9 @@ def read_about(texts: dict[str, str], *, path: str) -> About:
 def read_structure(path: str) -> onnx.ModelProto:
     """The file without the weights beside it. Raises RunError where it is not an ONNX file, and
     ValueError where it would have something read from outside of its folder, or has loops."""
+    if not is_utf_8(path):
+        raise RunError(f"cannot read {path}: its name is not UTF-8, and ONNX Runtime needs that")
     try:
-        path.encode()
         refuse_special(path)
         if os.path.getsize(path) > MAX_BYTES:
             raise RunError(f"{path} is larger than {MAX_BYTES} bytes, which no ONNX file is")
@@ -137,10 +147,6 @@ def read_structure(path: str) -> onnx.ModelProto:
             raise DecodeError
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeEncodeError:
-        raise RunError(
-            f"cannot read {path}: its name is not UTF-8, and ONNX Runtime needs that; rename it"
-        ) from None
     except DecodeError:
         raise RunError(
             f"cannot read {path}: it is not an ONNX file, or damaged or cut off"
