@@ -24,7 +24,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from cnns.data.images import Preprocessing, read_preprocessing
 from cnns.errors import RunError, UsageError
-from cnns.inputs import is_within, refuse_special, special_kind
+from cnns.inputs import check_ordinary, is_within
 from cnns.places import ONNX_ROOT
 
 INPUT, OUTPUT = "images", "logits"
@@ -54,10 +54,12 @@ def find_export(path: str | None) -> str:
     Raises UsageError where there is none.
     """
     if path is not None:
-        if os.path.exists(path) and (kind := special_kind(path)) is not None:
-            raise UsageError(f"--onnx_path: {path} is {kind}, and a file is needed")
-        if not os.path.exists(path):
-            raise UsageError(f"--onnx_path: there is no file {path}; check the path")
+        try:
+            check_ordinary(path)
+        except FileNotFoundError:
+            raise UsageError(f"--onnx_path: there is no file {path}; check the path") from None
+        except OSError as error:
+            raise UsageError(f"--onnx_path: cannot read {path}: {error.strerror}") from None
         return path
     held = os.listdir(ONNX_ROOT) if os.path.isdir(ONNX_ROOT) else []
     found = [
@@ -138,7 +140,7 @@ def read_structure(path: str) -> onnx.ModelProto:
     if not is_utf_8(path):
         raise RunError(f"cannot read {path}: its name is not UTF-8, and ONNX Runtime needs that")
     try:
-        refuse_special(path)
+        check_ordinary(path)
         if os.path.getsize(path) > MAX_BYTES:
             raise RunError(f"{path} is larger than {MAX_BYTES} bytes, which no ONNX file is")
         with open(path, "rb") as file, warnings.catch_warnings(record=True) as found:

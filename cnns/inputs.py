@@ -1,29 +1,25 @@
-"""What may be opened as a file: opening a FIFO would wait for ever, and a device never ends."""
+"""Files of the user's: ordinary ones only, and none that a link brings in unasked."""
 
+import errno
 import os
 import stat
 
-from cnns.errors import RunError
-
 KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "is a FIFO",
+    stat.S_IFSOCK: "is a socket",
+    stat.S_IFCHR: "is a device",
+    stat.S_IFBLK: "is a device",
 }
 
 
-def special_kind(path: str) -> str | None:
-    """What `path` leads to where that is not a file. Raises OSError where it leads nowhere."""
-    return KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
-
-
-def refuse_special(path: str) -> None:
-    """Raise RunError where `path` leads to something other than a file; OSError where nowhere."""
-    kind = special_kind(path)
-    if kind is not None:
-        raise RunError(f"{path} is {kind}, and a file is needed")
+def check_ordinary(path: str | os.PathLike) -> None:
+    """Raise OSError where a path is not a file, before anything waits for what is behind it."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "is something else")
+        raise OSError(errno.EINVAL, f"it {kind}, and a file is needed", os.fspath(path))
 
 
 def is_within(path: str, folder: str) -> bool:

@@ -17,7 +17,7 @@ from cnns.checkpoint.folders import PICKLE_NAME, has_variables, read_flow_save, 
 from cnns.checkpoint.pickles import Refused, printable
 from cnns.checkpoint.pytorch import OLD_PTH_MAGIC, read_old_pth, read_safetensors, read_zip_pth
 from cnns.errors import RunError, UsageError
-from cnns.inputs import refuse_special
+from cnns.inputs import check_ordinary
 from cnns.models.model import Models
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -91,7 +91,7 @@ def read_folder(path: str) -> Foreign:
 
 
 def read_file(path: str) -> Foreign:
-    refuse_special(path)
+    check_ordinary(path)
     with open(path, "rb") as file:
         start = file.read(len(OLD_PTH_MAGIC))
     size = os.path.getsize(path)

@@ -582,7 +582,7 @@ def test_what_is_not_a_file_is_named(tmp_path, monkeypatch):
     for name, kind in (("fifo", "a FIFO"), ("socket", "a socket"), ("/dev/zero", "a device")):
         result = call(INFERENCE, f"--model_load_dir={name}", f"--image_path={ROOT}/data/cat.jpg")
         assert result.status == 1
-        assert f"{name} is {kind}, and a file is needed" in result.stderr.splitlines()[-1]
+        assert f"{name}: it is {kind}, and a file is needed" in result.stderr.splitlines()[-1]
 
 
 def test_damaged_folders(tmp_path, small_weights):
