@@ -23,7 +23,7 @@ import config
 from cnns.checkpoint.find import restore
 from cnns.data.images import Preprocessing, class_names, find_images, load_image
 from cnns.distributed import launch_script, place, takes_cuda
-from cnns.errors import RunError, UsageError, report, run_main
+from cnns.errors import RunError, UsageError, printable, report, run_main
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import Predictor
 from cnns.launch.job import Job
@@ -88,8 +88,24 @@ BACKENDS = {"oneflow": oneflow_backend, "onnxruntime": onnxruntime_backend}
 
 
 def find_paths(image_path: list[str]) -> Iterable[str | RunError]:
-    """The images to classify, in order. Raises UsageError where a path of the command is wrong."""
-    return read_stdin() if image_path == [STDIN] else find_images(image_path)
+    """The images to classify, in order, and an error for each path where there are none.
+
+    Raises UsageError where no path of the command has any.
+    """
+    if image_path == [STDIN]:
+        return read_stdin()
+    found = [each for path in image_path for each in find_each(path, "--image_path")]
+    if all(isinstance(each, RunError) for each in found):
+        raise UsageError(str(found[0]))
+    return found
+
+
+def find_each(path: str, where: str) -> list[str | RunError]:
+    """The images that a path names, or what is wrong with it."""
+    try:
+        return list(find_images([path]))
+    except UsageError as error:
+        return [RunError(str(error).replace("--image_path: ", f"{where}: "))]
 
 
 def read_stdin() -> Iterator[str | RunError]:
@@ -103,10 +119,7 @@ def read_stdin() -> Iterator[str | RunError]:
         for line in file:
             path = line.rstrip("\r\n")
             if path:
-                try:
-                    yield from find_images([path])
-                except UsageError as error:
-                    yield RunError(str(error).replace("--image_path: ", "standard input: "))
+                yield from find_each(path, "standard input")
 
 
 def load_all(
@@ -188,9 +201,9 @@ def text_writer(names: list[str], top_k: int) -> Write:
     """The path, then the most probable classes, one `probability name` a line."""
 
     def write(path: str, probabilities: np.ndarray) -> None:
-        print(printable(path))
+        print(printable(as_text(path)))
         for i in best(probabilities, top_k):
-            print(probabilities[i], names[i], flush=True)
+            print(probabilities[i], printable(names[i]), flush=True)
 
     return write
 
@@ -202,7 +215,7 @@ def csv_writer(names: list[str], top_k: int) -> Write:
 
     def write(path: str, probabilities: np.ndarray) -> None:
         for rank, i in enumerate(best(probabilities, top_k), 1):
-            writer.writerow((printable(path), rank, i, names[i], probabilities[i]))
+            writer.writerow((as_text(path), rank, i, names[i], probabilities[i]))
         sys.stdout.flush()
 
     return write
@@ -217,13 +230,13 @@ def json_writer(names: list[str], top_k: int) -> Write:
             probability = float(str(probabilities[i]))  # the digits that a float32 has
             row = {"rank": rank, "class": int(i), "name": names[i], "probability": probability}
             classes.append(row)
-        print(json.dumps({"path": printable(path), "classes": classes}), flush=True)
+        print(json.dumps({"path": as_text(path), "classes": classes}), flush=True)
 
     return write
 
 
-def printable(path: str) -> str:
-    """A path whose bytes are not UTF-8, as something that can be printed."""
+def as_text(path: str) -> str:
+    """A path with bytes that are not UTF-8 as text."""
     return path.encode(errors="surrogateescape").decode(errors="replace")
 
 

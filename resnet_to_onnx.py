@@ -34,8 +34,17 @@ from cnns.checkpoint.files import sync_directory, write_durably
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import PREFIX, Snapshot
 from cnns.data.images import class_names, find_images, load_image
-from cnns.errors import RunError, UsageError, run_main
-from cnns.export import DATA_SUFFIX, INPUT, OUTPUT, ExportedModel, describe, find_export, softmax
+from cnns.errors import RunError, UsageError, printable, run_main
+from cnns.export import (
+    DATA_SUFFIX,
+    INPUT,
+    OUTPUT,
+    ExportedModel,
+    describe,
+    find_export,
+    is_utf_8,
+    softmax,
+)
 from cnns.log import notice
 from cnns.places import ONNX_ROOT
 
@@ -56,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     images = [load_image(path, snapshot.preprocessing) for path in paths]
     reference = Reference(network)
     path = args.onnx_path or default_path(snapshot_path)
+    if not is_utf_8(path):
+        raise UsageError(f"--onnx_path: {path} is not UTF-8, and ONNX Runtime needs that")
     if args.check_only:
         exported = ExportedModel(find_export(path))
         check_metadata(exported, snapshot)
@@ -68,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             if comparison.equal:
                 put(temporary, path)
         if comparison.equal:
-            print("Convert to onnx success! >> ", path)
+            print("Convert to onnx success! >> ", printable(path))
     print_comparison(comparison, paths, snapshot)
     if not comparison.equal:
         raise RunError(
@@ -359,9 +370,9 @@ def print_comparison(comparison: Comparison, paths: list[str], snapshot: Snapsho
     for path, (logits, equal) in zip(paths, comparison.photographs, strict=True):
         probabilities = softmax(logits)[0]
         best = int(probabilities.argmax())
-        print(path)
+        print(printable(path))
         print(f"Are the results equal? {'Yes' if equal else 'No'}")
-        print(f"Class: {names[best]}; score: {probabilities[best]}", flush=True)
+        print(f"Class: {printable(names[best])}; score: {probabilities[best]}", flush=True)
     notice(
         f"Largest difference: {comparison.difference:.3g}, of logits up to "
         f"{comparison.largest:.3g} ({len(paths)} photographs, and random images in batches of "

@@ -1,8 +1,13 @@
 """What ends a script: its errors, each one line on stderr, and the exit status."""
 
+import io
 import os
+import re
 import sys
 from collections.abc import Callable
+
+# What a terminal obeys, and marks that turn the order of letters around.
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class UsageError(Exception):
@@ -17,6 +22,21 @@ class RunError(Exception):
     exit_status = 1
 
 
+def printable(text: str) -> str:
+    """A text with names from outside for one line of a terminal: what it would obey is escaped."""
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def open_streams() -> None:
+    """Let no name be one that cannot be printed, whatever the encoding of the terminal."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who called
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_main(
     main: Callable[[], int | None], leave: Callable[[int], int] = lambda status: status
 ) -> int:
@@ -27,6 +47,7 @@ def run_main(
         leave: called with the status of a failure while all that `main` had made still exists. A
             worker of a job must not wait for the end of that: see cnns.launch.worker.leave.
     """
+    open_streams()
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -61,4 +82,4 @@ def describe(error: BaseException) -> tuple[int, str]:
 def report(error: object) -> None:
     """Print `error` as the one line `<script>: error: <what>` on stderr."""
     line = " ".join(str(error).split())
-    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: error: {printable(line)}", file=sys.stderr)

@@ -12,18 +12,28 @@ A file of resnet_to_onnx.py takes `images` (batch, 3, H, W) float32, RGB, normal
 
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnxruntime
+from google.protobuf.message import DecodeError, Message
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from cnns.data.images import Preprocessing, read_preprocessing
 from cnns.errors import RunError, UsageError
+from cnns.inputs import check_ordinary, is_within
 from cnns.places import ONNX_ROOT
 
 INPUT, OUTPUT = "images", "logits"
 FORMAT_VERSION = 1
 DATA_SUFFIX = ".data"  # of the file with the weights, where they are kept apart
+MAX_BYTES = 2**31 - 1  # of a file without the one of its weights; protobuf reads no more
+MAX_NAME = 1000  # characters
+MAX_FAULT = 300  # characters of what another library says
+DESCRIBED = ("format_version", "model", "snapshot", "classes", *Preprocessing.__annotations__)
 ERRORS = (
     native.EPFail,
     native.Fail,
@@ -44,8 +54,12 @@ def find_export(path: str | None) -> str:
     Raises UsageError where there is none.
     """
     if path is not None:
-        if not os.path.isfile(path):
-            raise UsageError(f"--onnx_path: there is no file {path}; check the path")
+        try:
+            check_ordinary(path)
+        except FileNotFoundError:
+            raise UsageError(f"--onnx_path: there is no file {path}; check the path") from None
+        except OSError as error:
+            raise UsageError(f"--onnx_path: cannot read {path}: {error.strerror}") from None
         return path
     held = os.listdir(ONNX_ROOT) if os.path.isdir(ONNX_ROOT) else []
     found = [
@@ -62,6 +76,15 @@ def find_export(path: str | None) -> str:
     return max(found, key=lambda path: (os.stat(path).st_mtime_ns, path))
 
 
+def is_utf_8(path: str) -> bool:
+    """Whether onnx and ONNX Runtime can open a file of this name."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def describe(
     *, model: str, snapshot: str, classes: list[str], preprocessing: Preprocessing
 ) -> dict[str, str]:
@@ -73,7 +96,98 @@ def describe(
         "classes": classes,
         **vars(preprocessing),
     }
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in held.items()}
+    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in held.items()}
+    # A name with a byte that is not UTF-8: JSON's escape of it is Python's.
+    return {name: text.encode(errors="backslashreplace").decode() for name, text in texts.items()}
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file says of itself."""
+
+    model: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+
+def read_about(texts: dict[str, str], *, path: str) -> About:
+    """The metadata of the file `path`, checked.
+
+    Raises KeyError, RecursionError, TypeError or ValueError where they are damaged, RunError where
+    they are of another version.
+    """
+    about = {name: json.loads(text) for name, text in texts.items() if name in DESCRIBED}
+    version = about["format_version"]
+    if type(version) is not int:
+        raise TypeError("format_version is not a number")
+    if version != FORMAT_VERSION:
+        raise RunError(
+            f"{path} is of format {version}, and this version reads {FORMAT_VERSION}; export it "
+            "again"
+        )
+    classes = about["classes"]
+    if not isinstance(classes, list) or not classes:
+        raise TypeError("classes is not a list of names")
+    for name in (about["model"], about["snapshot"], *classes):
+        if not isinstance(name, str) or len(name) > MAX_NAME:
+            raise TypeError(f"a name is not text, or longer than {MAX_NAME} characters")
+    return About(about["model"], tuple(classes), read_preprocessing(about))
+
+
+def read_structure(path: str) -> onnx.ModelProto:
+    """The file without the weights beside it. Raises RunError where it is not an ONNX file, and
+    ValueError where it would have something read from outside of its folder, or has loops."""
+    if not is_utf_8(path):
+        raise RunError(f"cannot read {path}: its name is not UTF-8, and ONNX Runtime needs that")
+    try:
+        check_ordinary(path)
+        if os.path.getsize(path) > MAX_BYTES:
+            raise RunError(f"{path} is larger than {MAX_BYTES} bytes, which no ONNX file is")
+        with open(path, "rb") as file, warnings.catch_warnings(record=True) as found:
+            model = onnx.ModelProto.FromString(file.read())
+        if found:  # of an end before the last byte
+            raise DecodeError
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    except DecodeError:
+        raise RunError(
+            f"cannot read {path}: it is not an ONNX file, or damaged or cut off"
+        ) from None
+    for message in messages(model):
+        if isinstance(message, onnx.TensorProto):
+            check_place(message, os.path.dirname(path) or ".")
+        elif isinstance(message, onnx.AttributeProto) and (message.HasField("g") or message.graphs):
+            raise ValueError("it has branches or loops, which no network here has")
+    return model
+
+
+def messages(message: Message) -> Iterator[Message]:
+    """A message and all below it; not below tensors, which hold numbers."""
+    yield message
+    if isinstance(message, onnx.TensorProto):
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for each in value if field.label == field.LABEL_REPEATED else [value]:
+                yield from messages(each)
+
+
+def check_place(tensor: onnx.TensorProto, folder: str) -> None:
+    """Raise ValueError where the numbers of a tensor are not in a file in `folder`, or inside."""
+    held = [(entry.key, entry.value) for entry in tensor.external_data]
+    if not held and tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return
+    places = [value for key, value in held if key == "location"]
+    if len(places) != 1 or len(held) != len(dict(held)):
+        raise ValueError(f"the place of {tensor.name!r} is not one file")
+    place = os.path.join(folder, places[0])
+    if not is_within(place, folder):
+        raise ValueError(f"the weights of {tensor.name!r} are outside of its folder: {places[0]!r}")
+    if not os.path.isfile(place):
+        raise ValueError(f"there is no file {places[0]!r} beside it, for {tensor.name!r}")
+    start, length = (int(dict(held).get(key, "0")) for key in ("offset", "length"))
+    if start < 0 or length < 0 or start + length > os.path.getsize(place):
+        raise ValueError(f"{places[0]!r} is shorter than the place of {tensor.name!r}")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -92,32 +206,25 @@ class ExportedModel:
         self.path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what is wrong is raised
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
+            structure = read_structure(path)  # before ONNX Runtime opens anything
+            texts = {entry.key: entry.value for entry in structure.metadata_props}
+            about = read_about(texts, path=path)
+            del structure
+            self.model, self.classes = about.model, about.classes
+            self.preprocessing = about.preprocessing
             self.session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"]
             )
-            self.read_metadata(self.session.get_modelmeta().custom_metadata_map)
             self.check_ends()
         except ERRORS as error:
-            raise RunError(f"ONNX Runtime cannot read {path}: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"ONNX Runtime cannot read {path}: {str(error)[:MAX_FAULT]}") from None
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise RunError(
                 f"{path} is not a file of resnet_to_onnx.py, or a damaged one "
-                f"({type(error).__name__}: {error})"
+                f"({type(error).__name__}: {str(error)[:MAX_FAULT]})"
             ) from None
-
-    def read_metadata(self, texts: dict[str, str]) -> None:
-        about = {name: json.loads(text) for name, text in texts.items()}
-        if about["format_version"] != FORMAT_VERSION:
-            raise RunError(
-                f"{self.path} is of format {about['format_version']}, and this version reads "
-                f"{FORMAT_VERSION}; export it again"
-            )
-        self.model = about["model"]
-        self.classes = tuple(about["classes"])
-        if not all(isinstance(name, str) for name in self.classes):
-            raise TypeError("classes that are no texts")
-        self.preprocessing = read_preprocessing(about)
 
     def check_ends(self) -> None:
         """Raise ValueError where input and output are not as the metadata say."""
@@ -140,9 +247,16 @@ class ExportedModel:
     def logits(self, images: np.ndarray) -> np.ndarray:
         """(N, 3, H, W) float32, normalised, to (N, C) float32. Raises RunError."""
         try:
-            return self.session.run([OUTPUT], {INPUT: images})[0]
+            logits = self.session.run([OUTPUT], {INPUT: images})[0]
         except ERRORS as error:
-            raise RunError(f"ONNX Runtime cannot run {self.path}: {error}") from None
+            raise RunError(
+                f"ONNX Runtime cannot run {self.path}: {str(error)[:MAX_FAULT]}"
+            ) from None
+        if logits.shape != (len(images), self.num_classes) or not np.isfinite(logits).all():
+            raise RunError(
+                f"{self.path} does not compute {self.num_classes} finite logits for each image"
+            )
+        return logits
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         return softmax(self.logits(images))

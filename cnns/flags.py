@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cnns.errors import UsageError
+from cnns.errors import UsageError, printable
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{os.path.basename(self.prog)}: error: {message} (--help lists the flags)\n")
+        script = os.path.basename(self.prog)
+        self.exit(2, f"{script}: error: {printable(message)} (--help lists the flags)\n")
 
 
 def add_switch(

@@ -9,7 +9,7 @@ from datetime import datetime
 
 import numpy as np
 
-from cnns.errors import UsageError
+from cnns.errors import UsageError, printable
 
 RUN_AHEAD = 2  # steps; enough for the next to be there when one ends
 
@@ -52,7 +52,7 @@ def is_first_rank() -> bool:
 def notice(text: str) -> None:
     """Print something worth knowing that is not a result to stderr."""
     if is_first_rank():
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 Log = Callable[[str], None]
@@ -66,15 +66,18 @@ def open_log(directory: str | None, script: str) -> Log:
     if not is_first_rank():
         return lambda line: None
     if directory is None:
-        return lambda line: print(line, flush=True)
+        return lambda line: print(printable(line), flush=True)
     path = os.path.join(directory, f"{script}.log")
     try:
         os.makedirs(directory, exist_ok=True)
-        file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (as long as the run)
+        file = open(  # noqa: SIM115  (as long as the run)
+            path, "a", encoding="utf-8", errors="backslashreplace", buffering=1
+        )
     except OSError as error:
         raise UsageError(f"--log_dir: cannot write {path}: {error.strerror}") from None
 
     def log(line: str) -> None:
+        line = printable(line)
         print(line, flush=True)
         file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 

@@ -157,6 +157,55 @@ def test_bad_files_are_reported_and_the_rest_goes_on(tmp_path):
     assert (result.status, result.stdout) == (1, "") and len(result.stderr.splitlines()) == 2
 
 
+def test_a_bad_path_among_others_is_named_and_the_others_are_classified(tmp_path):
+    link, empty = tmp_path / "link.png", tmp_path / "empty"
+    link.symlink_to("nowhere.png")
+    empty.mkdir()
+    flags = "--backend=onnxruntime", "--image_path"
+    result = classify(*flags, FILES[0], str(link), FILES[1], str(empty), "nowhere", *FILES[2:])
+    assert result.status == 1 and result.stdout.splitlines()[::2] == FILES
+    lines = result.stderr.splitlines()[1:]
+    for line, words in zip(lines, (str(link), str(empty), "nowhere", "3 of 8 files"), strict=True):
+        assert "error: " in line and words in line
+    result = classify(*flags, str(link), "nowhere")
+    assert (result.status, result.stdout) == (2, "") and str(link) in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+HOSTILE = "d/\x1b[2J\u732b\x9b\u202e.png"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}],
+    ids=lambda each: "-".join(each.values()) or "utf-8",
+)
+def test_names_that_a_terminal_cannot_print_or_would_obey(tmp_path, environment):
+    (tmp_path / "d").mkdir()
+    (tmp_path / HOSTILE).write_bytes((ROOT / "data" / "cat.jpg").read_bytes())
+    bad = b"d/\xff\x1b[31m.png"
+    (tmp_path / os.fsdecode(bad)).write_text("no image")
+    flags = f"--onnx_path={os.getcwd()}/onnx/model/run_epoch_0.onnx", "--image_path=d"
+    for output in ("text", "csv", "json"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "of_cnn_inference.py", "--backend=onnxruntime", *flags,
+             f"--output={output}"],
+            cwd=tmp_path, env=os.environ | environment, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
+        assert b"\x1b" not in done.stderr and b"is not an image" in done.stderr
+        if output == "text":
+            assert b"\\x1b[2J" in done.stdout
+            for control in ("\x1b", "\x9b", "\u202e"):
+                assert control.encode() not in done.stdout
+        elif output == "json":
+            (line,) = done.stdout.splitlines()
+            assert json.loads(line)["path"] == HOSTILE
+        else:
+            (row,) = rows(done.stdout.decode("latin-1"))
+            assert row["rank"] == "1"
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

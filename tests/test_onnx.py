@@ -333,3 +333,14 @@ def test_onnx_path_needs_its_backend():
         and "--onnx_path has no effect with --backend=oneflow; it belongs to --backend=onn"
         in result.stderr
     )
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    snapshot = save("tiny", name="epoch_0\udcff")
+    result = export("--onnx_path=b.onnx", f"--model_load_dir={snapshot}")
+    assert result.status == 0, result.stderr
+    assert tree(tmp_path).keys() >= {"b.onnx"}
+    for flag in ("--onnx_path=b\udcff.onnx", f"--model_load_dir={snapshot}"):
+        result = export(flag)  # named after the snapshot, unless it is named
+        assert result.status == 2 and "is not UTF-8" in result.stderr, result.stderr
+    assert [name for name in tree(tmp_path) if name.endswith(".onnx")] == ["b.onnx"]

@@ -24,6 +24,7 @@ from cnns.checkpoint.snapshot import (
 )
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, read_whole
 from cnns.errors import RunError, UsageError
+from cnns.inputs import check_ordinary
 from cnns.log import is_first_rank, notice
 from cnns.models.layers import Switches
 from cnns.models.model import Models, check_switches
@@ -177,10 +178,16 @@ def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | No
     """
     if model_load_dir is not None:
         path = current(model_load_dir)
-        if not (os.path.isdir(path) or os.path.isfile(path)):
+        if os.path.isdir(path):
+            return path
+        try:
+            check_ordinary(path)
+        except FileNotFoundError:
             raise UsageError(
                 f"--model_load_dir: there is no file or directory {path}; check the path"
-            )
+            ) from None
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}") from None
         return path
     if model in (None, "resnet50") and os.path.isdir(PUBLISHED_FOLDER):
         return PUBLISHED_FOLDER

@@ -16,13 +16,14 @@ from cnns.checkpoint.pickles import (
     Reader,
     Refused,
     Stub,
+    check_shape,
     expect,
     find_weights,
     ordered_dict,
     printable,
-    whole,
 )
 from cnns.checkpoint.pytorch import as_float32
+from cnns.inputs import is_within
 
 PICKLE_NAME = "pickled_data"  # of flow.save
 DATA, META = "out", "meta"  # files of a variable
@@ -42,25 +43,28 @@ def read_flow_save(path: str) -> dict[str, np.ndarray]:
     content = expect(value, dict)
     if content.get("protocol_version") != 1:
         raise Refused("it is of an unknown version of flow.save")
-    arrays = {}
+    arrays, held = {}, {}
     for name, stub in find_weights(content.get("data"), Stub).items():
         folder = stub.state.get("path")
         if not isinstance(folder, str) or not re.fullmatch("(global_)?tensor_[0-9]+", folder):
             place = printable(folder) if isinstance(folder, str) else "nothing that is a path"
             raise Refused(f"{printable(name)} in it lies at {place}")
-        array, has_shape = read_variable(os.path.join(path, folder))
-        if not has_shape:
-            raise Refused(f"{folder}/{META} in it is missing")
+        if folder not in held:  # two names may share a tensor
+            held[folder], has_shape = read_variable(path, folder)
+            if not has_shape:
+                raise Refused(f"{folder}/{META} in it is missing")
         if not OF_TRAINING.fullmatch(name):
-            arrays[name] = array
+            arrays[name] = held[folder]
     return arrays
 
 
-def read_variable(folder: str) -> tuple[np.ndarray, bool]:
+def read_variable(path: str, folder: str) -> tuple[np.ndarray, bool]:
     """`out` of a variable's folder, and whether `meta` gave its shape; else it is (N,) float32."""
-    data_path, meta_path = os.path.join(folder, DATA), os.path.join(folder, META)
+    data_path, meta_path = (os.path.join(path, folder, name) for name in (DATA, META))
     if not os.path.isfile(data_path):
         raise Refused(f"{data_path} is missing")
+    if not (is_within(data_path, path) and is_within(meta_path, path)):
+        raise Refused(f"{data_path} is a link that leads out of it")
     size = os.path.getsize(data_path)
     if not os.path.isfile(meta_path):
         if size % 4:
@@ -85,7 +89,7 @@ def read_meta(path: str) -> tuple[tuple[int, ...], str]:
     kind = field_type.values_by_number[message.data_type].name
     if kind not in META_TYPES:
         raise Refused(f"{path} says {kind}, and floats are needed")
-    return tuple(map(whole, message.shape.dim)), META_TYPES[kind]
+    return check_shape(message.shape.dim), META_TYPES[kind]
 
 
 def has_variables(path: str) -> bool:
@@ -99,7 +103,7 @@ def read_variables(path: str) -> tuple[dict[str, np.ndarray], bool]:
     for name in sorted(os.listdir(path)):
         folder = os.path.join(path, name)
         if os.path.isfile(os.path.join(folder, DATA)) and not OF_TRAINING.fullmatch(name):
-            arrays[name], has_shape = read_variable(folder)
+            arrays[name], has_shape = read_variable(path, name)
             with_shape.add(has_shape)
     if len(with_shape) > 1:
         raise Refused("some of its variables have a meta file, and some have none")

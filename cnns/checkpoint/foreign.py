@@ -17,11 +17,13 @@ from cnns.checkpoint.folders import PICKLE_NAME, has_variables, read_flow_save, 
 from cnns.checkpoint.pickles import Refused, printable
 from cnns.checkpoint.pytorch import OLD_PTH_MAGIC, read_old_pth, read_safetensors, read_zip_pth
 from cnns.errors import RunError, UsageError
+from cnns.inputs import check_ordinary
 from cnns.models.model import Models
 
 ZIP_MAGIC = b"PK\x03\x04"
 PREFIXES = ("module.", "_orig_mod.", "model.")
 LAYOUTS = ("OIHW", "OHWI")
+MAX_NAME = 1000  # characters
 
 
 @dataclass
@@ -55,6 +57,8 @@ def read(path: str, *, layout: str | None = None) -> Foreign:
     except OSError as error:
         raise RunError(f"cannot read {error.filename or path}: {error.strerror}") from None
     foreign.layout = layout
+    if any(len(name) > MAX_NAME for name in foreign.arrays):
+        raise RunError(f"{path} has a tensor with a name of more than {MAX_NAME} characters")
     foreign.arrays = {
         name: array
         for name, array in strip(foreign.arrays).items()
@@ -87,6 +91,7 @@ def read_folder(path: str) -> Foreign:
 
 
 def read_file(path: str) -> Foreign:
+    check_ordinary(path)
     with open(path, "rb") as file:
         start = file.read(len(OLD_PTH_MAGIC))
     size = os.path.getsize(path)
@@ -248,7 +253,7 @@ def is_auxiliary(name: str) -> bool:
 def count_classes(foreign: Foreign, last_layer: str, *, path: str) -> int:
     """Rows of the last layer. Raises UsageError where there is none."""
     array = foreign.arrays.get(f"{last_layer}.{'bias' if foreign.flat else 'weight'}")
-    if array is None or not array.size:
+    if array is None or not array.size or array.ndim == 0:
         raise UsageError(
             f"{path} is {foreign.kind}, and it has no last layer ({last_layer}) to tell the number "
             "of classes"

@@ -6,12 +6,18 @@ is compared with a table and never imported; a call does what the table says, or
 there is nothing in a file that could run.
 """
 
+import math
 import pickletools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 MAX_BYTES = 4 << 20  # of the instructions; those of a ResNet-50 take 50 kB
+# Of instructions and of items of calls: a pickle takes a few seconds and some 500 MB at most.
+MAX_WORK = 2_000_000
+MAX_NUMBER_BITS = 128
+MAX_NAME = 200  # characters of what is called
+MAX_DIMENSIONS, MAX_COUNT = 8, 1 << 50  # of a tensor, and its numbers
 MARK = object()
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # of the weights in a dict
 DAMAGE = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError)
@@ -66,11 +72,17 @@ class Reader:
     def run(self, instructions: Iterable) -> tuple[Any, int]:
         stack: list[Any] = []
         memo: dict[int, Any] = {}
+        work = 0
         for code, argument, position in instructions:
             kind = code.name
+            work += 1
+            if work > MAX_WORK:
+                raise Refused(f"its pickle takes more than {MAX_WORK} steps")
             if kind in CONSTANTS:
                 stack.append(CONSTANTS[kind]())
             elif kind in LITERALS:
+                if isinstance(argument, int) and argument.bit_length() > MAX_NUMBER_BITS:
+                    raise Refused(f"a number in it has more than {MAX_NUMBER_BITS} bits")
                 stack.append(argument)
             elif kind == "MARK":
                 stack.append(MARK)
@@ -94,12 +106,13 @@ class Reader:
                     stack.append({})
                 set_items(expect(stack[-1], dict), items)
             elif kind == "GLOBAL":
-                stack.append(Name(argument.replace(" ", ".")))
+                stack.append(make_name(*argument.split(" ", 1)))
             elif kind == "STACK_GLOBAL":
                 module, name = pop(stack, 2)
-                stack.append(Name(f"{expect(module, str)}.{expect(name, str)}"))
+                stack.append(make_name(expect(module, str), expect(name, str)))
             elif kind == "REDUCE":
                 name, arguments = pop(stack, 2)
+                work += sum(len(each) for each in arguments if isinstance(each, list | tuple))
                 stack.append(self.call(expect(name, Name), expect(arguments, tuple)))
             elif kind == "NEWOBJ":
                 name, arguments = pop(stack, 2)
@@ -154,11 +167,19 @@ LITERALS = {
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
+def make_name(module: str, name: str) -> Name:
+    if len(module) + len(name) > MAX_NAME:
+        raise Refused(f"a name in its pickle has more than {MAX_NAME} characters")
+    return Name(f"{module}.{name}")
+
+
 def ordered_dict(pairs: Any = ()) -> dict:
     """What stands for `collections.OrderedDict`."""
     result: dict = {}
     for pair in expect(pairs, list | tuple):
-        set_items(result, list(expect(pair, list | tuple)))
+        if len(expect(pair, list | tuple)) != 2:
+            raise Refused("its pickle is not a dict of tensors")
+        set_items(result, list(pair))
     return result
 
 
@@ -198,9 +219,19 @@ def pop_to_mark(stack: list) -> list:
 
 
 def whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise Refused("a size in it is not a whole number")
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise Refused("a size in it is not a whole number, or too large")
     return value
+
+
+def check_shape(dimensions: Any) -> tuple[int, ...]:
+    """The shape of a tensor, one that an array can have. Raises Refused."""
+    if len(dimensions) > MAX_DIMENSIONS:
+        raise Refused("a tensor in it has an impossible shape")
+    shape = tuple(map(whole, dimensions))
+    if math.prod(max(1, n) for n in shape) > MAX_COUNT:
+        raise Refused("a tensor in it has an impossible shape")
+    return shape
 
 
 def find_weights(value: Any, kind: type, *, depth: int = 3) -> dict:

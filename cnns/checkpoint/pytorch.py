@@ -21,6 +21,7 @@ from cnns.checkpoint.pickles import (
     Name,
     Reader,
     Refused,
+    check_shape,
     expect,
     find_weights,
     ordered_dict,
@@ -34,6 +35,8 @@ FLOATS = ("<f2", "<f4", "<f8")
 BFLOAT16 = "bfloat16"
 # A tensor may stand under two names, and half precision doubles as float32.
 MAX_GROWTH = 4
+MAX_ZIP_END = (1 << 16) + 200  # bytes; a comment and the records of the end
+UNKNOWN_SIZE = 0xFFFFFFFF  # of a zip archive: a longer record has it
 
 
 def as_float32(array: np.ndarray, kind: str) -> np.ndarray:
@@ -57,14 +60,14 @@ def read_safetensors(path: str) -> dict[str, np.ndarray]:
         data = file.read()
     try:
         tensors = deserialize(data)
-    except SafetensorError as error:
+    except (SafetensorError, OverflowError) as error:
         raise RunError(f"{path} is damaged or cut off ({error})") from None
     arrays = {}
     for name, tensor in tensors:
         kind = SAFETENSORS_TYPES.get(tensor["dtype"])
         if kind is None:
             raise RunError(f"{path}: {name} is of {tensor['dtype']}, and floats are needed")
-        array = np.frombuffer(tensor["data"], kind).reshape(tensor["shape"])
+        array = np.frombuffer(tensor["data"], kind).reshape(check_shape(tensor["shape"]))
         arrays[name] = as_float32(array, BFLOAT16 if tensor["dtype"] == "BF16" else kind)
     return arrays
 
@@ -132,9 +135,10 @@ def make_storage(persistent_id: Any) -> Storage:
 
 def make_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     storage = expect(storage, Storage)
-    shape, strides = tuple(map(whole, shape)), tuple(map(whole, strides))
-    if len(shape) != len(strides) or len(shape) > 8:
+    shape = check_shape(shape)
+    if len(shape) != len(strides):
         raise Refused("a tensor in it has an impossible shape")
+    strides = tuple(map(whole, strides))
     last = whole(offset) + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     count = math.prod(shape)
     if count and last >= storage.count or count > storage.count:
@@ -153,13 +157,32 @@ PYTORCH = Reader(
 
 
 def read_zip_pth(path: str) -> dict[str, np.ndarray]:
+    check_directory(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return read_archive(archive, size=os.path.getsize(path))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except ZIP_DAMAGE as error:
         raise RunError(f"{path} is damaged or cut off ({printable(str(error))})") from None
-    except struct.error:
-        raise RunError(f"{path} is damaged or cut off") from None
+
+
+ZIP_DAMAGE = (
+    *(zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError),
+    *(struct.error, IndexError),
+)
+
+
+def check_directory(path: str) -> None:
+    """Raise Refused where the list of members is so long that reading it alone takes minutes."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - MAX_ZIP_END))
+        end = file.read(MAX_ZIP_END)
+    for magic, layout, place in ((b"PK\x05\x06", "<L", 12), (b"PK\x06\x06", "<Q", 40)):
+        for match in re.finditer(magic, end):
+            at = match.start() + place
+            if at + struct.calcsize(layout) <= len(end):
+                (size,) = struct.unpack_from(layout, end, at)
+                if MAX_BYTES < size < UNKNOWN_SIZE or layout == "<Q" and size > MAX_BYTES:
+                    raise Refused(f"its list of members has more than {MAX_BYTES} bytes")
 
 
 def read_archive(archive: zipfile.ZipFile, *, size: int) -> dict[str, np.ndarray]:
@@ -202,6 +225,8 @@ def read_tensors(
     by_storage: dict[Storage, list[str]] = {}
     for name, tensor in tensors.items():
         by_storage.setdefault(tensor.storage, []).append(name)
+    if sum(storage.num_bytes for storage in by_storage) > size:
+        raise Refused("its tensors claim to be larger than the file")
     arrays = {}
     for storage, names in by_storage.items():
         data = data_of(storage)

@@ -13,6 +13,8 @@ from cnns.errors import RunError, UsageError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 MAX_RESIZED_PIXELS = 1 << 26  # 200 MB
 MAX_SIZE = 1 << 14  # pixels a side
+# Of mean and standard deviation, so that what is normalised stays finite; pixels are 0 to 255.
+MAX_LEVEL, MIN_STD = 1e6, 1e-6
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -39,17 +41,21 @@ def read_preprocessing(settings: dict) -> Preprocessing:
     """
     sizes = {name: settings[name] for name in ("image_size", "resize_shorter")}
     for name, size in sizes.items():
-        if not isinstance(size, int) or not 0 < size <= MAX_SIZE:
-            raise ValueError(f"{name} is {size!r}")
-    colours: dict = {name: tuple(map(float, settings[name])) for name in ("rgb_mean", "rgb_std")}
+        if type(size) is not int or not 0 < size <= MAX_SIZE:
+            raise ValueError(f"{name} is {repr(size)[:80]}")
+    colours: dict = {name: settings[name] for name in ("rgb_mean", "rgb_std")}
     for name, values in colours.items():
-        if len(values) != 3 or not np.isfinite(values).all():
-            raise ValueError(f"{name} is {settings[name]!r}")
-    if min(colours["rgb_std"]) <= 0:
-        raise ValueError(f"rgb_std is {settings['rgb_std']!r}")
+        least = MIN_STD if name == "rgb_std" else -MAX_LEVEL
+        if not (
+            isinstance(values, list | tuple)
+            and len(values) == 3
+            and all(type(x) in (int, float) and least <= x <= MAX_LEVEL for x in values)
+        ):
+            raise ValueError(f"{name} is {repr(values)[:80]}")
+    colours = {name: tuple(map(float, values)) for name, values in colours.items()}
     interpolation = settings.get("interpolation", "bilinear")  # older snapshots have none
     if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"unknown interpolation {interpolation!r}")
+        raise ValueError(f"unknown interpolation {repr(interpolation)[:80]}")
     return Preprocessing(**sizes, **colours, interpolation=interpolation)
 
 

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import pickle
+import socket
 import struct
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -15,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import oneflow as flow
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oneflow import nn
 from safetensors.numpy import load_file, save_file
 
@@ -440,9 +444,21 @@ def spoiled(tmp_path, small_weights):
             ({"offset": -1}, "not a whole number"),
             ({"shape": (2, 2)}, "an impossible shape"),
             ({"kind": "QInt8Storage"}, "QInt8Storage"),
+            ({"shape": (1 << 3_000_000,) * 8, "strides": (1,) * 8}, "more than 128 bits"),
+            ({"shape": (1 << 100,)}, "not a whole number, or too large"),
+            ({"shape": (0, 1 << 40, 1 << 40), "strides": (1, 1, 1)}, "an impossible shape"),
+            ({"shape": (1,) * 40, "strides": (1,) * 40}, "an impossible shape"),
+            ({"count": 1 << 40}, "larger than the file"),
+            ({"kind": "x" * 1000}, "more than 200 characters"),
         ]
     ):
         yield f"lie{i}.pth", lie(**changes), words
+    long = {f"{'module.' * 10_000}x": array}
+    yield "long.pth", pth(tmp_path / "l", long).read_bytes(), "more than 1000 characters"
+    # A call with a long list, again and again.
+    pairs = b"\x80\x02]" + dump([("a", 1)] * 50_000)[2:-1] + b"\x85q\x07a"
+    slow = pairs + b"ccollections\nOrderedDict\nh\x07Ra" * 40_000 + b"."
+    yield "slow.pth", zip_file(tmp_path / "s", slow, {}).read_bytes(), "steps"
     bomb = zip_file(tmp_path / "b", b"(" * 9_000_000, {}, compression=zipfile.ZIP_DEFLATED)
     yield "bomb.pth", bomb.read_bytes(), "compressed or too large"
     big = zip_file(tmp_path / "b", b"(" * 9_000_000, {})
@@ -473,6 +489,102 @@ def test_damaged_files_and_files_that_lie(tmp_path, small_weights, monkeypatch):
         assert "Traceback" not in result.stderr
 
 
+SECONDS = 2  # that a small file may take
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory):
+    """Whole files of 2 kB, in each format that has structure."""
+    folder = tmp_path_factory.mktemp("small")
+    arrays = {"fc.weight": np.ones((4, 3), np.float32), "fc.bias": np.arange(4.0)}
+    whole = [
+        pth(folder / "new.pth", arrays, lambda state: {"epoch": 3, "state_dict": state}),
+        old_pth(folder / "old.pth", arrays),
+        folder / "x.safetensors",
+    ]
+    save_file({name: np.float32(array) for name, array in arrays.items()}, whole[2])
+    pickled = pth(folder / "pickled.pth", arrays)
+    with zipfile.ZipFile(pickled) as archive:
+        members = {member: archive.read(member) for member in archive.namelist()}
+    return folder, [path.read_bytes() for path in whole], members
+
+
+def read_spoiled(path: Path, data: bytes) -> None:
+    """Read a file that may be anything: weights, or RunError, soon."""
+    path.write_bytes(data)
+    start = time.perf_counter()
+    try:
+        foreign = read(str(path))
+        assert sum(array.nbytes for array in foreign.arrays.values()) <= 4 * len(data)
+    except RunError as error:
+        assert path.name in str(error)
+    assert time.perf_counter() - start < SECONDS
+
+
+edits = st.lists(
+    st.tuples(
+        st.sampled_from(("set", "insert", "delete")),
+        st.integers(0, 10**6),
+        st.binary(min_size=1, max_size=8),
+    ),
+    max_size=5,
+)
+
+
+def spoil(data: bytes, changes: list) -> bytes:
+    spoiled = bytearray(data)
+    for what, at, content in changes:
+        at %= len(spoiled) + 1
+        end = at if what == "insert" else at + len(content)
+        spoiled[at:end] = b"" if what == "delete" else content
+    return bytes(spoiled)
+
+
+@settings(max_examples=300, deadline=None)
+@given(kind=st.integers(0, 2), changes=edits)
+def test_any_bytes(small_files, kind, changes):
+    folder, whole, _ = small_files
+    read_spoiled(folder / f"spoiled{kind}", spoil(whole[kind], changes))
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=edits)
+def test_any_pickle_in_a_whole_archive(small_files, changes):
+    folder, _, members = small_files
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, spoil(content, changes) if name.endswith(".pkl") else content)
+    read_spoiled(folder / "spoiled.pth", archive.getvalue())
+
+
+def test_an_archive_of_many_members(tmp_path):
+    path = tmp_path / "many.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"")
+    data = path.read_bytes()
+    at = data.rindex(b"PK\x01\x02")
+    entry, end = data[at : data.rindex(b"PK\x05\x06")], data[data.rindex(b"PK\x05\x06") :]
+    many = entry * 100_000
+    end = end[:8] + struct.pack("<HHL", 65535, 65535, len(many)) + end[16:]
+    start = time.perf_counter()
+    path.write_bytes(data[:at] + many + end)
+    with pytest.raises(RunError, match="list of members has more than"):
+        read(str(path))
+    assert time.perf_counter() - start < SECONDS
+
+
+def test_what_is_not_a_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+    for name, kind in (("fifo", "a FIFO"), ("socket", "a socket"), ("/dev/zero", "a device")):
+        result = call(INFERENCE, f"--model_load_dir={name}", f"--image_path={ROOT}/data/cat.jpg")
+        assert result.status == 1
+        assert f"{name}: it is {kind}, and a file is needed" in result.stderr.splitlines()[-1]
+
+
 def test_damaged_folders(tmp_path, small_weights):
     def refuse(words):
         with pytest.raises(RunError, match=words):
@@ -498,8 +610,17 @@ def test_damaged_folders(tmp_path, small_weights):
     refuse("not a whole number")
     (first / "meta").write_text("shape { dim: 4 } data_type: kOFRecord")
     refuse("kOFRecord")
+    (first / "meta").write_text("shape { dim: 0 " + "dim: 1 " * 40 + "} data_type: kFloat")
+    refuse("an impossible shape")
+    (first / "meta").write_text(f"shape {{ dim: 0 dim: {2**62} }} data_type: kFloat")
+    refuse("not a whole number, or too large")
     (first / "out").unlink()
     refuse("out is missing")
+    os.mkfifo(first / "out")
+    refuse("out is missing")
+    (first / "out").unlink()
+    (first / "out").symlink_to("/etc/passwd")
+    refuse("a link that leads out of it")
     path = tmp_path / "folder"
     variable(path / "fc.bias", small_weights["fc.bias"])
     variable(path / "fc.weight", small_weights["fc.weight"], meta=False)

@@ -67,3 +67,34 @@ def test_only_the_harmless_lines_are_held_back():
     failed = run(broken)
     assert failed.returncode == 1
     assert "ModuleNotFoundError" in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "limit, words",
+    [
+        ("-n 8", "needs 64 open files (ulimit -n), and the limit is 8"),
+        ("-n 12", "needs 64 open files (ulimit -n), and the limit is 12"),
+        ("-v 1000000", "kB of address space (ulimit -v), and the limit is 1000000 kB"),
+    ],
+)
+def test_a_limit_that_is_too_low_is_one_line(limit, words):
+    done = subprocess.run(
+        ["sh", "-c", f"ulimit {limit}; exec {sys.executable} of_cnn_train_val.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_limit_that_may_be_raised_is_raised():
+    code = "import cnns.startup, resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -S -n 12; exec {sys.executable} -c "$0"', code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("64\n", "")
