@@ -58,13 +58,18 @@ def read_safetensors(path: str) -> dict[str, np.ndarray]:
     try:
         tensors = deserialize(data)
     except SafetensorError as error:
-        raise RunError(f"{path} is damaged or cut off ({error})") from None
+        raise RunError(f"{path} is damaged or cut off ({printable(str(error))})") from None
     arrays = {}
     for name, tensor in tensors:
         kind = SAFETENSORS_TYPES.get(tensor["dtype"])
         if kind is None:
-            raise RunError(f"{path}: {name} is of {tensor['dtype']}, and floats are needed")
-        array = np.frombuffer(tensor["data"], kind).reshape(tensor["shape"])
+            raise RunError(
+                f"{path}: {printable(name)} is of {tensor['dtype']}, and floats are needed"
+            )
+        try:
+            array = np.frombuffer(tensor["data"], kind).reshape(tensor["shape"])
+        except (ValueError, OverflowError) as error:  # more dimensions than numpy has, or 2^63
+            raise RunError(f"{path}: {printable(name)} cannot be read: {error}") from None
         arrays[name] = as_float32(array, BFLOAT16 if tensor["dtype"] == "BF16" else kind)
     return arrays
 

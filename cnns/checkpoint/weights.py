@@ -26,6 +26,7 @@ from cnns.checkpoint.snapshot import (
     state_arrays,
     versions,
 )
+from cnns.checkpoint.training import check_state
 from cnns.errors import RunError, UsageError
 from cnns.models.layers import from_standard, to_standard
 from cnns.models.model import Models
@@ -108,7 +109,9 @@ class Checkpoint:
         """
         notices = []
         if self.foreign is None:
-            weights = read_weights(self.path) if self.weights is None else self.weights
+            weights = self.weights
+            if weights is None:
+                weights = read_weights(self.path, self.snapshot.checksums)
         else:
             shapes = standard_shapes(network)
             told = len(self.foreign.notices)
@@ -144,15 +147,22 @@ class Checkpoint:
 
 def read_whole(path: str, snapshot: Snapshot) -> Checkpoint:
     """All of one of ours that a run needs to be resumed. Raises RunError where it is not whole."""
-    state = None
+    weights, state = read_weights(path, snapshot.checksums), None
     if snapshot.step > 0:
-        if not os.path.exists(os.path.join(path, TRAINING_STATE)):
+        if not os.path.lexists(os.path.join(path, TRAINING_STATE)):
             raise RunError(
                 f"{path} holds weights only, no {TRAINING_STATE}; start a new run from them with "
                 f"--model_load_dir={path}"
             )
-        state = read_arrays(path, TRAINING_STATE)
-    return Checkpoint(path, snapshot, weights=read_weights(path), state=state)
+        state = read_arrays(path, TRAINING_STATE, snapshot.checksums)
+        check_state(
+            state,
+            weights=weights,
+            flags=snapshot.flags,
+            step=snapshot.step,
+            path=os.path.join(path, TRAINING_STATE),
+        )
+    return Checkpoint(path, snapshot, weights=weights, state=state)
 
 
 def open_checkpoint(
@@ -166,7 +176,7 @@ def open_checkpoint(
 
     Raises RunError where it cannot be read, UsageError where the network cannot be told.
     """
-    if os.path.exists(os.path.join(path, DESCRIPTION)):
+    if os.path.lexists(os.path.join(path, DESCRIPTION)):
         snapshot = read_description(path)
         known = models.get(snapshot.model)
         return Checkpoint(path, snapshot, last_layer=known.last_layer if known else "fc")

@@ -16,7 +16,7 @@ import pytest
 import model_registry
 import of_cnn_train_val
 from cnns.checkpoint.find import find_resume
-from cnns.checkpoint.snapshot import Snapshot, read_description, write_snapshot
+from cnns.checkpoint.snapshot import Snapshot, read_description, save_snapshot
 from cnns.evaluation import Evaluator
 from cnns.interrupts import Interrupts
 from cnns.log import Counts
@@ -337,7 +337,7 @@ def test_where_there_is_nothing_to_go_on_from(run, tmp_path):
     refuse(1, "holds weights only, no training.safetensors", "--resume=run/snapshot_epoch_0")
     about = read_description("run/snapshot_epoch_1")
     converted = Snapshot(about.model, about.num_classes, about.preprocessing)
-    write_snapshot("converted", TINY.build(about.num_classes), converted)
+    save_snapshot("converted", TINY.build(about.num_classes), converted)
     refuse(2, "--resume=converted: it holds weights only, of no run", "--resume=converted")
 
 

@@ -1,0 +1,98 @@
+"""Whether training.safetensors holds what the run that wrote it needs, and nothing else."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from cnns.errors import RunError
+from cnns.jsonfile import brief
+
+STEP = "System-Train-TrainStep"  # updates made
+LOSS_SCALE = "System-Train-DynamicLossScale-TrainGraph"  # of half precision
+LOSS_SCALE_STATE = {f"{LOSS_SCALE}-LossScale": "float32", f"{LOSS_SCALE}-GoodStepCounter": "int64"}
+# What each optimizer keeps for a parameter, behind the name of that.
+BUFFERS = {"sgd": ("momentum",), "adam": ("m", "v"), "rmsprop": ("mean_square",)}
+STATISTICS = ("running_mean", "running_var")  # of batch norms; no optimizer changes them
+
+
+def buffers_of(flags: Mapping[str, object]) -> tuple[str, ...]:
+    """What the optimizer of a run with these flags keeps for each parameter."""
+    if flags.get("momentum") == 0:  # None: of another optimizer
+        return ()
+    return BUFFERS[str(flags.get("optimizer", "sgd"))]
+
+
+def check_state(
+    state: Mapping[str, np.ndarray],
+    *,
+    weights: Mapping[str, np.ndarray],
+    flags: Mapping[str, object],
+    step: int,
+    path: str,
+) -> None:
+    """Raise RunError unless names, shapes and types are those of the run, and its step is `step`.
+
+    OneFlow takes what there is: a missing momentum would start from zero without a word.
+    """
+    expected: dict[str, tuple[tuple[int, ...], str]] = {STEP: ((1,), "int64")}
+    for parameter in parameters(weights):
+        for buffer in buffers_of(flags):
+            shape = weights[parameter].shape
+            expected[f"model.{parameter}-{buffer}"] = (shape, "float32")
+    if state.keys() & LOSS_SCALE_STATE:  # --use_fp16 may have come after the last step
+        expected |= {name: ((1,), kind) for name, kind in LOSS_SCALE_STATE.items()}
+    missing, unexpected = sorted(expected.keys() - state), sorted(state.keys() - expected)
+    wrong = sorted(
+        name
+        for name in expected.keys() & state
+        if (state[name].shape, state[name].dtype.name) != expected[name]
+    )
+    for kind, names in (("lacks", missing), ("has no use for", unexpected)):
+        if names:
+            raise RunError(
+                f"{path} {kind} {brief(names[0])}, {len(names)} in all; use another snapshot"
+            )
+    if wrong:
+        name = wrong[0]
+        raise RunError(
+            f"{path}: {name} is {state[name].shape} {state[name].dtype}, and "
+            f"{' '.join(map(str, expected[name]))} is needed; use another snapshot"
+        )
+    if state[STEP].item() != step:
+        raise RunError(
+            f"{path} is of step {state[STEP].item()}, and the snapshot.json beside it of step "
+            f"{step}; use another snapshot"
+        )
+    for name, array in state.items():
+        if not np.isfinite(array).all():
+            raise RunError(f"{path}: {name} is not finite; use another snapshot")
+
+
+def parameters(names: Iterable[str]) -> list[str]:
+    """Those of the names of weights that an optimizer changes."""
+    return [name for name in names if name.rpartition(".")[2] not in STATISTICS]
+
+
+def fit_state(
+    state: Mapping[str, np.ndarray],
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    flags: Mapping[str, object],
+) -> dict[str, np.ndarray]:
+    """The state for a run whose flags differ from those of the run that left it.
+
+    What its optimizer keeps beside that, of a --momentum that was 0 before, starts from zero.
+
+    Args:
+        shapes: of the parameters and buffers of the network, as snapshots hold them.
+    """
+    system = {name: array for name, array in state.items() if name.startswith("System-")}
+    buffers = {
+        f"model.{parameter}-{buffer}": shapes[parameter]
+        for parameter in parameters(shapes)
+        for buffer in buffers_of(flags)
+    }
+    return system | {
+        name: state[name] if name in state else np.zeros(shape, np.float32)
+        for name, shape in buffers.items()
+    }
