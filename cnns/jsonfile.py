@@ -193,7 +193,7 @@ def record(
             check_field = known.get(name, others)
             if check_field is None:
                 raise Damaged(f"{where or 'it'} has {brief(name)}, which is unknown")
-            printable = name if name in known else brief(name)
+            printable = brief(name)[1:-1]
             check_field(held, f"{where}.{printable}" if where else printable)
 
     return check

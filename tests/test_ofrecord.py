@@ -166,7 +166,7 @@ GOOD = record(encoded("RGB", "JPEG"), 2)
         # Bytes behind the message: protobuf only warns, and OneFlow's reader ends the process.
         (struct.pack("<q", len(GOOD) - 7) + GOOD[8:] + b"\x0c", "is not an OFRecord"),
     ],
-    ids=["grey", "cmyk", "png", "garbage", "empty", "text"],
+    ids=["grey", "cmyk", "png", "garbage", "empty", "text", "trailing"],
 )
 def test_records_that_the_decoder_cannot_read_are_found(tmp_path, bad, words, position):
     (tmp_path / "part-00000").write_bytes(b"".join([GOOD, bad] if position else [bad, GOOD]))

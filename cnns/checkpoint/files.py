@@ -84,16 +84,22 @@ def hold(directory: str) -> int:
     return handle
 
 
-def remove_leftovers(parent: str, start: str) -> None:
-    """Remove temporary directories in `parent` that killed processes have left.
+def leftovers(parent: str, start: str) -> list[str]:
+    """Temporary directories in `parent`, of names that begin with `start`, that nobody holds.
 
-    Their names begin with `start`, and nobody holds them.
+    Processes that were killed have left them.
     """
-    with suppress(OSError):
-        for name in os.listdir(parent or "."):
-            path = os.path.join(parent, name)
-            if name.startswith(start) and ".tmp-" in name and not is_held(path):
-                shutil.rmtree(path, ignore_errors=True)
+    try:
+        names = os.listdir(parent or ".")
+    except OSError:
+        return []
+    found = [os.path.join(parent, n) for n in names if n.startswith(start) and ".tmp-" in n]
+    return [path for path in found if not is_held(path)]
+
+
+def remove_leftovers(parent: str, start: str) -> None:
+    for path in leftovers(parent, start):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def is_held(directory: str) -> bool:

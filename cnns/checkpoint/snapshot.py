@@ -202,12 +202,12 @@ def read_description(path: str) -> Snapshot:
     return Snapshot(**content)
 
 
-def read_weights(path: str, checksums: dict[str, int] | None = None) -> dict[str, np.ndarray]:
+def read_weights(path: str) -> dict[str, np.ndarray]:
     """Read model.safetensors of the snapshot directory `path`: float32 arrays by name.
 
     Raises RunError where it is missing or damaged.
     """
-    weights = read_arrays(path, WEIGHTS, checksums)
+    weights = read_arrays(path, WEIGHTS)
     for name, array in weights.items():
         if array.dtype != np.float32:
             raise RunError(
@@ -229,24 +229,26 @@ def check_files(path: str) -> None:
                 pass
 
 
-def read_arrays(
-    path: str, name: str, checksums: dict[str, int] | None = None
-) -> dict[str, np.ndarray]:
+def read_arrays(path: str, name: str) -> dict[str, np.ndarray]:
     """Read the file `name` of the snapshot directory `path`: arrays by name.
 
-    Args:
-        checksums: of the snapshot; none, or none of any file, in those of earlier versions.
-
-    Raises RunError where it is missing or damaged, or belongs to another snapshot.
+    Raises RunError where it is missing or damaged.
     """
-    file_path = os.path.join(path, name)
     with arrays_expected(path, name):
-        if checksums and file_checksum(file_path) != checksums.get(name):
+        return load_file(os.path.join(path, name))
+
+
+def check_belongs(path: str, name: str, snapshot: Snapshot) -> None:
+    """Raise RunError unless the file `name` in `path` is the one that was written with `snapshot`.
+
+    Snapshots of earlier versions do not say.
+    """
+    with arrays_expected(path, name):
+        if snapshot.checksums and file_checksum(path, name) != snapshot.checksums.get(name):
             raise RunError(
-                f"{file_path} does not belong to the {DESCRIPTION} beside it: it was changed, or "
-                "copied from elsewhere; use another snapshot"
+                f"{os.path.join(path, name)} does not belong to the {DESCRIPTION} beside it: it "
+                "was changed, or copied from elsewhere; use another snapshot"
             )
-        return load_file(file_path)
 
 
 @contextmanager
@@ -271,10 +273,10 @@ def arrays_expected(path: str, name: str) -> Iterator[None]:
         ) from None
 
 
-def file_checksum(path: str) -> int:
-    """CRC-32 of a file. Raises OSError."""
+def file_checksum(path: str, name: str) -> int:
+    """CRC-32 of the file `name` in `path`. Raises OSError."""
     total = 0
-    with open(path, "rb") as file:
+    with open(os.path.join(path, name), "rb") as file:
         while block := file.read(1 << 20):
             total = zlib.crc32(block, total)
     return total

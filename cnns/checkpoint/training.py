@@ -19,7 +19,7 @@ def buffers_of(flags: Mapping[str, object]) -> tuple[str, ...]:
     """What the optimizer of a run with these flags keeps for each parameter."""
     if flags.get("momentum") == 0:  # None: of another optimizer
         return ()
-    return BUFFERS[str(flags.get("optimizer", "sgd"))]
+    return BUFFERS.get(str(flags.get("optimizer", "sgd")), ())
 
 
 def check_state(

@@ -19,7 +19,9 @@ from cnns.checkpoint.foreign import (
 from cnns.checkpoint.snapshot import (
     DESCRIPTION,
     TRAINING_STATE,
+    WEIGHTS,
     Snapshot,
+    check_belongs,
     read_arrays,
     read_description,
     read_weights,
@@ -109,9 +111,7 @@ class Checkpoint:
         """
         notices = []
         if self.foreign is None:
-            weights = self.weights
-            if weights is None:
-                weights = read_weights(self.path, self.snapshot.checksums)
+            weights = read_weights(self.path) if self.weights is None else self.weights
         else:
             shapes = standard_shapes(network)
             told = len(self.foreign.notices)
@@ -130,6 +130,8 @@ class Checkpoint:
         load_weights(
             network, weights, path=self.path, without=self.last_layer if finetune else None
         )
+        if self.foreign is None:
+            check_belongs(self.path, WEIGHTS, self.snapshot)
         if finetune:
             notices.append("--finetune: the last layer starts from random weights.")
         return notices
@@ -147,14 +149,15 @@ class Checkpoint:
 
 def read_whole(path: str, snapshot: Snapshot) -> Checkpoint:
     """All of one of ours that a run needs to be resumed. Raises RunError where it is not whole."""
-    weights, state = read_weights(path, snapshot.checksums), None
+    weights, state = read_weights(path), None
+    check_belongs(path, WEIGHTS, snapshot)
     if snapshot.step > 0:
         if not os.path.lexists(os.path.join(path, TRAINING_STATE)):
             raise RunError(
                 f"{path} holds weights only, no {TRAINING_STATE}; start a new run from them with "
                 f"--model_load_dir={path}"
             )
-        state = read_arrays(path, TRAINING_STATE, snapshot.checksums)
+        state = read_arrays(path, TRAINING_STATE)
         check_state(
             state,
             weights=weights,
@@ -162,6 +165,7 @@ def read_whole(path: str, snapshot: Snapshot) -> Checkpoint:
             step=snapshot.step,
             path=os.path.join(path, TRAINING_STATE),
         )
+        check_belongs(path, TRAINING_STATE, snapshot)
     return Checkpoint(path, snapshot, weights=weights, state=state)
 
 
