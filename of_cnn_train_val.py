@@ -414,7 +414,12 @@ def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> Tra
         num_nodes=flags["num_nodes"],
     )
     if spec.resumed is not None and spec.resumed.state is not None:
-        state = fit_state(spec.resumed.take_state(), shapes=standard_shapes(model), flags=flags)
+        state = fit_state(
+            spec.resumed.take_state(),
+            shapes=standard_shapes(model),
+            flags=flags,
+            step=spec.progress.step,
+        )
         load_training_state(graph, model, state, device=spec.device)
     return graph
 

@@ -79,6 +79,8 @@ def without(name):
 
 WEIGHT = "model.fc.weight-momentum"
 STEP = "System-Train-TrainStep"
+LOSS_SCALE = "System-Train-DynamicLossScale-TrainGraph-LossScale"
+GOOD_STEPS = "System-Train-DynamicLossScale-TrainGraph-GoodStepCounter"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,21 @@ def test_a_training_state_has_to_be_whole(words, edit):
     refused(words)
 
 
-LOSS_SCALE = "System-Train-DynamicLossScale-TrainGraph-LossScale"
+def test_half_precision_skips_steps_that_overflow():
+    """Then the counter of OneFlow stays behind; without --use_fp16 it counts as the run does."""
+    path, flags = SNAPSHOT / "training.safetensors", read_description(str(SNAPSHOT)).flags
+    state = load_file(path)
+    one = np.ones(1, np.int64)
+    state |= {LOSS_SCALE: one.astype(np.float32), GOOD_STEPS: one, STEP: 5 * one}
+    save_file(state, path)
+    change(flags=flags | {"use_fp16": True})
+    result = resume("--use_fp16=False", "--num_epochs=3", "--model_save_dir=new")
+    assert result.status == 0, result.stderr
+    now = load_file("new/snapshot_last/training.safetensors")
+    assert (now[STEP].item(), GOOD_STEPS in now) == (9, False)
+    read_whole("new/snapshot_last", read_description("new/snapshot_last"))
+    save_file(state | {STEP: 7 * one}, path)
+    refused("is of step 7")
 
 
 @pytest.mark.parametrize("name", ["model", "training"])

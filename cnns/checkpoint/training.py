@@ -7,7 +7,7 @@ import numpy as np
 from cnns.errors import RunError
 from cnns.jsonfile import brief
 
-STEP = "System-Train-TrainStep"  # updates made
+STEP = "System-Train-TrainStep"  # updates made, without those skipped because of an overflow
 LOSS_SCALE = "System-Train-DynamicLossScale-TrainGraph"  # of half precision
 LOSS_SCALE_STATE = {f"{LOSS_SCALE}-LossScale": "float32", f"{LOSS_SCALE}-GoodStepCounter": "int64"}
 # What each optimizer keeps for a parameter, behind the name of that.
@@ -58,7 +58,9 @@ def check_state(
             f"{path}: {name} is {state[name].shape} {state[name].dtype}, and "
             f"{' '.join(map(str, expected[name]))} is needed; use another snapshot"
         )
-    if state[STEP].item() != step:
+    # In half precision, steps whose gradients overflow are not counted by OneFlow.
+    half = bool(flags.get("use_fp16")) or bool(state.keys() & LOSS_SCALE_STATE)
+    if state[STEP].item() != step and not (half and 0 <= state[STEP].item() < step):
         raise RunError(
             f"{path} is of step {state[STEP].item()}, and the snapshot.json beside it of step "
             f"{step}; use another snapshot"
@@ -78,15 +80,19 @@ def fit_state(
     *,
     shapes: Mapping[str, tuple[int, ...]],
     flags: Mapping[str, object],
+    step: int,
 ) -> dict[str, np.ndarray]:
     """The state for a run whose flags differ from those of the run that left it.
 
-    What its optimizer keeps beside that, of a --momentum that was 0 before, starts from zero.
+    What its optimizer keeps beside that, of a --momentum that was 0 before, starts from zero;
+    without --use_fp16 the steps that were skipped count from here on.
 
     Args:
         shapes: of the parameters and buffers of the network, as snapshots hold them.
     """
     system = {name: array for name, array in state.items() if name.startswith("System-")}
+    if not flags["use_fp16"]:
+        system[STEP] = np.array([step], np.int64)
     buffers = {
         f"model.{parameter}-{buffer}": shapes[parameter]
         for parameter in parameters(shapes)
