@@ -29,16 +29,21 @@ def check_state(
     flags: Mapping[str, object],
     step: int,
     path: str,
+    as_written: bool,
 ) -> None:
     """Raise RunError unless names, shapes and types are those of the run, and its step is `step`.
 
     OneFlow takes what there is: a missing momentum would start from zero without a word.
+
+    Args:
+        as_written: a checksum says so. Only then may a parameter have nothing: a network need not
+            use all that it has.
     """
     expected: dict[str, tuple[tuple[int, ...], str]] = {STEP: ((1,), "int64")}
     for parameter in parameters(weights):
-        for buffer in buffers_of(flags):
-            shape = weights[parameter].shape
-            expected[f"model.{parameter}-{buffer}"] = (shape, "float32")
+        names = [f"model.{parameter}-{buffer}" for buffer in buffers_of(flags)]
+        if not as_written or state.keys() & names:
+            expected |= {name: (weights[parameter].shape, "float32") for name in names}
     if state.keys() & LOSS_SCALE_STATE:  # --use_fp16 may have come after the last step
         expected |= {name: ((1,), kind) for name, kind in LOSS_SCALE_STATE.items()}
     missing, unexpected = sorted(expected.keys() - state), sorted(state.keys() - expected)
@@ -93,12 +98,10 @@ def fit_state(
     system = {name: array for name, array in state.items() if name.startswith("System-")}
     if not flags["use_fp16"]:
         system[STEP] = np.array([step], np.int64)
-    buffers = {
+    shape_of = {
         f"model.{parameter}-{buffer}": shapes[parameter]
         for parameter in parameters(shapes)
         for buffer in buffers_of(flags)
     }
-    return system | {
-        name: state[name] if name in state else np.zeros(shape, np.float32)
-        for name, shape in buffers.items()
-    }
+    held = {name: state[name] for name in shape_of if name in state}
+    return system | (held or {n: np.zeros(shape, np.float32) for n, shape in shape_of.items()})

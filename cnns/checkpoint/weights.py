@@ -158,14 +158,15 @@ def read_whole(path: str, snapshot: Snapshot) -> Checkpoint:
                 f"--model_load_dir={path}"
             )
         state = read_arrays(path, TRAINING_STATE)
+        check_belongs(path, TRAINING_STATE, snapshot)
         check_state(
             state,
             weights=weights,
             flags=snapshot.flags,
             step=snapshot.step,
             path=os.path.join(path, TRAINING_STATE),
+            as_written=bool(snapshot.checksums),
         )
-        check_belongs(path, TRAINING_STATE, snapshot)
     return Checkpoint(path, snapshot, weights=weights, state=state)
 
 
