@@ -16,6 +16,7 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import oneflow as flow
@@ -32,7 +33,8 @@ from cnns.checkpoint.find import (
     position,
 )
 from cnns.checkpoint.snapshot import Snapshot, load_training_state, versions
-from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint
+from cnns.checkpoint.training import fit_state
+from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, standard_shapes
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
@@ -45,7 +47,13 @@ from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, notice, open_log
 from cnns.models.model import check_switches
-from cnns.resume import compare_flags, compare_runs, inherited_flags, num_processes
+from cnns.resume import (
+    check_flags,
+    compare_flags,
+    compare_runs,
+    inherited_flags,
+    num_processes,
+)
 from cnns.run import Intervals, Parts, Progress, Run, Saver, announce
 from config import Plan
 from model_registry import MODELS
@@ -133,7 +141,9 @@ def make_spec(given: Namespace) -> RunSpec:
     device = choose_device(args.device, count=args.gpu_num_per_node)
     notices: list[str] = []
     held = held_snapshots(args.model_save_dir)
-    resumed = find_resume(args.resume, args.model_save_dir)
+    resumed = find_resume(
+        args.resume, args.model_save_dir, check=partial(check_flags, parser=parser)
+    )
     if resumed is not None:
         flags = inherited_flags(resumed.snapshot.flags, parser, device=device)
         args = parser.complete(given, flags)
@@ -404,7 +414,13 @@ def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> Tra
         num_nodes=flags["num_nodes"],
     )
     if spec.resumed is not None and spec.resumed.state is not None:
-        load_training_state(graph, model, spec.resumed.take_state(), device=spec.device)
+        state = fit_state(
+            spec.resumed.take_state(),
+            shapes=standard_shapes(model),
+            flags=flags,
+            step=spec.progress.step,
+        )
+        load_training_state(graph, model, state, device=spec.device)
     return graph
 
 

@@ -30,7 +30,7 @@ from onnx import version_converter
 from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
 import config
-from cnns.checkpoint.files import sync_directory, write_durably
+from cnns.checkpoint.files import hold, leftovers, sync_directory, temporary_name, write_durably
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import PREFIX, Snapshot
 from cnns.data.images import class_names, find_images, load_image
@@ -247,7 +247,7 @@ def new_file(path: str) -> Iterator[str]:
     Raises UsageError where nothing can be written there.
     """
     directory, name = os.path.split(path)
-    place = os.path.join(directory, f".{name}.tmp-{os.getpid()}")
+    place = temporary_name(path)
     try:
         for taken in (path, path + DATA_SUFFIX):
             if os.path.isdir(taken):
@@ -255,7 +255,11 @@ def new_file(path: str) -> Iterator[str]:
         if os.path.isfile(directory):
             raise NotADirectoryError(0, f"{directory} is a file", path)
         os.makedirs(directory or ".", exist_ok=True)
+        for left in leftovers(directory, f".{name}.tmp-"):
+            put_back(os.path.join(left, name), path)
+            shutil.rmtree(left, ignore_errors=True)
         os.mkdir(place)
+        handle = hold(place)
     except OSError as error:
         raise UsageError(
             f"--onnx_path: cannot write {path}: {error.strerror}; give another"
@@ -266,6 +270,7 @@ def new_file(path: str) -> Iterator[str]:
         raise RunError(f"cannot write {path}: {error.strerror}; nothing was changed") from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
+        os.close(handle)
 
 
 def write(model: onnx.ModelProto, path: str, *, external_data: bool) -> None:
@@ -298,6 +303,13 @@ def put(temporary: str, path: str) -> None:
         move(old, path)
         raise
     sync_directory(os.path.dirname(path) or ".")
+
+
+def put_back(temporary: str, path: str) -> None:
+    """Undo what a `put` that was killed had begun. Raises OSError."""
+    old = temporary + ".old"
+    if not (os.path.exists(old) and os.path.exists(path)):  # else it was done
+        move(old, path)
 
 
 def move(source: str, target: str) -> None:

@@ -1,10 +1,12 @@
 """What ends a script: its errors, each one line on stderr, and the exit status."""
 
+import errno
 import io
 import os
 import re
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 # What a terminal obeys, and marks that turn the order of letters around.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -60,7 +62,7 @@ def explain(error: BaseException) -> int:
     """Report what ended a run, and return the exit status."""
     status, text = describe(error)
     if isinstance(error, BrokenPipeError):  # `| head`: whoever read our lines has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
+        forget(sys.stdout)
     else:
         report(text)
     return status
@@ -82,4 +84,19 @@ def describe(error: BaseException) -> tuple[int, str]:
 def report(error: object) -> None:
     """Print `error` as the one line `<script>: error: <what>` on stderr."""
     line = " ".join(str(error).split())
-    print(f"{os.path.basename(sys.argv[0])}: error: {printable(line)}", file=sys.stderr)
+    say(f"{os.path.basename(sys.argv[0])}: error: {line}", sys.stderr)
+
+
+def say(line: str, file: TextIO) -> None:
+    """Print a line. A terminal that is gone ends nothing: SIGHUP tells what to do about it."""
+    try:
+        print(printable(line), file=file, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        forget(file)
+
+
+def forget(file: TextIO) -> None:
+    """Send what is still to be written where nobody reads to /dev/null: Python does so at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

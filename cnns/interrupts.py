@@ -2,15 +2,18 @@
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 
 from cnns.errors import RunError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP: the connection to the terminal is lost.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STATUSES = tuple(128 + number for number in SIGNALS)  # of an end in good order
 
 
 class Interrupted(RunError):
-    """A signal asked for the end; the exit status is the one a shell gives it: 130 or 143."""
+    """A signal asked for the end; the exit status is the one a shell gives it: 130, 143 or 129."""
 
     def __init__(self, signal_number: int, then: str = ""):
         name = signal.Signals(signal_number).name
@@ -23,8 +26,20 @@ class Interrupted(RunError):
         return Interrupted(self.signal_number, then)
 
 
+def is_ignored(number: int) -> bool:
+    """Whether whoever started this process wants it to ignore a signal, as nohup does."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def watched() -> list[signal.Signals]:
+    """The signals that end a run: all, but a SIGHUP that is ignored."""
+    return [n for n in SIGNALS if n != signal.SIGHUP or not is_ignored(n)]
+
+
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM is kept for `check`; the second kills at once.
+    """While entered, the first of SIGNALS is kept for `check`; the second kills at once.
+
+    A SIGHUP that is ignored stays ignored.
 
     with Interrupts() as interrupts:
         for batch in batches:
@@ -36,7 +51,7 @@ class Interrupts:
         self.received: int | None = None
 
     def __enter__(self) -> "Interrupts":
-        self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS}
+        self.previous = {number: signal.signal(number, self.receive) for number in watched()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,11 +60,12 @@ class Interrupts:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        for each in SIGNALS:
+        for each in watched():
             signal.signal(each, signal.SIG_DFL)  # ends the process even within native code
         name = signal.Signals(number).name
-        # Not `print`: the signal may have come in the middle of one.
-        os.write(2, f"{name}: ending after this iteration; a second one ends at once.\n".encode())
+        line = f"{name}: ending after this iteration; a second one ends at once.\n"
+        with suppress(OSError):  # the terminal is gone
+            os.write(2, line.encode())  # not `print`: the signal may have come in the middle of one
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""

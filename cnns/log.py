@@ -9,7 +9,7 @@ from datetime import datetime
 
 import numpy as np
 
-from cnns.errors import UsageError, printable
+from cnns.errors import UsageError, printable, say
 
 RUN_AHEAD = 2  # steps; enough for the next to be there when one ends
 
@@ -52,7 +52,7 @@ def is_first_rank() -> bool:
 def notice(text: str) -> None:
     """Print something worth knowing that is not a result to stderr."""
     if is_first_rank():
-        print(printable(text), file=sys.stderr, flush=True)
+        say(text, sys.stderr)
 
 
 Log = Callable[[str], None]
@@ -66,7 +66,7 @@ def open_log(directory: str | None, script: str) -> Log:
     if not is_first_rank():
         return lambda line: None
     if directory is None:
-        return lambda line: print(printable(line), flush=True)
+        return lambda line: say(line, sys.stdout)
     path = os.path.join(directory, f"{script}.log")
     try:
         os.makedirs(directory, exist_ok=True)
@@ -78,7 +78,7 @@ def open_log(directory: str | None, script: str) -> Log:
 
     def log(line: str) -> None:
         line = printable(line)
-        print(line, flush=True)
+        say(line, sys.stdout)
         file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
     return log

@@ -1,16 +1,54 @@
 """What a resumed run takes from the snapshot, and what must not differ from it."""
 
-from argparse import Namespace
+import os
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
 
-from cnns.checkpoint.snapshot import Snapshot
-from cnns.errors import UsageError
-from cnns.flags import FlagParser
+from cnns.checkpoint.snapshot import DESCRIPTION, Snapshot
+from cnns.errors import RunError, UsageError
+from cnns.flags import Flag, FlagParser
+from cnns.jsonfile import brief
+
+MAX_NAMES = 10  # of flags, in one line
 
 
 def from_json(value: object) -> object:
     """A flag's value as it was before it went into a snapshot."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def check_flags(snapshot: Snapshot, path: str, *, parser: FlagParser) -> None:
+    """Raise RunError where a flag in the snapshot `path` has a value that it does not take."""
+    for name, value in snapshot.flags.items():
+        if name in parser.flags and not takes(parser.flags[name], value):
+            raise RunError(
+                f"{os.path.join(path, DESCRIPTION)} is damaged: --{name} is {brief(value)}, which "
+                "it does not take; use another snapshot"
+            )
+
+
+def takes(flag: Flag, value: object) -> bool:
+    """Whether a flag can have a value, as a snapshot holds it."""
+    if value is None:
+        return flag.default is None or flag.needs is not None
+    if flag.is_switch or isinstance(value, bool):
+        return flag.is_switch and isinstance(value, bool)
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        # As the command line gives it: ranges stand in the flag's own type.
+        parsed = flag.parse(text)
+    except ArgumentTypeError:
+        return False
+    return parsed == from_json(value) and (not flag.choices or text in flag.choices)
+
+
+def unknown_flags(flags: Mapping[str, object], parser: FlagParser, *, path: str) -> list[str]:
+    """A notice of the flags in the snapshot `path` that this version does not have."""
+    unknown = [f"--{brief(name)[1:-1]}" for name in sorted(flags) if name not in parser.flags]
+    if not unknown:
+        return []
+    more = f" and {len(unknown) - MAX_NAMES} more" if len(unknown) > MAX_NAMES else ""
+    return [f"{path} has flags that are unknown here: {', '.join(unknown[:MAX_NAMES])}{more}."]
 
 
 def inherited_flags(
@@ -46,7 +84,7 @@ def compare_flags(
             f"--train_data_dir: {path} is of a run on {was}, and this would be {now}; start a new "
             f"run from the weights with --model_load_dir={path}"
         )
-    notices = []
+    notices = unknown_flags(flags, parser, path=path)
     for name, flag in parser.flags.items():
         value, before = getattr(args, name), from_json(flags.get(name))
         if flag.of != "run" or name not in flags or value == before:

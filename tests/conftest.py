@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-# A shell starts what is behind `&` with SIGINT ignored; what the tests start would inherit that.
+# A shell starts what is behind `&` with SIGINT ignored, and nohup ignores SIGHUP; what the tests
+# start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 HERE = Path(__file__).resolve().parent
 # Whole runs, and processes with a fake CUDA device.

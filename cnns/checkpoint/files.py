@@ -1,5 +1,6 @@
 """Files and directories that survive a power cut, and a kill at any moment."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -44,8 +45,12 @@ def writing(path: str, *, replace: bool = False) -> Iterator[str]:
     Raises RunError where the disk is full or the like.
     """
     temporary, old = temporary_name(path), path + OLD
+    parent, name = os.path.split(path)
+    handle = None
     try:
+        remove_leftovers(parent, f".{name}.tmp-")
         os.makedirs(temporary)
+        handle = hold(temporary)
         yield temporary
         sync_directory(temporary)
         if replace and os.path.isdir(path):
@@ -64,6 +69,54 @@ def writing(path: str, *, replace: bool = False) -> Iterator[str]:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def hold(directory: str) -> int:
+    """Let nobody take a temporary directory for a leftover until the handle is closed.
+
+    Raises OSError.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def leftovers(parent: str, start: str) -> list[str]:
+    """Temporary directories in `parent`, of names that begin with `start`, that nobody holds.
+
+    Processes that were killed have left them.
+    """
+    try:
+        names = os.listdir(parent or ".")
+    except OSError:
+        return []
+    found = [os.path.join(parent, n) for n in names if n.startswith(start) and ".tmp-" in n]
+    return [path for path in found if not is_held(path)]
+
+
+def remove_leftovers(parent: str, start: str) -> None:
+    for path in leftovers(parent, start):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_held(directory: str) -> bool:
+    """Whether a process that is alive is writing to a temporary directory."""
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # not a directory
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
 
 
 def current(path: str) -> str:

@@ -3,9 +3,8 @@
 import fcntl
 import glob
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +12,14 @@ from typing import Any
 
 from oneflow import nn
 
-from cnns.checkpoint.files import OLD, current, remove_directory, write_durably, writing
+from cnns.checkpoint.files import (
+    OLD,
+    current,
+    remove_directory,
+    remove_leftovers,
+    write_durably,
+    writing,
+)
 from cnns.checkpoint.snapshot import (
     DESCRIPTION,
     EPOCH_NAME,
@@ -29,6 +35,8 @@ from cnns.log import is_first_rank, notice
 from cnns.models.layers import Switches
 from cnns.models.model import Models, check_switches
 from cnns.places import PUBLISHED_FOLDER, SNAPSHOT_ROOT
+
+SnapshotCheck = Callable[[Snapshot, str], None]  # with its path
 
 
 @contextmanager
@@ -61,6 +69,7 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
     try:
         lock(handle, save_dir)
         check_held(save_dir, resumed)
+        remove_leftovers(save_dir, f".{PREFIX}")
         yield save_dir
     finally:
         os.close(handle)
@@ -81,8 +90,7 @@ def lock(handle: int, save_dir: str) -> None:
 def check_held(save_dir: str, resumed: str | None) -> None:
     """Refuse a directory with snapshots that this run would overwrite.
 
-    When it resumes there, what a killed process has left half-written is removed, and
-    damaged snapshots get another name.
+    When it resumes there, damaged snapshots get another name.
     """
     names = sorted(os.listdir(save_dir))
     held = [name for name in names if name.startswith(PREFIX)]
@@ -96,7 +104,7 @@ def check_held(save_dir: str, resumed: str | None) -> None:
     start = position(read_description(resumed))
     for name in held:
         path = os.path.join(save_dir, name)
-        if os.path.samefile(path, resumed):
+        if os.path.exists(path) and os.path.samefile(path, resumed):
             continue
         if name.endswith(OLD):  # of a run that was killed while it replaced this one
             name, path = name.removesuffix(OLD), path.removesuffix(OLD)
@@ -117,9 +125,6 @@ def check_held(save_dir: str, resumed: str | None) -> None:
                 f"--resume={resumed}: {save_dir} holds {name}, which is later and would be "
                 "overwritten; give another --model_save_dir, or resume from the later one"
             )
-    for name in names:
-        if name.startswith(f".{PREFIX}") and ".tmp-" in name:  # of a run that was killed
-            shutil.rmtree(os.path.join(save_dir, name), ignore_errors=True)
 
 
 def position(snapshot: Snapshot) -> tuple[int, int]:
@@ -221,13 +226,21 @@ def is_of(path: str, model: str) -> bool:
         return False
 
 
-def find_resume(resume: str | None, save_dir: str | None) -> Checkpoint | None:
+def anything(snapshot: Snapshot, path: str) -> None:
+    """Passes."""
+
+
+def find_resume(
+    resume: str | None, save_dir: str | None, *, check: SnapshotCheck = anything
+) -> Checkpoint | None:
     """The snapshot that --resume means, read and whole; None for a fresh start.
 
     Args:
         resume: a snapshot, a directory of snapshots of which the newest whole one is taken, `auto`
             for that of `save_dir`, or None.
         save_dir: --model_save_dir.
+        check: raises RunError for a snapshot that is of no use to this run, for instance
+            cnns.resume.check_flags.
 
     Raises UsageError where there is no such directory, or `auto` has no --model_save_dir; RunError
     where the snapshot cannot be resumed.
@@ -238,7 +251,7 @@ def find_resume(resume: str | None, save_dir: str | None) -> Checkpoint | None:
         if save_dir is None:
             raise UsageError("--resume=auto needs --model_save_dir: the directory of the run")
         held = held_snapshots(save_dir)
-        found = newest_whole(held)
+        found = newest_whole(held, check)
         if held and found is None:
             raise RunError(
                 f"none of the snapshots in {save_dir} is whole, see above; move them away for a "
@@ -248,20 +261,23 @@ def find_resume(resume: str | None, save_dir: str | None) -> Checkpoint | None:
     path = current(os.path.normpath(resume))
     if not os.path.isdir(path):
         raise UsageError(f"--resume: there is no directory {resume}; check the path")
-    if os.path.isfile(os.path.join(path, DESCRIPTION)):
-        return read_whole(path, read_description(path))
-    found = newest_whole(held_snapshots(path))
+    if os.path.lexists(os.path.join(path, DESCRIPTION)):
+        snapshot = read_description(path)
+        check(snapshot, path)
+        return read_whole(path, snapshot)
+    found = newest_whole(held_snapshots(path), check)
     if found is None:
         raise UsageError(f"--resume: {path} holds no snapshot to resume")
     return found
 
 
-def newest_whole(held: frozenset[tuple[str, int]]) -> Checkpoint | None:
+def newest_whole(held: frozenset[tuple[str, int]], check: SnapshotCheck) -> Checkpoint | None:
     """The one of `held_snapshots` that got furthest; damaged ones are named and passed over."""
     found = []
     for path, _ in sorted(held):
         try:
             snapshot = read_description(path)
+            check(snapshot, path)
         except RunError as error:
             notice(f"Passed over: {error}.")
             continue

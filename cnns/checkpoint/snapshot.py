@@ -15,8 +15,9 @@ import os
 import platform
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import oneflow as flow
@@ -24,9 +25,12 @@ from oneflow import nn
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
+from cnns.checkpoint.description import check_description
 from cnns.checkpoint.files import write_durably, writing
+from cnns.checkpoint.pickles import printable
 from cnns.data.images import Preprocessing, read_preprocessing
 from cnns.errors import RunError
+from cnns.jsonfile import Damaged, check_regular, read_json
 from cnns.models.layers import from_standard, to_standard
 
 FORMAT_VERSION = 1
@@ -56,6 +60,8 @@ class Snapshot:
     best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
     flags: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
+    # CRC-32 of the files of arrays, by name; none in snapshots of earlier versions.
+    checksums: dict = field(default_factory=dict, compare=False)
     format_version: int = FORMAT_VERSION
 
 
@@ -153,12 +159,19 @@ def save_snapshot(
         if not np.isfinite(array).all():
             raise RunError(f"{parameter} is no longer finite, so {path} is not written")
     with writing(path, replace=replace) as temporary:
-        write_durably(os.path.join(temporary, WEIGHTS), save(arrays))
+        checksums = {WEIGHTS: write_arrays(temporary, WEIGHTS, arrays)}
         if graph is not None:
-            state = save(training_arrays(graph, model))
-            write_durably(os.path.join(temporary, TRAINING_STATE), state)
-        text = json.dumps(asdict(snapshot), indent=2) + "\n"
+            state = training_arrays(graph, model)
+            checksums[TRAINING_STATE] = write_arrays(temporary, TRAINING_STATE, state)
+        text = json.dumps(asdict(snapshot) | {"checksums": checksums}, indent=2) + "\n"
         write_durably(os.path.join(temporary, DESCRIPTION), text.encode())
+
+
+def write_arrays(directory: str, name: str, arrays: dict[str, np.ndarray]) -> int:
+    """Write a file of arrays, and return its checksum. Raises OSError."""
+    data = save(arrays)
+    write_durably(os.path.join(directory, name), data)
+    return zlib.crc32(data)
 
 
 def read_description(path: str) -> Snapshot:
@@ -168,34 +181,25 @@ def read_description(path: str) -> Snapshot:
     """
     file_path = os.path.join(path, DESCRIPTION)
     try:
-        with open(file_path, encoding="utf-8") as file:
-            content = json.load(file)
-        if content["format_version"] != FORMAT_VERSION:
+        content = read_json(file_path)
+        version = content.get("format_version") if isinstance(content, dict) else FORMAT_VERSION
+        if type(version) is int and version != FORMAT_VERSION:
             raise RunError(
-                f"{file_path} is of format {content['format_version']}, and this version reads "
-                f"{FORMAT_VERSION}"
+                f"{file_path} is of format {version}, and this version reads {FORMAT_VERSION}"
             )
-        content["preprocessing"] = read_preprocessing(content["preprocessing"])
-        if content.get("classes") is not None:
-            content["classes"] = tuple(content["classes"])
-        snapshot = Snapshot(**content)
-        snapshot.num_classes = int(snapshot.num_classes)
-        kinds: dict[str, Any] = {"epoch": int | None, "iteration": int, "step": int}
-        kinds |= {"flags": dict, "metrics": dict, "best": dict}
-        for name, kind in kinds.items():
-            if not isinstance(getattr(snapshot, name), kind):
-                raise TypeError(f"{name} is {getattr(snapshot, name)!r}")
-        return snapshot
+        check_description(content)
     except FileNotFoundError:
         raise RunError(
             f"{path} is not a snapshot, or only part of one: it holds no {DESCRIPTION}"
         ) from None
     except OSError as error:
         raise RunError(f"cannot read {file_path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{file_path} is damaged ({type(error).__name__}: {error}); use another snapshot"
-        ) from None
+    except Damaged as error:
+        raise RunError(f"{file_path} is damaged: {error}; use another snapshot") from None
+    content["preprocessing"] = read_preprocessing(content["preprocessing"])
+    if content.get("classes") is not None:
+        content["classes"] = tuple(content["classes"])
+    return Snapshot(**content)
 
 
 def read_weights(path: str) -> dict[str, np.ndarray]:
@@ -207,7 +211,8 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     for name, array in weights.items():
         if array.dtype != np.float32:
             raise RunError(
-                f"{os.path.join(path, WEIGHTS)}: {name} is {array.dtype}, and float32 is needed"
+                f"{os.path.join(path, WEIGHTS)}: {printable(name)} is {array.dtype}, and float32 "
+                "is needed"
             )
     return weights
 
@@ -219,12 +224,9 @@ def check_files(path: str) -> None:
     """
     for name in (WEIGHTS, TRAINING_STATE):
         file_path = os.path.join(path, name)
-        if name == WEIGHTS or os.path.exists(file_path):
-            try:
-                with safe_open(file_path, framework="numpy"):
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise RunError(f"{file_path} is damaged or cut off ({error})") from None
+        if name == WEIGHTS or os.path.lexists(file_path):
+            with arrays_expected(path, name), safe_open(file_path, framework="numpy"):
+                pass
 
 
 def read_arrays(path: str, name: str) -> dict[str, np.ndarray]:
@@ -232,16 +234,49 @@ def read_arrays(path: str, name: str) -> dict[str, np.ndarray]:
 
     Raises RunError where it is missing or damaged.
     """
+    with arrays_expected(path, name):
+        return load_file(os.path.join(path, name))
+
+
+def check_belongs(path: str, name: str, snapshot: Snapshot) -> None:
+    """Raise RunError unless the file `name` in `path` is the one that was written with `snapshot`.
+
+    Snapshots of earlier versions do not say.
+    """
+    with arrays_expected(path, name):
+        if snapshot.checksums and file_checksum(path, name) != snapshot.checksums.get(name):
+            raise RunError(
+                f"{os.path.join(path, name)} does not belong to the {DESCRIPTION} beside it: it "
+                "was changed, or copied from elsewhere; use another snapshot"
+            )
+
+
+@contextmanager
+def arrays_expected(path: str, name: str) -> Iterator[None]:
+    """Makes one line of what can go wrong with a file of arrays that somebody else may have made.
+
+    safetensors bounds every offset by the file; numpy refuses shapes that it cannot hold.
+    """
     file_path = os.path.join(path, name)
     try:
-        return load_file(file_path)
+        check_regular(file_path)
+        yield
     except FileNotFoundError:
         raise RunError(
             f"{path} is not a snapshot, or only part of one: it holds no {name}"
         ) from None
-    except (SafetensorError, OSError) as error:
+    except (TypeError, KeyError, AttributeError) as error:  # a number format that numpy has not
+        raise RunError(f"{file_path} is not of float32: {printable(str(error))}") from None
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise RunError(
-            f"{file_path} is damaged or cut off ({error}); use another snapshot"
+            f"{file_path} is damaged or cut off ({printable(str(error))}); use another snapshot"
         ) from None
-    except (TypeError, KeyError) as error:  # a number format that numpy has not
-        raise RunError(f"{file_path} is not of float32: {error}") from None
+
+
+def file_checksum(path: str, name: str) -> int:
+    """CRC-32 of the file `name` in `path`. Raises OSError."""
+    total = 0
+    with open(os.path.join(path, name), "rb") as file:
+        while block := file.read(1 << 20):
+            total = zlib.crc32(block, total)
+    return total

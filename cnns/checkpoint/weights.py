@@ -19,13 +19,16 @@ from cnns.checkpoint.foreign import (
 from cnns.checkpoint.snapshot import (
     DESCRIPTION,
     TRAINING_STATE,
+    WEIGHTS,
     Snapshot,
+    check_belongs,
     read_arrays,
     read_description,
     read_weights,
     state_arrays,
     versions,
 )
+from cnns.checkpoint.training import check_state
 from cnns.errors import RunError, UsageError
 from cnns.models.layers import from_standard, to_standard
 from cnns.models.model import Models
@@ -127,6 +130,8 @@ class Checkpoint:
         load_weights(
             network, weights, path=self.path, without=self.last_layer if finetune else None
         )
+        if self.foreign is None:
+            check_belongs(self.path, WEIGHTS, self.snapshot)
         if finetune:
             notices.append("--finetune: the last layer starts from random weights.")
         return notices
@@ -144,15 +149,25 @@ class Checkpoint:
 
 def read_whole(path: str, snapshot: Snapshot) -> Checkpoint:
     """All of one of ours that a run needs to be resumed. Raises RunError where it is not whole."""
-    state = None
+    weights, state = read_weights(path), None
+    check_belongs(path, WEIGHTS, snapshot)
     if snapshot.step > 0:
-        if not os.path.exists(os.path.join(path, TRAINING_STATE)):
+        if not os.path.lexists(os.path.join(path, TRAINING_STATE)):
             raise RunError(
                 f"{path} holds weights only, no {TRAINING_STATE}; start a new run from them with "
                 f"--model_load_dir={path}"
             )
         state = read_arrays(path, TRAINING_STATE)
-    return Checkpoint(path, snapshot, weights=read_weights(path), state=state)
+        check_belongs(path, TRAINING_STATE, snapshot)
+        check_state(
+            state,
+            weights=weights,
+            flags=snapshot.flags,
+            step=snapshot.step,
+            path=os.path.join(path, TRAINING_STATE),
+            as_written=bool(snapshot.checksums),
+        )
+    return Checkpoint(path, snapshot, weights=weights, state=state)
 
 
 def open_checkpoint(
@@ -166,7 +181,7 @@ def open_checkpoint(
 
     Raises RunError where it cannot be read, UsageError where the network cannot be told.
     """
-    if os.path.exists(os.path.join(path, DESCRIPTION)):
+    if os.path.lexists(os.path.join(path, DESCRIPTION)):
         snapshot = read_description(path)
         known = models.get(snapshot.model)
         return Checkpoint(path, snapshot, last_layer=known.last_layer if known else "fc")

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from cnns.checkpoint.files import sync_directory, write_durably
 from cnns.errors import RunError
+from cnns.jsonfile import Damaged, anything, integer, listed, optional, read_json, record, string
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1  # of the manifest
@@ -150,6 +151,25 @@ def walk_records(fd: int, path: str) -> int:
 
 # Manifest.
 
+# What readers need of it; verify_ofrecord.py finds where it contradicts itself.
+MANIFEST_SCHEMA = record(
+    {
+        "parts": listed(
+            record(
+                {"name": string, "num_examples": integer(0), "num_bytes": integer(0)},
+                others=anything,
+            ),
+            low=1,
+        ),
+    },
+    {
+        "num_examples": integer(0),
+        "num_classes": optional(integer(0, MAX_CLASSES)),
+        "classes": optional(listed(string, high=MAX_CLASSES)),
+    },
+    others=anything,
+)
+
 
 def read_manifest(directory: str | os.PathLike) -> dict | None:
     """The manifest of an OFRecord directory, or None where it has none.
@@ -158,28 +178,16 @@ def read_manifest(directory: str | os.PathLike) -> dict | None:
     """
     path = os.path.join(directory, MANIFEST)
     try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-        well_formed = (
-            bool(manifest["parts"])
-            and all(
-                isinstance(part["name"], str)
-                and isinstance(part["num_examples"], int)
-                and isinstance(part["num_bytes"], int)
-                for part in manifest["parts"]
-            )
-            and isinstance(manifest.get("num_classes"), int | None)
-            and all(isinstance(name, str) for name in manifest.get("classes") or ())
-        )
+        manifest = read_json(path)
+        MANIFEST_SCHEMA(manifest, "")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        well_formed = False
-    if not well_formed:
+    except (OSError, Damaged) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise RunError(
-            f"{path} is not a manifest that can be read; remove it to have the parts counted, or "
-            "make the data set anew"
-        )
+            f"{path} is not a manifest that can be read ({reason}); remove it to have the parts "
+            "counted, or make the data set anew"
+        ) from None
     return manifest
 
 

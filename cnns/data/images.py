@@ -2,13 +2,14 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cnns.errors import RunError, UsageError
+from cnns.jsonfile import integer, listed, one_of, real, record
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 MAX_RESIZED_PIXELS = 1 << 26  # 200 MB
@@ -34,29 +35,27 @@ class Preprocessing:
     interpolation: str = "bilinear"  # a key of INTERPOLATIONS; of inference and validation arrays
 
 
-def read_preprocessing(settings: dict) -> Preprocessing:
-    """Preprocessing as a snapshot or an exported file describes it.
+PREPROCESSING = record(
+    {
+        "image_size": integer(1, MAX_SIZE),
+        "resize_shorter": integer(1, MAX_SIZE),
+        "rgb_mean": listed(real(-MAX_LEVEL, MAX_LEVEL), low=3, high=3),
+        "rgb_std": listed(real(MIN_STD, MAX_LEVEL), low=3, high=3),
+    },
+    {"interpolation": one_of(INTERPOLATIONS)},  # older snapshots have none
+)
 
-    Raises KeyError, TypeError or ValueError where the description is damaged.
+
+def read_preprocessing(settings: dict) -> Preprocessing:
+    """Preprocessing as a snapshot or an exported file describes it; what else it says is ignored.
+
+    Raises ValueError where the description is damaged.
     """
-    sizes = {name: settings[name] for name in ("image_size", "resize_shorter")}
-    for name, size in sizes.items():
-        if type(size) is not int or not 0 < size <= MAX_SIZE:
-            raise ValueError(f"{name} is {repr(size)[:80]}")
-    colours: dict = {name: settings[name] for name in ("rgb_mean", "rgb_std")}
-    for name, values in colours.items():
-        least = MIN_STD if name == "rgb_std" else -MAX_LEVEL
-        if not (
-            isinstance(values, list | tuple)
-            and len(values) == 3
-            and all(type(x) in (int, float) and least <= x <= MAX_LEVEL for x in values)
-        ):
-            raise ValueError(f"{name} is {repr(values)[:80]}")
-    colours = {name: tuple(map(float, values)) for name, values in colours.items()}
-    interpolation = settings.get("interpolation", "bilinear")  # older snapshots have none
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"unknown interpolation {repr(interpolation)[:80]}")
-    return Preprocessing(**sizes, **colours, interpolation=interpolation)
+    names = [field.name for field in fields(Preprocessing)]
+    own = {name: settings[name] for name in names if name in settings}
+    PREPROCESSING(own, "")
+    colours = {name: tuple(map(float, own[name])) for name in ("rgb_mean", "rgb_std")}
+    return Preprocessing(**(own | colours))
 
 
 def find_images(paths: list[str]) -> list[str]:

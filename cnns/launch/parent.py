@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 from cnns.errors import RunError, UsageError, describe, report
+from cnns.interrupts import SIGNALS, STATUSES, is_ignored
 from cnns.launch.channel import MAX_BYTES, PROTOCOL, Channel, brief, difference
 from cnns.launch.job import Job, listen, reserve_port, resolve
 from cnns.launch.worker import ABORT, End, Explain, Worker
@@ -35,10 +36,9 @@ TELL_SECONDS = 10.0  # node 0 stays so long to tell nodes that connect late why 
 GATHER_SECONDS = 1.5
 TERM_SECONDS = 1.5  # between SIGTERM and SIGKILL
 REAP_SECONDS = 5.0  # for processes to be gone after SIGKILL
-STOP_SECONDS = 300.0  # for workers to finish after SIGINT or SIGTERM; saving takes a while
+STOP_SECONDS = 300.0  # for workers to finish after a signal; saving takes a while
 STOP_LEFT_SECONDS = 10.0  # for the others when one of them has died
 SAME_SIGNAL_SECONDS = 1.0  # `timeout` and schedulers send a signal to the process and to its group
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 open_connection = partial(asyncio.open_connection, limit=MAX_BYTES)
 
@@ -195,7 +195,7 @@ class Coordinator:
 
     def on_exit(self, rank: int, end: End) -> None:
         self.working.discard(rank)
-        if end.status in (130, 143):
+        if end.status in STATUSES:
             self.stopped = True
             self.expect_stop(end.status - 128, STOP_SECONDS)  # perhaps somebody else sent it
         elif end.status != 0:
@@ -275,7 +275,7 @@ class Parent:
         self.loop.set_exception_handler(self.on_fault)
         self.loop.add_signal_handler(signal.SIGCHLD, self.poll_workers)
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a background job
+            if not is_ignored(number):  # by nohup, or as a background job
                 self.loop.add_signal_handler(number, self.on_signal, number)
         self.loop.call_later(self.job.start_timeout, self.give_up_connecting)
         if self.error is not None and self.job.node_rank > 0:  # in case nobody can be told
@@ -342,7 +342,9 @@ class Parent:
                 worker.is_ending = True
                 worker.hold()
         elif kind == "signal" and self.stop_signal is None:  # once: they finish by themselves
-            self.stop_signal = fields["number"]
+            number = fields["number"]
+            # One that is ignored here is ignored by the workers as well.
+            self.stop_signal = signal.SIGTERM if is_ignored(number) else number
             for worker in self.workers:
                 worker.is_ending = True
                 worker.process.send_signal(self.stop_signal)
@@ -403,7 +405,7 @@ class Parent:
 
     def report(self, end: End) -> None:
         """Print the one line, and on node 0 what the worker that is the cause said last."""
-        interrupted = end.status in (130, 143)
+        interrupted = end.status in STATUSES
         for worker in self.workers:
             if interrupted or end.status == 0 or not end.text:
                 worker.release(native=not interrupted)
@@ -435,7 +437,7 @@ def launch(
 
     Returns:
         0: every worker ended with 0. 1 or 2: the job failed, and one line on stderr says where and
-        why. 130 or 143: SIGINT or SIGTERM came to one of the parents.
+        why. 129, 130 or 143: SIGHUP, SIGINT or SIGTERM came to one of the parents.
     """
 
     async def run() -> int:
@@ -460,7 +462,8 @@ async def coordinate(parent: Parent) -> int:
     running = asyncio.create_task(coordinator.run(listener))
     status = await parent.run(lambda: open_connection(sock=ours))
     for number in SIGNALS:  # it only stays to tell others
-        parent.loop.add_signal_handler(number, running.cancel)
+        if not is_ignored(number):
+            parent.loop.add_signal_handler(number, running.cancel)
     with suppress(asyncio.CancelledError):
         await asyncio.gather(running, serving)
     return status

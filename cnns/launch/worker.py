@@ -1,6 +1,7 @@
 """One process of a job: what it does at its start and end, and how its parent sees it."""
 
 import asyncio
+import errno
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ from queue import Full, Queue
 from threading import Thread
 from typing import Any
 
+from cnns.errors import forget
+from cnns.interrupts import STATUSES
 from cnns.launch.channel import brief
 from cnns.launch.job import Job
 
@@ -188,9 +191,12 @@ class Worker:
 
     def print_lines(self) -> None:
         while (line := self.to_print.get()) is not None:
-            with suppress(OSError):  # nobody reads it any more
+            try:
                 sys.stderr.buffer.write(line)
                 sys.stderr.buffer.flush()
+            except OSError as error:  # nobody reads it any more
+                if error.errno == errno.EIO:
+                    forget(sys.stderr)
 
     def read_stderr(self) -> bool:
         """Take what there is; False at the end of the stream."""
@@ -262,7 +268,7 @@ class Worker:
 
     def outcome(self, code: int, explain: Explain) -> End:
         """What the end of this worker with the status `code` means for the job."""
-        if code in (0, 130, 143):
+        if code in (0, *STATUSES):
             return End(code)
         words = self.last_words()
         known = explain(self.rank - self.job.ranks[0], words)

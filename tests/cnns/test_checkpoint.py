@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import cnns.checkpoint.snapshot as snapshot_module
 import model_registry
+from cnns.checkpoint.files import hold
 from cnns.checkpoint.find import (
     find_resume,
     find_snapshot,
@@ -278,6 +279,41 @@ def test_a_resumed_run_writes_beside_its_snapshot(tmp_path, saved):
         pass
     with open_save_dir(str(tmp_path / "elsewhere"), resumed=str(path)) as save_dir:
         assert save_dir == str(tmp_path / "elsewhere")
+
+
+def test_what_killed_processes_have_left_is_removed(tmp_path, saved):
+    """By whoever writes there next, unless a process that is alive is still writing to it."""
+    _, model, snapshot = saved
+    new = tmp_path / "new"
+    for name in (".snapshot_last.tmp-1", ".snapshot_last.old.tmp-2", ".snapshot_epoch_0.tmp-3"):
+        (new / name).mkdir(parents=True)
+        (new / name / "model.safetensors").write_bytes(b"half")
+    (new / ".snapshot_file.tmp-4").touch()
+    (new / ".notes.tmp-5").mkdir()
+    handle = hold(str(new / ".snapshot_epoch_0.tmp-3"))
+    with open_save_dir(str(new)):
+        kept = [".notes.tmp-5", ".snapshot_epoch_0.tmp-3", ".snapshot_file.tmp-4"]
+        assert sorted(os.listdir(new)) == kept
+    os.close(handle)
+    save(str(new), "epoch_0", model, snapshot)  # as tools/convert_snapshot.py does
+    kept = [".notes.tmp-5", ".snapshot_file.tmp-4", "snapshot_epoch_0"]
+    assert sorted(os.listdir(new)) == kept
+
+
+def test_leftovers_in_the_directory_of_another_run_are_not_touched(tmp_path, saved):
+    (tmp_path / ".snapshot_last.tmp-1").mkdir()
+    with pytest.raises(UsageError, match="already holds"), open_save_dir(str(tmp_path)):
+        pass
+    assert (tmp_path / ".snapshot_last.tmp-1").is_dir()
+
+
+def test_a_link_to_nothing_does_not_stand_in_the_way(tmp_path, saved):
+    path, _, _ = saved
+    (tmp_path / "snapshot_lost").symlink_to(tmp_path / "nowhere")
+    assert find_resume("auto", str(tmp_path / "none")) is None
+    with open_save_dir(str(tmp_path), resumed=str(path)):
+        names = sorted(os.listdir(tmp_path))
+    assert names == [f"damaged_snapshot_lost_{os.getpid()}", "snapshot_epoch_3"]
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, saved):

@@ -63,8 +63,9 @@ import json, os, pathlib, signal, subprocess, sys, time
 
 rank = os.environ["RANK"]
 got = []
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: got.append(number))
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) is not signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: got.append(number))
 directory = pathlib.Path(os.environ["DIRECTORY"])
 
 def wait(seconds=60):
@@ -769,7 +770,8 @@ def test_two_machines(cluster, nodes, rank):
 
 
 @pytest.mark.parametrize(
-    ("number", "where"), [(signal.SIGINT, 0), (signal.SIGINT, 1), (signal.SIGTERM, 1)]
+    ("number", "where"),
+    [(signal.SIGINT, 0), (signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 0)],
 )
 def test_a_signal_reaches_every_worker_once(cluster, number, where):
     nodes = cluster.pair(devices=2)
@@ -778,6 +780,20 @@ def test_a_signal_reaches_every_worker_once(cluster, number, where):
     nodes[where].signal(number)
     assert [node.status() for node in nodes] == [128 + number] * 2
     assert nodes[0].lines() == [f"signals [{int(number)}]"] and nodes[1].lines() == []
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_lost_connection_on_one_node(cluster, where):
+    """The other was started by nohup, and its workers ignore SIGHUP: they get SIGTERM."""
+    nodes = [cluster.start(rank, prefix=() if rank == where else ("nohup",)) for rank in range(2)]
+    cluster.worker(0), cluster.worker(1)
+    nodes[1 - where].signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert [node.process.poll() for node in nodes] == [None, None]
+    nodes[where].signal(signal.SIGHUP)
+    assert [node.status() for node in nodes] == [129, 129]
+    got = signal.SIGHUP if where == 0 else signal.SIGTERM
+    assert nodes[0].lines()[-1] == f"signals [{int(got)}]"
 
 
 def test_ctrl_c_in_a_terminal(cluster):

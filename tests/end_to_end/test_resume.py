@@ -2,12 +2,14 @@
 
 import json
 import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -357,7 +359,7 @@ def test_best_is_kept_between_the_intervals(data, monkeypatch):
     assert description("run/snapshot_epoch_3")["best"] == best["best"]
 
 
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_ends_the_run_with_a_snapshot_and_a_second_one_at_once(name, status):
     number = getattr(signal, name)
     flags = [flag for flag in TOY_RUN if "save_every" not in flag] + ["--num_examples=4000"]
@@ -384,6 +386,37 @@ def test_a_signal_ends_the_run_with_a_snapshot_and_a_second_one_at_once(name, st
         run.communicate()
     assert run.returncode in (-number, status)
     assert find_resume("auto", "run").path == "run/snapshot_last"
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_terminal_that_is_lost(tmp_path, devices):
+    """Every line that is written to it from then on fails; the snapshot is written."""
+    flags = [flag for flag in TOY_RUN if "save_every" not in flag] + ["--num_examples=4000"]
+    flags += ["--device=cpu", f"--gpu_num_per_node={devices}", "--model_save_dir=run"]
+    argv = [sys.executable, str(ROOT / "tests" / "train_small.py"), *flags]
+    process_id, terminal = pty.fork()
+    if process_id == 0:
+        os.execv(argv[0], argv)
+    said = b""
+    while b"train: epoch 0, iter 3" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    _, status = os.waitpid(process_id, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    assert os.listdir("run") == ["snapshot_last"]
+    assert find_resume("auto", "run").snapshot.iteration >= 3
+
+
+def test_nohup_is_obeyed():
+    flags = [flag for flag in TOY_RUN if "save_every" not in flag]
+    ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    with process(*flags, "--model_save_dir=run", "--num_epochs=2", preexec_fn=ignore) as run:
+        while not run.stdout.readline().startswith("train: epoch 0, iter 1"):
+            pass
+        run.send_signal(signal.SIGHUP)
+        out, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert "train: epoch 1, iter 6" in out
 
 
 def test_a_full_disk_leaves_the_last_good_snapshot(tmp_path):

@@ -1,0 +1,75 @@
+"""What snapshot.json may say: types, ranges, and what its numbers have to do with one another."""
+
+from typing import Any
+
+from cnns.data.format import MAX_CLASSES
+from cnns.data.images import PREPROCESSING
+from cnns.jsonfile import (
+    Damaged,
+    integer,
+    listed,
+    optional,
+    real,
+    record,
+    refuse,
+    string,
+)
+
+MAX_NUMBER = 1 << 53  # of steps and the like
+
+
+def flag(value: Any, where: str) -> None:
+    """A flag's value; cnns.resume knows which values each flag takes."""
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, str | int | float | None):  # a bool is an int
+            refuse(item, where, "a text, a number, true, false or null")
+
+
+NUMBER = integer(0, MAX_NUMBER)
+COUNT = integer(1, MAX_NUMBER)
+CHECKSUM = integer(0, (1 << 32) - 1)
+ACCURACIES = {"val_top_1": real(0, 1), "val_top_k": real(0, 1), "num_val_examples": COUNT}
+SCHEMA = record(
+    {
+        "format_version": integer(1),
+        "model": string,
+        "num_classes": integer(1, MAX_CLASSES),
+        "preprocessing": PREPROCESSING,
+    },
+    {
+        "classes": optional(listed(string, high=MAX_CLASSES)),
+        "epoch": optional(integer(-1, MAX_NUMBER)),
+        "iteration": NUMBER,
+        "step": NUMBER,
+        "steps_per_epoch": optional(COUNT),
+        "global_batch_size": optional(COUNT),
+        "train_data": optional(
+            record({"examples": COUNT}, {"classes": optional(NUMBER), "checksum": CHECKSUM})
+        ),
+        "metrics": record({}, ACCURACIES, others=real()),
+        "best": record({}, {"epoch": NUMBER, **ACCURACIES}, others=real()),
+        "flags": record({}, others=flag),
+        "versions": record({}, others=string),
+        "checksums": record({}, others=CHECKSUM),
+    },
+)
+
+
+def check_description(content: Any) -> None:
+    """Raise Damaged where `content` is not what a snapshot.json can say."""
+    SCHEMA(content, "")
+    epoch, best = content.get("epoch"), content.get("best", {}).get("epoch")
+    finished = 0 if epoch is None else epoch + 1
+    iteration, step = content.get("iteration", 0), content.get("step", 0)
+    steps_per_epoch = content.get("steps_per_epoch")
+    if (steps_per_epoch is None) != (content.get("global_batch_size") is None):
+        raise Damaged("it has one of steps_per_epoch and global_batch_size without the other")
+    if iteration > (steps_per_epoch or 0):
+        raise Damaged(f"iteration is {iteration}, and an epoch has {steps_per_epoch}")
+    if steps_per_epoch is not None and step != finished * steps_per_epoch + iteration:
+        raise Damaged(
+            f"step is {step}, but {finished} epochs of {steps_per_epoch} iterations and "
+            f"{iteration} make {finished * steps_per_epoch + iteration}"
+        )
+    if best is not None and best >= finished:
+        raise Damaged(f"the best epoch is {best}, and {finished} are finished")
