@@ -23,7 +23,7 @@ import config
 from cnns.checkpoint.find import restore
 from cnns.data.images import Preprocessing, class_names, find_images, load_image
 from cnns.distributed import launch_script, place, takes_cuda
-from cnns.errors import RunError, UsageError, report, run_main
+from cnns.errors import RunError, UsageError, printable, report, run_main
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import Predictor
 from cnns.launch.job import Job
@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     predict, preprocessing, names = BACKENDS[args.backend](args)
     write = WRITERS[args.output](names, args.top_k)
     failures = Failures()
-    images = ahead(failures.taken_out(load_all(paths, preprocessing)), depth=2 * args.batch_size)
+    images = ahead(
+        failures.taken_out(load_all(paths, preprocessing, args.max_pixels)),
+        depth=2 * args.batch_size,
+    )
     for batch in batches(images, args.batch_size):
         rows = predict(np.stack([image for _, image in batch]))
         for (path, _), probabilities in zip(batch, rows, strict=True):
@@ -110,7 +113,7 @@ def read_stdin() -> Iterator[str | RunError]:
 
 
 def load_all(
-    paths: Iterable[str | RunError], preprocessing: Preprocessing
+    paths: Iterable[str | RunError], preprocessing: Preprocessing, max_pixels: int
 ) -> Iterator[tuple[str, np.ndarray | RunError]]:
     """Each path with its image (3, H, W), or with what is wrong with it."""
     for path in paths:
@@ -118,7 +121,7 @@ def load_all(
             yield "", path
             continue
         try:
-            yield path, load_image(path, preprocessing)
+            yield path, load_image(path, preprocessing, max_pixels=max_pixels)
         except RunError as error:
             yield path, error
 
@@ -202,7 +205,7 @@ def csv_writer(names: list[str], top_k: int) -> Write:
 
     def write(path: str, probabilities: np.ndarray) -> None:
         for rank, i in enumerate(best(probabilities, top_k), 1):
-            writer.writerow((printable(path), rank, i, names[i], probabilities[i]))
+            writer.writerow((as_unicode(path), rank, i, names[i], probabilities[i]))
         sys.stdout.flush()
 
     return write
@@ -217,13 +220,13 @@ def json_writer(names: list[str], top_k: int) -> Write:
             probability = float(str(probabilities[i]))  # the digits that a float32 has
             row = {"rank": rank, "class": int(i), "name": names[i], "probability": probability}
             classes.append(row)
-        print(json.dumps({"path": printable(path), "classes": classes}), flush=True)
+        print(json.dumps({"path": as_unicode(path), "classes": classes}), flush=True)
 
     return write
 
 
-def printable(path: str) -> str:
-    """A path whose bytes are not UTF-8, as something that can be printed."""
+def as_unicode(path: str) -> str:
+    """A path, with a mark in place of bytes that are not UTF-8."""
     return path.encode(errors="surrogateescape").decode(errors="replace")
 
 

@@ -58,7 +58,20 @@ def describe(error: BaseException) -> tuple[int, str]:
     return 1, str(error)
 
 
+def printable(text: str) -> str:
+    """Text with control characters, and bytes of file names that are not UTF-8, as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else escape(c) for c in text)
+
+
+def escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte, as os.fsdecode gives it
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 def report(error: object) -> None:
     """Print `error` as the one line `<script>: error: <what>` on stderr."""
-    line = " ".join(str(error).split())
+    line = printable(" ".join(str(error).split()))
     print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
