@@ -37,7 +37,7 @@ def check_ordinary(path: str | os.PathLike) -> None:
 def open_input(path: str | os.PathLike, *, buffering: int = -1) -> BinaryIO:
     """An ordinary file, open for reading. Raises OSError for anything else; never waits."""
     check_ordinary(path)
-    return open(path, "rb", buffering=buffering)  # type: ignore[return-value]
+    return open(path, "rb", buffering=buffering)
 
 
 def unpacked_limit(packed_bytes: int) -> int:

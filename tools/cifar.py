@@ -64,8 +64,8 @@ def unpack(packed: BinaryIO, plain: BinaryIO, path: Path) -> None:
     """Write a tar archive, compressed or not, to `plain`. Raises RunError where that fails."""
     head = packed.read(6)
     packed.seek(0)
-    openers = [opener for magic, opener in COMPRESSED.items() if head.startswith(magic)]
-    source: Any = openers[0](packed) if openers else packed
+    openers: list[Any] = [opener for magic, opener in COMPRESSED.items() if head.startswith(magic)]
+    source = openers[0](packed) if openers else packed
     limit = unpacked_limit(os.fstat(packed.fileno()).st_size)
     while True:
         try:

@@ -24,7 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, read_classes
+from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, MAX_PIXELS, read_classes
 from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.flags import Parser, add_switch, number
 from cnns.inputs import Tree, open_input, unpacked_limit
@@ -548,6 +548,7 @@ def make_parser() -> Parser:
 
 
 # Not in the manifest, so that equal runs into two places give equal bytes.
+UNREMARKABLE = (("follow_links", False), ("max_pixels", MAX_PIXELS))
 NOT_IN_MANIFEST = ("job", "make", "choose_num_parts", "output", "num_workers")
 
 
@@ -557,7 +558,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
-        if name not in NOT_IN_MANIFEST
+        if name not in NOT_IN_MANIFEST and (name, value) not in UNREMARKABLE
     }
     write_dataset(
         splits,

@@ -263,7 +263,8 @@ def verify(
     num_faults += len(faults)
     checksums = any("sha256" in entry for entry in entries.values())
     print(
-        f"{printable(str(directory))}: {num_examples} examples in {len(names)} part{'s' * (len(names) != 1)}, "
+        f"{printable(str(directory))}: {num_examples} examples in {len(names)} "
+        f"part{'s' * (len(names) != 1)}, "
         f"{size} bytes, labels up to {max_label}, "
         f"checksums {'compared' if checksums else 'not compared, as there is no manifest'}, "
         f"images {'decoded' if decode else 'walked'}: "
