@@ -132,8 +132,10 @@ def walk_tar(window: Window, where: str) -> Iterator[tuple[str, int, int]]:
             for member in archive:
                 archive.members.clear()  # tarfile keeps them all
                 window.left = HEADER_BYTES
-                if member.size < 0 or archive.offset <= at:
-                    raise tarfile.ReadError("a size below 0")
+                # tarfile takes 0 for a size of a pax header that is not a number.
+                number = member.pax_headers.get("size", "0").isdecimal()
+                if not number or member.size < 0 or archive.offset <= at:
+                    raise tarfile.ReadError("a size below 0, or none")
                 at = archive.offset
                 if member.isdir():
                     continue
@@ -217,7 +219,7 @@ def index_folder(root: Path, tree: Tree) -> Index:
     def scan(folder: str) -> list[str]:
         below = []
         try:
-            for name, is_folder in tree.entries(os.path.join(root, folder)):
+            for name, is_folder in tree.entries(str(root / folder)):
                 path = os.path.join(folder, name)
                 if is_folder:
                     below.append(path)

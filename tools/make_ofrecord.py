@@ -117,7 +117,7 @@ def find_images(root: Path, tree: Tree) -> dict[str, list[str]]:
     while waiting:
         below = waiting.pop()
         try:
-            entries = list(tree.entries(os.path.join(root, below)))
+            entries = list(tree.entries(str(root / below)))
         except OSError as error:
             raise RunError(f"{error.filename}: cannot be read: {error.strerror}") from None
         folders = [os.path.join(below, name) for name, is_folder in entries if is_folder]
@@ -547,8 +547,9 @@ def make_parser() -> Parser:
     return parser
 
 
-# Not in the manifest, so that equal runs into two places give equal bytes.
+# Not named in the manifest unless given, as older directories that are resumed do not know them.
 UNREMARKABLE = (("follow_links", False), ("max_pixels", MAX_PIXELS))
+# Not in the manifest, so that equal runs into two places give equal bytes.
 NOT_IN_MANIFEST = ("job", "make", "choose_num_parts", "output", "num_workers")
 
 

@@ -18,7 +18,6 @@ from cnns.inputs import open_input
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 # What those are, to Pillow, which goes by content: it knows others, and starts Ghostscript for EPS.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-NOT_AN_IMAGE = "neither JPEG nor PNG, BMP, GIF, WebP, TIFF or PPM"
 MAX_PIXELS = 200_000_000  # of a picture; 800 MB in Pillow
 MAX_RESIZED_PIXELS = 1 << 26  # 200 MB
 MAX_SIZE = 1 << 14  # pixels a side
@@ -116,6 +115,10 @@ class BadImage(Exception):
     """An image that cannot be used; the message is the reason."""
 
 
+class NotAnImage(BadImage):
+    """One in none of IMAGE_FORMATS."""
+
+
 class TooLarge(BadImage):
     """One of more pixels than are allowed."""
 
@@ -146,7 +149,7 @@ def open_image(source: str | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("empty file" if source == b"" else NOT_AN_IMAGE) from None
+        raise NotAnImage("not an image that Pillow can read" if source else "empty file") from None
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
     except Exception as error:  # Pillow's readers raise many kinds on a broken file
@@ -164,6 +167,8 @@ def read_picture(path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with open_image(path, max_pixels=max_pixels) as image:
             image.load()
             return to_rgb(upright(image))
+    except NotAnImage:
+        raise RunError(f"{path} is not an image that can be read") from None
     except BadImage as error:
         raise RunError(f"{path} is not an image that can be read: {error}") from None
 
