@@ -56,6 +56,8 @@ class Tree:
         self.root = os.path.realpath(root)
         self.follow_links = follow_links
         self.folders: dict[tuple[int, int], str] = {}
+        # Of each file: only references and numbers, as there may be millions.
+        self.folders_of: list[str] = []
         self.paths: list[str] = []
         self.devices, self.inodes = array("Q"), array("Q")
 
@@ -89,12 +91,16 @@ class Tree:
                 "give --follow_links"
             )
 
-    def add(self, path: str) -> None:
-        """Note a file that will be read. One that cannot be looked at is left to its reader."""
+    def add(self, folder: str, path: str) -> None:
+        """Note a file of a folder that will be read.
+
+        One that cannot be looked at is left to its reader.
+        """
         try:
-            state = os.stat(path)
+            state = os.stat(os.path.join(folder, path))
         except OSError:
             return
+        self.folders_of.append(folder)
         self.paths.append(path)
         self.devices.append(state.st_dev)
         self.inodes.append(state.st_ino)
@@ -105,7 +111,8 @@ class Tree:
         order = np.lexsort((inodes, devices))
         same = (np.diff(inodes[order]) == 0) & (np.diff(devices[order]) == 0)
         for k in np.flatnonzero(same):
-            first, second = sorted((self.paths[order[k]], self.paths[order[k + 1]]))
+            names = [os.path.join(self.folders_of[i], self.paths[i]) for i in order[k : k + 2]]
+            first, second = sorted(names)
             raise RunError(
                 f"{second}: is the same file as {first}, and every image may be there only once; "
                 "remove one of them"

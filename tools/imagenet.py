@@ -214,7 +214,7 @@ def add_member(index: Index, path: str, folder: str, offset: int, size: int) -> 
 
 def index_folder(root: Path, tree: Tree) -> Index:
     """The images of a folder: in class folders, or flat."""
-    index = Index(root)
+    index, source = Index(root), str(root)
 
     def scan(folder: str) -> list[str]:
         below = []
@@ -225,7 +225,7 @@ def index_folder(root: Path, tree: Tree) -> Index:
                     below.append(path)
                 elif is_image_name(name):
                     index.add(path, folder)
-                    tree.add(os.path.join(root, path))
+                    tree.add(source, path)
                 else:
                     index.others.append(path)
         except OSError as error:

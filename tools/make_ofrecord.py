@@ -113,7 +113,7 @@ def find_images(root: Path, tree: Tree) -> dict[str, list[str]]:
     """
     classes: dict[str, list[str]] = {name: [] for name in subfolders(root)}
     others = []
-    waiting = [""]
+    source, waiting = str(root), [""]
     while waiting:
         below = waiting.pop()
         try:
@@ -133,7 +133,7 @@ def find_images(root: Path, tree: Tree) -> dict[str, list[str]]:
                 )
             else:
                 classes[path.split(os.sep, 1)[0]].append(path)
-                tree.add(os.path.join(root, path))
+                tree.add(source, path)
     if not classes:
         raise RunError(f"{root}: holds no class folders; needs one sub-folder of images per class")
     for name, paths in classes.items():

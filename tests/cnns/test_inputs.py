@@ -91,10 +91,10 @@ def test_a_tree_has_every_file_once(tmp_path):
     first = put(tmp_path / "x.png")
     os.link(first, tmp_path / "y.png")
     tree = Tree(tmp_path)
-    tree.add(str(first))
-    tree.add(str(tmp_path / "nowhere"))
+    tree.add(str(tmp_path), first.name)
+    tree.add(str(tmp_path), "nowhere")
     tree.check_once()
-    tree.add(str(tmp_path / "y.png"))
+    tree.add(str(tmp_path), "y.png")
     with pytest.raises(RunError, match="y.png: is the same file as .*x.png"):
         tree.check_once()
 
