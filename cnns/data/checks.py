@@ -201,20 +201,18 @@ def look_into_record(data: bytes, where: str) -> tuple[int, str]:
             f"{where} is not an OFRecord with one `encoded` image and one int32 `class/label`; "
             "make the data set with tools/make_ofrecord.py"
         ) from None
+    kind, damage = "no image", ""
     try:
         with open_image(encoded) as image:
             kind = f"{image.mode} {image.format}"
+        walk_jpeg(encoded)
     except TooLarge as error:
         raise RunError(f"{where} holds {error}; make the data set anew without it") from None
-    except BadImage:
-        kind = "no image"
+    except BadImage as error:
+        damage = str(error)
     if kind not in ("RGB JPEG", "RGB MPO"):
         raise RunError(
             f"{where} holds {kind}, and OneFlow's decoder reads RGB JPEG only; make the data set "
             "with tools/make_ofrecord.py, which converts"
         )
-    try:
-        walk_jpeg(encoded)
-    except BadImage as error:
-        return label, str(error)
-    return label, ""
+    return label, damage

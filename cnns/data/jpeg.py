@@ -4,7 +4,7 @@ import re
 import struct
 from dataclasses import dataclass
 
-from cnns.data.images import MAX_PIXELS, BadImage, check_size
+from cnns.data.images import MAX_PIXELS, BadImage, TooLarge, check_size
 
 # Within compressed data 0xFF is followed by 0 (a data byte), D0-D7 (restart) or more 0xFF (fill).
 NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -45,6 +45,11 @@ def walk_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> JpegInfo:
         info = walk_markers(data)
     except (IndexError, struct.error):
         raise BadImage(f"cut off at byte {len(data)}, before the end of the image") from None
+    if max(info.width, info.height) > MAX_SIDE:
+        raise TooLarge(
+            f"a picture of {info.width} x {info.height} pixels, and libjpeg reads up to {MAX_SIDE} "
+            "a side"
+        )
     check_size(info.width, info.height, max_pixels)
     return info
 
@@ -86,7 +91,7 @@ def walk_markers(data: bytes) -> JpegInfo:
             at = found.start() if found else len(data)
     if info is None or not scans:
         raise BadImage("holds no image")
-    if not (0 < info.width <= MAX_SIDE and 0 < info.height <= MAX_SIDE and info.channels):
+    if not (info.width and info.height and info.channels):
         raise BadImage(f"a picture of {info.width} x {info.height} pixels")
     if not tables:
         raise BadImage("no quantisation table")
