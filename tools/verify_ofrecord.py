@@ -22,6 +22,7 @@ from cnns.data.format import (
     LENGTH,
     MANIFEST,
     MAX_CLASSES,
+    MAX_RECORD_BYTES,
     OFRecord,
     decode_record,
     missing_part,
@@ -150,7 +151,7 @@ def walk_part(file: BinaryIO, result: PartResult, look: Look, advance: Advance) 
             result.faults.append(f"{where}: {what}")
             break
         (length,) = LENGTH.unpack(head)
-        if not 0 < length <= left:
+        if not 0 < length <= min(left, MAX_RECORD_BYTES):
             result.faults.append(
                 f"{where}: its length field says {length}, and {left} bytes follow: it is damaged, "
                 "or the part is cut off; what follows in this part was not looked at"

@@ -169,6 +169,14 @@ def test_verify_finds_headers_that_claim_too_many_pixels(tmp_path, decode):
     assert result.stdout.count("which is more than 10 in all") == 2
 
 
+def test_verify_reads_no_record_that_is_longer_than_any_may_be(tmp_path, monkeypatch):
+    message = encode_record(jpeg(solid(0, 2, np.random)), 0)
+    (tmp_path / "part-00000").write_bytes(LENGTH.pack(len(message)) + message)
+    monkeypatch.setattr(verify_ofrecord, "MAX_RECORD_BYTES", len(message) - 1)
+    result = call(verify_ofrecord.main, str(tmp_path))
+    assert f"its length field says {len(message)}, and" in result.stdout
+
+
 # Archives and arrays.
 
 
