@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from cnns.data.crops import SHUFFLE_BUFFER_SIZE, Augmentation
 from cnns.data.format import MAX_CLASSES
+from cnns.data.images import MAX_PIXELS
 from cnns.distributed import choose_device
 from cnns.errors import UsageError
 from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path
@@ -433,6 +434,9 @@ SCRIPTS = {
                 "image files, directories of images, or - for paths on stdin", "cat.jpg"
             )
             | {
+                "max_pixels": Flag(
+                    "largest picture that is read, width times height", COUNT, MAX_PIXELS
+                ),
                 "top_k": Flag("classes to print for each image", COUNT, 1),
                 "batch_size": Flag(
                     "images that the network takes at once; the figures are the same to six digits",

@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     predict, preprocessing, names = BACKENDS[args.backend](args)
     write = WRITERS[args.output](names, args.top_k)
     failures = Failures()
-    images = ahead(failures.taken_out(load_all(paths, preprocessing)), depth=2 * args.batch_size)
+    images = ahead(
+        failures.taken_out(load_all(paths, preprocessing, args.max_pixels)),
+        depth=2 * args.batch_size,
+    )
     for batch in batches(images, args.batch_size):
         rows = predict(np.stack([image for _, image in batch]))
         for (path, _), probabilities in zip(batch, rows, strict=True):
@@ -123,7 +126,7 @@ def read_stdin() -> Iterator[str | RunError]:
 
 
 def load_all(
-    paths: Iterable[str | RunError], preprocessing: Preprocessing
+    paths: Iterable[str | RunError], preprocessing: Preprocessing, max_pixels: int
 ) -> Iterator[tuple[str, np.ndarray | RunError]]:
     """Each path with its image (3, H, W), or with what is wrong with it."""
     for path in paths:
@@ -131,7 +134,7 @@ def load_all(
             yield "", path
             continue
         try:
-            yield path, load_image(path, preprocessing)
+            yield path, load_image(path, preprocessing, max_pixels=max_pixels)
         except RunError as error:
             yield path, error
 

@@ -59,7 +59,11 @@ RTOL, ATOL = 1e-4, 1e-5
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    paths = find_images(args.image_path)
+    paths = []
+    for found in find_images(args.image_path):
+        if isinstance(found, RunError):
+            raise found
+        paths.append(found)
     network, snapshot, snapshot_path = restore(**config.restore_flags(args))
     notice(f"Restoring model from {snapshot_path}.")
     images = [load_image(path, snapshot.preprocessing) for path in paths]

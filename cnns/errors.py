@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 # What a terminal obeys, and marks that turn the order of letters around.
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\udc80-\udcff]")
 
 
 class UsageError(Exception):
@@ -26,7 +26,13 @@ class RunError(Exception):
 
 def printable(text: str) -> str:
     """A text with names from outside for one line of a terminal: what it would obey is escaped."""
-    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+    return CONTROLS.sub(lambda match: escape(match[0]), text)
+
+
+def escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte of a file's name, as os.fsdecode gives it
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return ascii(character)[1:-1]
 
 
 def open_streams() -> None:

@@ -206,6 +206,25 @@ def test_names_that_a_terminal_cannot_print_or_would_obey(tmp_path, environment)
             assert row["rank"] == "1"
 
 
+def test_links_of_a_folder_and_large_pictures_are_named_and_the_rest_is_classified(tmp_path):
+    picture = solid(0, 5, np.random.default_rng(0), size=50)
+    for name in ("in/a.png", "outside.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / name)
+    Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(tmp_path / "in" / "b.png")
+    (tmp_path / "in" / "c.png").symlink_to(tmp_path / "outside.png")
+    (tmp_path / "dangling.png").symlink_to("nothing.png")
+    flags = "--backend=onnxruntime", "--max_pixels=3000", "--image_path"
+    result = classify(*flags, str(tmp_path / "in"), str(tmp_path / "dangling.png"))
+    assert result.status == 1
+    assert result.stdout.splitlines()[::2] == [str(tmp_path / "in" / "a.png")]
+    lines = [line for line in result.stderr.splitlines() if ": error: " in line]
+    assert "b.png is not an image that can be read: a picture of 60 x 60 pixels" in lines[0]
+    assert "c.png is a link to" in lines[1]
+    assert "dangling.png is a link to nothing.png, which is not there" in lines[2]
+    assert "3 of 4 files could not be read" in lines[3]
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -41,7 +41,7 @@ import resnet_to_onnx
 from cnns.checkpoint.snapshot import Snapshot, versions
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset
-from cnns.data.images import CLASSES_FILE, read_classes
+from cnns.data.images import CLASSES_FILE, read_classes, read_picture
 from cnns.distributed import choose_device, place
 from cnns.errors import RunError, UsageError, run_main
 from cnns.export import ExportedModel
@@ -338,7 +338,7 @@ def add_member(archive: tarfile.TarFile, name: str, file: io.BytesIO) -> int:
 def make_archive(path: Path, num_images: int) -> int:
     """An archive of the official shape, a tar of 1000 tars; returns the bytes of its images."""
     _, wordnet_ids = read_classes(CLASSES_FILE)
-    photographs = [Image.open(DATA / name).convert("RGB") for name in PHOTOGRAPHS]
+    photographs = [read_picture(str(DATA / name)) for name in PHOTOGRAPHS]
     rng, num_bytes, done = random.Random(0), 0, 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as outer:
         for label, wordnet_id in enumerate(wordnet_ids):

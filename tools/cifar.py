@@ -4,14 +4,21 @@ A file is a sequence of records: one label (CIFAR-10) or a coarse and a fine one
 byte each, then 3 x 32 x 32 bytes, the red, the green and the blue plane.
 """
 
+import bz2
+import gzip
+import lzma
 import os
-import tarfile
+import tempfile
 import zlib
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from cnns.errors import RunError, UsageError
+from cnns.inputs import open_input, unpacked_limit
+from tools.imagenet import Window, walk_tar
+from tools.ofrecord_writer import BLOCK_BYTES
 
 PLANES = (3, 32, 32)
 CIFAR_10 = {
@@ -26,6 +33,7 @@ FORMATS = {
     "coarse": (CIFAR_100, "coarse_label_names.txt", 2, 0),
     "fine": (CIFAR_100, "fine_label_names.txt", 2, 1),
 }
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 NAME_FILES = [names for _, names, _, _ in FORMATS.values()]
 
 
@@ -34,20 +42,42 @@ def read_files(path: Path) -> dict[str, bytes]:
     wanted = {*NAME_FILES, *sum([*CIFAR_10.values(), *CIFAR_100.values()], [])}
     try:
         if path.is_dir():
-            return {name: (path / name).read_bytes() for name in wanted if (path / name).exists()}
-        with tarfile.open(path) as archive:
+            return {name: read_file(path / name) for name in wanted if (path / name).exists()}
+        with open_input(path) as packed, tempfile.TemporaryFile() as plain:
+            unpack(packed, plain, path)
+            whole = Window(plain.fileno(), 0, plain.tell())
             return {
-                os.path.basename(member.name): file.read()
-                for member in archive
-                if member.isfile() and os.path.basename(member.name) in wanted
-                if (file := archive.extractfile(member))
+                os.path.basename(name): os.pread(plain.fileno(), size, offset)
+                for name, offset, size in walk_tar(whole, str(path))
+                if os.path.basename(name) in wanted
             }
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise RunError(f"{path}: is not a complete tar archive: {error}") from None
     except OSError as error:
-        if error.strerror is None:  # gzip's own
+        raise UsageError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+
+
+def read_file(path: Path) -> bytes:
+    with open_input(path) as file:
+        return file.read()
+
+
+def unpack(packed: BinaryIO, plain: BinaryIO, path: Path) -> None:
+    """Write a tar archive, compressed or not, to `plain`. Raises RunError where that fails."""
+    head = packed.read(6)
+    packed.seek(0)
+    openers: list[Any] = [opener for magic, opener in COMPRESSED.items() if head.startswith(magic)]
+    source = openers[0](packed) if openers else packed
+    limit = unpacked_limit(os.fstat(packed.fileno()).st_size)
+    while True:
+        try:
+            block = source.read(BLOCK_BYTES)
+        except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
             raise RunError(f"{path}: is not a complete tar archive: {error}") from None
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        if not block:
+            plain.flush()
+            return
+        plain.write(block)
+        if plain.tell() > limit:
+            raise RunError(f"{path}: unpacks to more than {limit} bytes; CIFAR is smaller")
 
 
 def read_names(files: dict[str, bytes], name: str, path: Path) -> list[str]:

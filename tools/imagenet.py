@@ -19,9 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
-from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, read_classes, read_lines
+from cnns.data.images import (
+    CLASSES_FILE,
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    BadImage,
+    read_classes,
+    read_lines,
+)
 from cnns.errors import RunError, UsageError
-from tools.jpeg_util import BadImage, passed_through
+from cnns.inputs import Tree, check_ordinary, open_input
+from tools.jpeg_util import passed_through
 from tools.ofrecord_writer import Example, file_stamp, read_image
 
 VAL_LABELS = CLASSES_FILE.with_name("imagenet_val_labels.txt")
@@ -78,9 +86,12 @@ class Index:
         self.folder_of = [self.folder_of[i] for i in order]
         self.offsets = array("q", (self.offsets[i] for i in order))
         self.sizes = array("q", (self.sizes[i] for i in order))
-        for name, following in itertools.pairwise(self.names):
+        for i, (name, following) in enumerate(itertools.pairwise(self.names)):
             if name == following:
-                raise RunError(f"{self.source}: two files are named {name}")
+                raise RunError(
+                    f"{self.source}: two files are named {name}: their data begin at bytes "
+                    f"{self.offsets[i]} and {self.offsets[i + 1]}"
+                )
 
 
 class Window:
@@ -121,8 +132,10 @@ def walk_tar(window: Window, where: str) -> Iterator[tuple[str, int, int]]:
             for member in archive:
                 archive.members.clear()  # tarfile keeps them all
                 window.left = HEADER_BYTES
-                if member.size < 0 or archive.offset <= at:
-                    raise tarfile.ReadError("a size below 0")
+                # tarfile takes 0 for a size of a pax header that is not a number.
+                number = member.pax_headers.get("size", "0").isdecimal()
+                if not number or member.size < 0 or archive.offset <= at:
+                    raise tarfile.ReadError("a size below 0, or none")
                 at = archive.offset
                 if member.isdir():
                     continue
@@ -165,7 +178,7 @@ def index_archive(path: Path) -> Index:
     """The images of an archive: of classes, one tar each; in folders; or flat."""
     index = Index(path)
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_input(path, buffering=0) as file:
             state, printed = os.fstat(file.fileno()), time.monotonic()
             index.stamp = f"{state.st_size} {state.st_mtime_ns}"
             whole = Window(file.fileno(), 0, state.st_size)
@@ -199,23 +212,22 @@ def add_member(index: Index, path: str, folder: str, offset: int, size: int) -> 
         index.others.append(path)
 
 
-def index_folder(root: Path) -> Index:
+def index_folder(root: Path, tree: Tree) -> Index:
     """The images of a folder: in class folders, or flat."""
-    index = Index(root)
+    index, source = Index(root), str(root)
 
     def scan(folder: str) -> list[str]:
         below = []
         try:
-            with os.scandir(os.path.join(root, folder)) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name):
-                    path = os.path.join(folder, entry.name)
-                    if entry.is_dir():
-                        if not entry.name.startswith("."):
-                            below.append(path)
-                    elif is_image_name(entry.name):
-                        index.add(path, folder)
-                    else:
-                        index.others.append(path)
+            for name, is_folder in tree.entries(str(root / folder)):
+                path = os.path.join(folder, name)
+                if is_folder:
+                    below.append(path)
+                elif is_image_name(name):
+                    index.add(path, folder)
+                    tree.add(source, path)
+                else:
+                    index.others.append(path)
         except OSError as error:
             raise UsageError(f"{error.filename}: cannot be read: {error.strerror}") from None
         return below
@@ -328,6 +340,7 @@ def validation_labels(
 
 @functools.lru_cache(maxsize=4)
 def open_archive(path: Path) -> int:
+    check_ordinary(path)
     return os.open(path, os.O_RDONLY)  # until the process ends
 
 
@@ -341,6 +354,7 @@ class Images:
     wordnet_ids: list[str]
     resize_shorter: int | None
     decode: bool
+    max_pixels: int
 
     def read(self, i: int) -> bytes:
         index = self.index
@@ -356,7 +370,10 @@ class Images:
 
     def __call__(self, i: int) -> Example:
         data, was, info = passed_through(
-            self.read(i), shorter=self.resize_shorter, decode=self.decode
+            self.read(i),
+            shorter=self.resize_shorter,
+            decode=self.decode,
+            max_pixels=self.max_pixels,
         )
         label = int(self.labels[i])
         more = {
@@ -419,6 +436,8 @@ def load_images(
     val_labels_path: Path = VAL_LABELS,
     resize_shorter: int | None = None,
     decode: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    follow_links: bool = False,
 ) -> tuple[dict[str, Images], list[str], list[str]]:
     """Loaders by split, class names, and notices. Raises UsageError and RunError."""
     names, wordnet_ids = read_classes(classes_path)
@@ -429,7 +448,12 @@ def load_images(
     label_of = {wnid: label for label, wnid in enumerate(wordnet_ids)}
     loaders, notices = {}, []
     for split, source in sources.items():
-        index = index_folder(source) if source.is_dir() else index_archive(source)
+        if source.is_dir():
+            tree = Tree(source, follow_links=follow_links)
+            index = index_folder(source, tree)
+            tree.check_once()
+        else:
+            index = index_archive(source)
         index.sort()
         if split == "train":
             labels = train_labels(index, label_of, names)
@@ -447,5 +471,7 @@ def load_images(
                 f"{source}: left out, not named like images ({len(index.others)}): "
                 f"{some(index.others)}"
             )
-        loaders[split] = Images(index, labels, names, wordnet_ids, resize_shorter, decode)
+        loaders[split] = Images(
+            index, labels, names, wordnet_ids, resize_shorter, decode, max_pixels
+        )
     return loaders, names, notices

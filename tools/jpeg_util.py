@@ -1,4 +1,4 @@
-"""One image as the RGB JPEG that OneFlow reads, and checks of a JPEG without decoding it.
+"""One image as the RGB JPEG that OneFlow reads.
 
 OneFlow 0.9's OFRecord decoders read three-component JPEGs, baseline or progressive, and nothing
 else: a greyscale JPEG is decoded to noise without an error, and a CMYK JPEG, a PNG, GIF, BMP or
@@ -6,120 +6,18 @@ WebP file ends the process with a memory fault.
 """
 
 import io
-import re
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from cnns.data.images import to_rgb
-
-# Within compressed data 0xFF is followed by 0 (a data byte), D0-D7 (restart) or more 0xFF (fill).
-NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-START, END, SCAN, QUANTISATION = 0xD8, 0xD9, 0xDA, 0xDB
-FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-# Baseline, extended and progressive, with Huffman codes: what every decoder reads.
-COMMON_FRAMES = (0xC0, 0xC1, 0xC2)
-CHANNELS = {1: "greyscale JPEG", 4: "CMYK JPEG"}
+from cnns.data.images import MAX_PIXELS, BadImage, open_image, orientation, to_rgb, upright
+from cnns.data.jpeg import CHANNELS, JpegInfo, walk_jpeg
+from cnns.flags import Parser, number
 
 
-class BadImage(Exception):
-    """An image that cannot be used; the message is the reason."""
-
-
-# Without decoding.
-
-
-@dataclass(frozen=True)
-class JpegInfo:
-    width: int
-    height: int
-    channels: int
-    common: bool  # 8 bits, baseline, extended or progressive, Huffman codes
-
-    @property
-    def oddity(self) -> str:
-        """What makes it unfit for OneFlow's decoders; empty for an RGB JPEG."""
-        if self.channels != 3:
-            return CHANNELS.get(self.channels, f"JPEG of {self.channels} channels")
-        return "" if self.common else "JPEG of a rare coding"
-
-
-def walk_jpeg(data: bytes) -> JpegInfo:
-    """Walk the markers of a JPEG, to the end of the image. Raises BadImage.
-
-    Finds a file that is cut off or not a JPEG, a broken header, a missing quantisation table,
-    and impossible bytes in the compressed data, but no other changes there. Nor does a decoder,
-    mostly: libjpeg turns them into other pixels. What follows the image is ignored.
-    """
-    if not data.startswith(b"\xff\xd8"):
-        raise BadImage("not a JPEG" if data else "empty file")
-    try:
-        return walk_markers(data)
-    except (IndexError, struct.error):
-        raise BadImage(f"cut off at byte {len(data)}, before the end of the image") from None
-
-
-def walk_markers(data: bytes) -> JpegInfo:
-    """The same. Raises IndexError or struct.error as well, at the end of a file that is cut off."""
-    info, tables, scans, at = None, False, 0, 2
-    while data[at : at + 2] != bytes((0xFF, END)):
-        marker = data[at + 1]
-        if data[at] != 0xFF:
-            raise BadImage(f"byte {at} is {data[at]:#04x} where a marker should be")
-        if marker == 0xFF:  # fill
-            at += 1
-            continue
-        if marker == 0x01 or 0xD0 <= marker <= 0xD7:
-            at += 2
-            continue
-        if marker == START or marker < 0xC0:
-            raise BadImage(f"byte {at} is the marker {marker:#04x}, which is not allowed there")
-        (length,) = struct.unpack_from(">H", data, at + 2)
-        body, at = at + 4, at + 2 + length
-        if length < 2:
-            raise BadImage(f"byte {body - 2} gives a length of {length}")
-        if marker == QUANTISATION:
-            tables = True
-        elif marker in FRAMES:
-            if info is not None:
-                raise BadImage(f"a second frame at byte {body - 4}")
-            if length < 8 or length != 8 + 3 * data[body + 5]:
-                raise BadImage("a frame header of the wrong length")
-            bits, height, width, channels = struct.unpack_from(">BHHB", data, body)
-            common = marker in COMMON_FRAMES and bits == 8
-            info = JpegInfo(width, height, channels, common)
-        elif marker == SCAN:
-            if info is None:
-                raise BadImage("compressed data before the frame header")
-            scans += 1
-            found = NEXT_MARKER.search(data, at)
-            at = found.start() if found else len(data)
-    if info is None or not scans:
-        raise BadImage("holds no image")
-    if not (info.width and info.height and info.channels):
-        raise BadImage(f"a picture of {info.width} x {info.height} pixels")
-    if not tables:
-        raise BadImage("no quantisation table")
-    return info
-
-
-# By Pillow.
-
-
-@contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
-    """The image that `data` is; whatever its readers raise in the block becomes BadImage."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            yield image
-    except UnidentifiedImageError:
-        raise BadImage("not an image that Pillow can read" if data else "empty file") from None
-    except Exception as error:  # Pillow's readers raise many kinds on a broken file
-        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
+def add_max_pixels(parser: Parser) -> None:
+    text = "largest picture that is read, width times height"
+    parser.add_argument("--max_pixels", type=number(int, 1), default=MAX_PIXELS, help=text)
 
 
 def load_small(image: Image.Image) -> None:
@@ -128,9 +26,9 @@ def load_small(image: Image.Image) -> None:
     image.load()
 
 
-def decode_jpeg(data: bytes) -> None:
+def decode_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
     """Decode a JPEG. Raises BadImage where Pillow cannot."""
-    with opened(data) as image:
+    with open_image(data, max_pixels=max_pixels) as image:
         load_small(image)
 
 
@@ -164,24 +62,16 @@ def to_rgb_jpeg(image: Image.Image) -> bytes:
     return encode_jpeg(to_rgb(image))
 
 
-def orientation(image: Image.Image) -> int:
-    """The camera's orientation tag: 1 is upright. Broken tags do not make an image bad."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # whatever the reader of the tags raises
-        return 1
-
-
-def upright_jpeg(data: bytes) -> tuple[bytes, str]:
+def upright_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
     """An upright RGB JPEG as it is, or another image as one; and what it was, if it was changed.
 
     The decoders ignore the orientation tags of cameras, which inference applies, so a picture that
     lies on its side is turned. Raises BadImage where Pillow cannot decode the whole image.
     """
-    with opened(data) as image:
+    with open_image(data, max_pixels=max_pixels) as image:
         kind = kind_of(image)
         if orientation(image) in range(2, 9):
-            return encode_jpeg(to_rgb(ImageOps.exif_transpose(image))), f"turned {kind}"
+            return encode_jpeg(to_rgb(upright(image))), f"turned {kind}"
         if kind != "RGB JPEG":
             return to_rgb_jpeg(image), kind
         load_small(image)
@@ -189,7 +79,7 @@ def upright_jpeg(data: bytes) -> tuple[bytes, str]:
 
 
 def passed_through(
-    data: bytes, *, shorter: int | None, decode: bool
+    data: bytes, *, shorter: int | None, decode: bool, max_pixels: int = MAX_PIXELS
 ) -> tuple[bytes, str, JpegInfo]:
     """An RGB JPEG as it is, or another image as one; and what it was, if it was changed.
 
@@ -200,25 +90,25 @@ def passed_through(
     """
     was = ""
     try:
-        info = walk_jpeg(data)
+        info = walk_jpeg(data, max_pixels=max_pixels)
         reason = info.oddity
         if decode and not reason:
-            decode_jpeg(data)
+            decode_jpeg(data, max_pixels=max_pixels)
     except BadImage as error:
         reason = str(error)
     if reason:
         try:
-            with opened(data) as image:
+            with open_image(data, max_pixels=max_pixels) as image:
                 was, data = kind_of(image), to_rgb_jpeg(image)
         except BadImage as error:
             raise BadImage(reason if reason.startswith("cut off") else str(error)) from None
         was = "JPEG with stray bytes" if was == "RGB JPEG" else was
-        info = walk_jpeg(data)
+        info = walk_jpeg(data, max_pixels=max_pixels)
     if shorter and min(info.width, info.height) > shorter:
-        with opened(data) as image:
+        with open_image(data, max_pixels=max_pixels) as image:
             scale = shorter / min(image.size)
             width, height = (max(1, round(side * scale)) for side in image.size)
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
             data = encode_jpeg(resized, subsampling=2)
-        info = walk_jpeg(data)
+        info = walk_jpeg(data, max_pixels=max_pixels)
     return data, was, info

@@ -13,8 +13,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cnns.data.images import CLASSES_FILE, read_classes
-from cnns.errors import RunError, run_main
+from cnns.data.images import CLASSES_FILE, read_classes, read_picture
+from cnns.errors import run_main
 from cnns.flags import Parser, number
 from tools.jpeg_util import encode_jpeg
 from tools.ofrecord_writer import Example, Split, write_dataset
@@ -71,13 +71,9 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     classes, _ = read_classes(CLASSES_FILE)
-    try:
-        photographs = [
-            (classes.index(name), Image.open(DATA / file).convert("RGB"))
-            for file, name in PHOTOGRAPHS.items()
-        ]
-    except OSError as error:
-        raise RunError(f"a demo photograph cannot be read: {error}") from None
+    photographs = [
+        (classes.index(name), read_picture(str(DATA / file))) for file, name in PHOTOGRAPHS.items()
+    ]
     splits, rng, taken = [], random.Random(args.seed), set[tuple]()
     for name, count in (("train", args.num_examples), ("validation", args.num_val_examples)):
         examples = draw_crops(photographs, count, rng, taken)

@@ -9,6 +9,7 @@
 import argparse
 import gzip
 import hashlib
+import io
 import os
 import signal
 import sys
@@ -23,12 +24,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, read_classes
-from cnns.errors import RunError, UsageError, run_main
+from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, MAX_PIXELS, read_classes
+from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.flags import Parser, add_switch, number
+from cnns.inputs import Tree, open_input, unpacked_limit
 from tools import cifar, imagenet
 from tools.imagenet import is_image_name, some
-from tools.jpeg_util import encode_jpeg, upright_jpeg
+from tools.jpeg_util import add_max_pixels, encode_jpeg, upright_jpeg
 from tools.ofrecord_writer import (
     Example,
     Split,
@@ -53,12 +55,7 @@ IDX_CLASSES = {
 
 
 def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
-
-
-def printable(path: str) -> str:
-    """A file name as text; bytes that are not UTF-8 are shown as escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    print(f"note: {printable(text)}", file=sys.stderr)
 
 
 # Job `folder`.
@@ -71,9 +68,11 @@ class ImageFiles:
     root: str
     paths: list[str]  # below root
     labels: list[int]
+    max_pixels: int
 
     def __call__(self, i: int) -> Example:
-        data, was = upright_jpeg(read_image(os.path.join(self.root, self.paths[i])))
+        data = read_image(os.path.join(self.root, self.paths[i]))
+        data, was = upright_jpeg(data, max_pixels=self.max_pixels)
         return Example(data, self.labels[i], change=was)
 
     def fingerprint(self, i: int) -> bytes:
@@ -107,41 +106,44 @@ def find_splits(root: Path) -> dict[str, Path]:
     return {"train": root / "train", "validation": root / validation[0]}
 
 
-def find_images(root: Path) -> dict[str, list[str]]:
+def find_images(root: Path, tree: Tree) -> dict[str, list[str]]:
     """Image files below each class folder of `root`, as sorted paths relative to `root`.
 
-    Raises RunError for a folder without images and an image outside the class folders.
+    Raises RunError for a folder without images, an image outside the class folders, and as `Tree`.
     """
     classes: dict[str, list[str]] = {name: [] for name in subfolders(root)}
     others = []
-
-    def fail(error: OSError) -> None:
-        raise RunError(f"{error.filename}: cannot be read: {error.strerror}")
-
-    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = os.path.relpath(folder, root)
-        for name in files:
-            path = os.path.normpath(os.path.join(below, name))
+    source, waiting = str(root), [""]
+    while waiting:
+        below = waiting.pop()
+        try:
+            entries = list(tree.entries(str(root / below)))
+        except OSError as error:
+            raise RunError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        folders = [os.path.join(below, name) for name, is_folder in entries if is_folder]
+        waiting += reversed(folders)
+        for name in (name for name, is_folder in entries if not is_folder):
+            path = os.path.join(below, name)
             if not is_image_name(name):
-                others.append(printable(path))
-            elif below == ".":
+                others.append(path)
+            elif not below:
                 raise RunError(
-                    f"{root / printable(name)}: is outside the class folders, so it has no "
-                    "class; move it into one"
+                    f"{root / name}: is outside the class folders, so it has no class; move it "
+                    "into one"
                 )
             else:
                 classes[path.split(os.sep, 1)[0]].append(path)
+                tree.add(source, path)
     if not classes:
         raise RunError(f"{root}: holds no class folders; needs one sub-folder of images per class")
     for name, paths in classes.items():
         if not paths:
             raise RunError(
-                f"{root / printable(name)}: holds no image ({' '.join(IMAGE_SUFFIXES)}); add "
+                f"{root / name}: holds no image ({' '.join(IMAGE_SUFFIXES)}); add "
                 "images or remove the folder"
             )
-        if printable(name) != name or not name.isprintable():
-            raise RunError(f"{root / printable(name)}: rename it to printable UTF-8")
+        if printable(name) != name:
+            raise RunError(f"{root / name}: rename it to printable UTF-8")
     if others:
         note(f"{root}: left out, not named like images ({len(others)}): {some(sorted(others))}")
     return {name: sorted(paths) for name, paths in classes.items()}
@@ -185,7 +187,13 @@ def folder_labels(
 def folder_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
     """The splits and the class names of --input: one class list for training and validation."""
     roots = find_splits(args.input)
-    found = {name: find_images(root) for name, root in roots.items()}
+    tree = Tree(args.input, follow_links=args.follow_links)
+    if "" not in roots:
+        for root in roots.values():
+            if root.is_symlink():
+                tree.check_link(str(root))
+    found = {name: find_images(root, tree) for name, root in roots.items()}
+    tree.check_once()
     first = next(iter(found))
     if args.classes:
         classes, wordnet_ids = read_classes(args.classes)
@@ -209,7 +217,7 @@ def folder_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
         ]
         prefix = roots[name].name if name else ""
         names = [printable(os.path.join(prefix, path)) for path in paths]
-        files = ImageFiles(str(roots[name]), paths, repeated)
+        files = ImageFiles(str(roots[name]), paths, repeated, args.max_pixels)
         splits.append(Split(args.output / name, names, files))
     return splits, classes
 
@@ -243,14 +251,19 @@ def read_idx(path: Path, what: str) -> np.ndarray:
     Raises UsageError if the file cannot be opened, RunError if it is not such a file.
     """
     try:
-        data = path.read_bytes()
+        with open_input(path) as file:
+            data = file.read()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     if data[:2] == b"\x1f\x8b":
+        limit = unpacked_limit(len(data))
         try:
-            data = gzip.decompress(data)
+            with gzip.open(io.BytesIO(data)) as unpacked:
+                data = unpacked.read(limit + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise RunError(f"{path}: the gzip data are damaged: {error}") from None
+        if len(data) > limit:
+            raise RunError(f"{path}: unpacks to more than {limit} bytes; gunzip it first")
     magic = int.from_bytes(data[:4], "big")
     if len(data) < 4 or magic != IDX_MAGIC[what]:
         kinds = {number: f", which is a file of {kind}" for kind, number in IDX_MAGIC.items()}
@@ -372,6 +385,8 @@ def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
         val_labels_path=args.val_labels or imagenet.VAL_LABELS,
         resize_shorter=args.resize_shorter,
         decode=args.check == "decode",
+        max_pixels=args.max_pixels,
+        follow_links=args.follow_links,
     )
     for notice in notices:
         note(notice)
@@ -402,7 +417,13 @@ def add_output_flags(parser: Parser, *, parts: str) -> None:
 DEFAULT_PARTS = (
     "one per 10000 examples, rounded up, but at least 8 or, for small data, one per 64 examples"
 )
-SKIP_BAD = "leave bad images out, and list them in the manifest"
+
+
+def add_image_flags(parser: Parser) -> None:
+    add_switch(parser, "--skip_bad", "leave bad images out, and list them in the manifest")
+    text = "read what links lead to outside of the input folder; unless given, they are refused"
+    add_switch(parser, "--follow_links", text)
+    add_max_pixels(parser)
 
 
 def add_imagenet_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
@@ -436,7 +457,7 @@ def add_imagenet_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
         help="how JPEGs are checked: walk their structure to the end, or decode them as well, "
         "which takes several times as long",
     )
-    add_switch(parser, "--skip_bad", SKIP_BAD)
+    add_image_flags(parser)
     add_paths(
         parser,
         classes="lines of a WordNet id and a name: their order gives the labels; unless given, "
@@ -467,7 +488,7 @@ def add_folder_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
         "data/imagenet_classes.txt: its order gives the labels, and folders are named by id, name "
         "or first synonym",
     )
-    add_switch(parser, "--skip_bad", SKIP_BAD)
+    add_image_flags(parser)
     parser.set_defaults(make=folder_job)
 
 
@@ -526,6 +547,8 @@ def make_parser() -> Parser:
     return parser
 
 
+# Not named in the manifest unless given, as older directories that are resumed do not know them.
+UNREMARKABLE = (("follow_links", False), ("max_pixels", MAX_PIXELS))
 # Not in the manifest, so that equal runs into two places give equal bytes.
 NOT_IN_MANIFEST = ("job", "make", "choose_num_parts", "output", "num_workers")
 
@@ -536,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
-        if name not in NOT_IN_MANIFEST
+        if name not in NOT_IN_MANIFEST and (name, value) not in UNREMARKABLE
     }
     write_dataset(
         splits,

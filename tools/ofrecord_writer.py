@@ -36,8 +36,9 @@ from cnns.data.format import (
     write_manifest,
     write_whole,
 )
-from cnns.errors import RunError, UsageError
-from tools.jpeg_util import BadImage
+from cnns.data.images import BadImage
+from cnns.errors import RunError, UsageError, printable
+from cnns.inputs import open_input
 from tools.worker_pool import Advance, Progress, run_tasks
 
 JOURNAL = "journal.jsonl"
@@ -86,7 +87,7 @@ class PartReport:
 def read_image(path: str) -> bytes:
     """The bytes of an image file. Raises BadImage."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return file.read()
     except OSError as error:
         raise BadImage(error.strerror) from None
@@ -448,7 +449,7 @@ def refuse_bad_images(places: Sequence[Unfinished], num_examples: int, skip_bad:
     """Name every bad image on stderr; raise RunError unless they may be left out."""
     bad = sorted(tuple(item) for place in places for part in place.reports for item in part.bad)
     for name, reason in bad:
-        print(f"bad image: {name}: {reason}", file=sys.stderr)
+        print(printable(f"bad image: {name}: {reason}"), file=sys.stderr)
     if bad and not skip_bad:
         raise RunError(
             f"{len(bad)} of {num_examples} images are bad (listed above); no data set was made: "
@@ -581,6 +582,6 @@ def print_summary(output: Path) -> None:
         print(f"{output}: encoded as RGB JPEG: {kinds}")
     for what, names in made_by.get("re_encoded_files", {}).items():
         more = f", ... ({len(names)}, as listed in {MANIFEST})" if len(names) > 30 else ""
-        print(f"{output}: {what}: {', '.join(names[:30])}{more}")
+        print(printable(f"{output}: {what}: {', '.join(names[:30])}{more}"))
     if bad := made_by.get("left_out"):
         print(f"{output}: bad images left out, as listed in {MANIFEST}: {len(bad)}")

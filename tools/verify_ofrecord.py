@@ -22,6 +22,7 @@ from cnns.data.format import (
     LENGTH,
     MANIFEST,
     MAX_CLASSES,
+    MAX_RECORD_BYTES,
     OFRecord,
     decode_record,
     missing_part,
@@ -30,12 +31,16 @@ from cnns.data.format import (
     part_names,
     read_manifest,
 )
-from cnns.errors import RunError, UsageError, run_main
+from cnns.data.images import BadImage
+from cnns.data.jpeg import walk_jpeg
+from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.flags import Parser, add_switch, number
-from tools.jpeg_util import BadImage, decode_jpeg, walk_jpeg
+from cnns.inputs import open_input
+from tools.jpeg_util import add_max_pixels, decode_jpeg
 from tools.ofrecord_writer import BLOCK_BYTES, default_num_workers
 from tools.worker_pool import Advance, Progress, run_tasks
 
+OPTIONS = ("num_classes", "decode", "max_pixels", "num_workers")  # flags
 SPLITS = ("train", "validation")
 BYTES_PER_IMAGE = 100_000  # or so, to estimate the work
 # What OneFlow 0.9's decoders do with an image that is not an RGB JPEG.
@@ -44,6 +49,15 @@ CONSEQUENCE = {
     "not a JPEG": "and OneFlow's decoder reads nothing else",
 }
 OTHER_CONSEQUENCE = "on which OneFlow's decoder fails"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How records are looked at."""
+
+    num_classes: int
+    decode: bool
+    max_pixels: int
 
 
 @dataclass
@@ -57,11 +71,11 @@ class PartResult:
 # One record.
 
 
-def image_faults(encoded: bytes, record: OFRecord, decode: bool) -> Iterator[str]:
+def image_faults(encoded: bytes, record: OFRecord, look: Look) -> Iterator[str]:
     try:
-        info = walk_jpeg(encoded)
-        if decode:
-            decode_jpeg(encoded)
+        info = walk_jpeg(encoded, max_pixels=look.max_pixels)
+        if look.decode:
+            decode_jpeg(encoded, max_pixels=look.max_pixels)
     except BadImage as error:
         reason = str(error)
         yield f"the image: {', '.join(filter(None, (reason, CONSEQUENCE.get(reason))))}"
@@ -74,7 +88,7 @@ def image_faults(encoded: bytes, record: OFRecord, decode: bool) -> Iterator[str
             yield f"`{name}` is {values}, and the image has {getattr(info, name)}"
 
 
-def record_faults(message: bytes, num_classes: int, decode: bool) -> tuple[list[str], int]:
+def record_faults(message: bytes, look: Look) -> tuple[list[str], int]:
     """What is wrong with one serialised record, and its label (-1 where there is none)."""
     found, label = [], -1
     try:
@@ -87,13 +101,13 @@ def record_faults(message: bytes, num_classes: int, decode: bool) -> tuple[list[
         found.append("is not an OFRecord: it has other fields as well")
     try:
         label = only_value(record, "class/label", "int32")
-        if not 0 <= label < num_classes:
-            found.append(f"label {label} is outside of 0 to {num_classes - 1}")
+        if not 0 <= label < look.num_classes:
+            found.append(f"label {label} is outside of 0 to {look.num_classes - 1}")
     except ValueError as error:
         found.append(str(error))
     try:
         encoded = only_value(record, "encoded", "bytes")
-        found += image_faults(encoded, record, decode)
+        found += image_faults(encoded, record, look)
     except ValueError as error:
         found.append(str(error))
     return found, label
@@ -102,14 +116,12 @@ def record_faults(message: bytes, num_classes: int, decode: bool) -> tuple[list[
 # One part.
 
 
-def check_part(
-    path: Path, entry: dict, num_classes: int, decode: bool, advance: Advance
-) -> PartResult:
+def check_part(path: Path, entry: dict, look: Look, advance: Advance) -> PartResult:
     """Walk one part, all of it, once. `entry` is the manifest's; empty where there is none."""
     result = PartResult()
     try:
-        with open(path, "rb", buffering=BLOCK_BYTES) as file:
-            digest = walk_part(file, result, num_classes, decode, advance)
+        with open_input(path, buffering=BLOCK_BYTES) as file:
+            digest = walk_part(file, result, look, advance)
     except OSError as error:
         return PartResult([f"{path.name}: cannot be read: {error.strerror}"])
     found = []
@@ -125,9 +137,7 @@ def check_part(
     return result
 
 
-def walk_part(
-    file: BinaryIO, result: PartResult, num_classes: int, decode: bool, advance: Advance
-) -> str:
+def walk_part(file: BinaryIO, result: PartResult, look: Look, advance: Advance) -> str:
     """Fill in the result; return the SHA-256 of the part."""
     at, digest = 0, hashlib.sha256()
     size = result.num_bytes = os.fstat(file.fileno()).st_size
@@ -141,7 +151,7 @@ def walk_part(
             result.faults.append(f"{where}: {what}")
             break
         (length,) = LENGTH.unpack(head)
-        if not 0 < length <= left:
+        if not 0 < length <= min(left, MAX_RECORD_BYTES):
             result.faults.append(
                 f"{where}: its length field says {length}, and {left} bytes follow: it is damaged, "
                 "or the part is cut off; what follows in this part was not looked at"
@@ -149,7 +159,7 @@ def walk_part(
             break
         message = file.read(length)
         digest.update(message)
-        found, label = record_faults(message, num_classes, decode)
+        found, label = record_faults(message, look)
         result.faults += [f"{where}: {what}" for what in found]
         result.max_label = max(result.max_label, label)
         result.num_examples += 1
@@ -213,7 +223,12 @@ def find_directories(paths: list[Path]) -> list[Path]:
 
 
 def verify(
-    directory: Path, *, num_classes: int | None, decode: bool, num_workers: int | None
+    directory: Path,
+    *,
+    num_classes: int | None,
+    decode: bool,
+    max_pixels: int,
+    num_workers: int | None,
 ) -> int:
     """Print every fault of a directory as it is found, and a summary; return their number."""
     names = list_parts(directory)
@@ -224,12 +239,13 @@ def verify(
         manifest, faults = None, [f"{MANIFEST}: is not a manifest that can be read"]
     faults += name_faults(names, manifest)
     for fault in faults:
-        print(f"{directory}: {fault}")
+        print(printable(f"{directory}: {fault}"))
     manifest = manifest or {"parts": []}
     entries = {part["name"]: part for part in manifest["parts"]}
     num_classes = num_classes or manifest.get("num_classes") or MAX_CLASSES
+    look = Look(num_classes, decode, max_pixels)
     checks = [
-        functools.partial(check_part, directory / name, entries.get(name, {}), num_classes, decode)
+        functools.partial(check_part, directory / name, entries.get(name, {}), look)
         for name in names
     ]
     size = sum(os.path.getsize(directory / name) for name in names)
@@ -241,14 +257,15 @@ def verify(
         with contextlib.closing(tasks):  # ends the workers whatever happens here
             for _, result in tasks:
                 for fault in result.faults:
-                    progress.print(f"{directory}: {fault}")
+                    progress.print(printable(f"{directory}: {fault}"))
                 num_faults += len(result.faults)
                 num_examples += result.num_examples
                 max_label = max(max_label, result.max_label)
     num_faults += len(faults)
     checksums = any("sha256" in entry for entry in entries.values())
     print(
-        f"{directory}: {num_examples} examples in {len(names)} part{'s' * (len(names) != 1)}, "
+        f"{printable(str(directory))}: {num_examples} examples in {len(names)} "
+        f"part{'s' * (len(names) != 1)}, "
         f"{size} bytes, labels up to {max_label}, "
         f"checksums {'compared' if checksums else 'not compared, as there is no manifest'}, "
         f"images {'decoded' if decode else 'walked'}: "
@@ -277,6 +294,7 @@ def make_parser() -> Parser:
         type=number(int, 1, MAX_CLASSES),
         help="labels must be below; unless given, as in the manifest",
     )
+    add_max_pixels(parser)
     parser.add_argument(
         "--num_workers", type=number(int, 1, 999), help="processes; unless given, one per core"
     )
@@ -291,7 +309,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    options = {name: getattr(args, name) for name in ("num_classes", "decode", "num_workers")}
+    options = {name: getattr(args, name) for name in OPTIONS}
     num_faults = sum(verify(path, **options) for path in find_directories(args.directories))
     if num_faults:
         raise RunError(f"{num_faults} fault{'s' if num_faults > 1 else ''}, listed above")

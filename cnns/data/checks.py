@@ -1,10 +1,7 @@
 """Checks of OFRecord directories: the native reader aborts the process on any fault in them."""
 
-import io
 import os
 from concurrent.futures import ThreadPoolExecutor
-
-from PIL import Image
 
 from cnns.data.format import (
     LENGTH,
@@ -17,14 +14,19 @@ from cnns.data.format import (
     part_names,
     read_manifest,
 )
+from cnns.data.images import BadImage, TooLarge, open_image
+from cnns.data.jpeg import walk_jpeg
 from cnns.data.kinds import Shards
 from cnns.errors import RunError, UsageError
+from cnns.inputs import check_ordinary, open_input
+from cnns.log import notice
 
 # Walking length fields costs microseconds a record from a warm cache, a seek from a cold disk. Up
 # to this many records it is done although a manifest vouches for the parts.
 ALWAYS_WALK = 200_000
 # Looking into records reads them whole. Up to this size every record is looked into.
 ALWAYS_LOOK_BYTES = 256 << 20
+DAMAGED_SHOWN = 5  # records with a damaged JPEG that are named
 WALKING_THREADS = 16  # parts are walked side by side, for storage with a long latency
 
 
@@ -55,6 +57,11 @@ def check_shards(directory: str, *, flag: str, part_num: int | None = None) -> S
             )
         names = names[:part_num]
     paths = [os.path.join(directory, name) for name in names]
+    for path in paths:
+        try:
+            check_ordinary(path)
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}") from None
     max_label = None
     if manifest is None:
         counts = count_all_records(paths)
@@ -156,24 +163,35 @@ def look_into_records(paths: list[str]) -> int | None:
     What OneFlow's decoders meet instead ends the process, or, if it is a greyscale JPEG, is decoded
     to noise without a word. Data that tools/make_ofrecord.py made need no such look.
 
-    Returns the largest label where every record was looked at, else None. Raises RunError, with
-    part, record and byte.
+    A JPEG that is cut off is decoded in part, and libjpeg says so, but not in which record: such
+    records are named here. Returns the largest label where every record was looked at, else None.
+    Raises RunError, with part, record and byte.
     """
     every = sum(map(os.path.getsize, paths)) <= ALWAYS_LOOK_BYTES
-    max_label = None
+    max_label, damaged = None, []
     for path in paths:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             number = 0
             while (every or number == 0) and (field := file.read(LENGTH.size)):
                 where = f"{path}: record {number}, at byte {file.tell() - LENGTH.size},"
-                label = look_into_record(file.read(*LENGTH.unpack(field)), where)
+                label, damage = look_into_record(file.read(*LENGTH.unpack(field)), where)
+                if damage:
+                    damaged.append(f"{where} holds a damaged JPEG: {damage}")
                 max_label = label if max_label is None else max(label, max_label)
                 number += 1
+    for line in damaged[:DAMAGED_SHOWN]:
+        notice(line)
+    if len(damaged) > DAMAGED_SHOWN:
+        more = len(damaged) - DAMAGED_SHOWN
+        notice(f"{more} more records hold a damaged JPEG; tools/verify_ofrecord.py lists them")
     return max_label if every else None
 
 
-def look_into_record(data: bytes, where: str) -> int:
-    """The label of one serialised record. Raises RunError, with `where`, if it cannot be read."""
+def look_into_record(data: bytes, where: str) -> tuple[int, str]:
+    """The label of one serialised record, and what is wrong with its JPEG, if anything.
+
+    Raises RunError, with `where`, if it cannot be read.
+    """
     try:
         message = decode_record(data)
         encoded = only_value(message, "encoded", "bytes")
@@ -183,14 +201,18 @@ def look_into_record(data: bytes, where: str) -> int:
             f"{where} is not an OFRecord with one `encoded` image and one int32 `class/label`; "
             "make the data set with tools/make_ofrecord.py"
         ) from None
+    kind, damage = "no image", ""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with open_image(encoded) as image:
             kind = f"{image.mode} {image.format}"
-    except (OSError, SyntaxError, ValueError):
-        kind = "no image"
+        walk_jpeg(encoded)
+    except TooLarge as error:
+        raise RunError(f"{where} holds {error}; make the data set anew without it") from None
+    except BadImage as error:
+        damage = str(error)
     if kind not in ("RGB JPEG", "RGB MPO"):
         raise RunError(
             f"{where} holds {kind}, and OneFlow's decoder reads RGB JPEG only; make the data set "
             "with tools/make_ofrecord.py, which converts"
         )
-    return label
+    return label, damage

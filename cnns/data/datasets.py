@@ -1,16 +1,40 @@
 """Opens data sets: parts or arrays, counted and checked."""
 
+import math
 import os
 import zipfile
-import zlib
 from dataclasses import replace
 
 import numpy as np
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
 from cnns.data.checks import check_shards, part_num_flag
 from cnns.data.format import MAX_CLASSES
 from cnns.data.kinds import Arrays, Dataset
 from cnns.errors import RunError, UsageError
+from cnns.inputs import check_ordinary, unpacked_limit
+
+
+def check_sizes(path: str) -> None:
+    """Raise ValueError where an array of an .npz file claims another size than it has.
+
+    numpy makes room for what a header claims before it reads on.
+    """
+    limit = unpacked_limit(os.path.getsize(path))
+    with zipfile.ZipFile(path) as archive:
+        for name in ("images.npy", "labels.npy"):
+            info = archive.getinfo(name)
+            if info.file_size > limit:
+                raise ValueError(f"{name} claims to be {info.file_size} bytes, unpacked")
+            with archive.open(info) as file:
+                read = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
+                version = read_magic(file)
+                if version not in read:
+                    raise ValueError(f"{name} is of the unknown version {version}")
+                shape, _, dtype = read[version](file)
+                needed = math.prod(shape) * dtype.itemsize
+                if min(shape, default=0) < 0 or needed != info.file_size - file.tell():
+                    raise ValueError(f"{name} claims to be {shape} {dtype}, and is not so large")
 
 
 def read_npz(path: str, *, flag: str) -> Arrays:
@@ -18,17 +42,23 @@ def read_npz(path: str, *, flag: str) -> Arrays:
 
     Raises UsageError where there is no such file, RunError where it holds something else.
     """
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise UsageError(f"{flag}: there is no file {path}; check the path")
+    try:
+        check_ordinary(path)
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot read {path}: {error.strerror}") from None
     if not zipfile.is_zipfile(path):
         raise RunError(f"{path} is not a readable .npz file: numpy.savez makes one")
     try:
+        check_sizes(path)
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
     except KeyError as error:
         raise RunError(f"{path} must hold `images` and `labels`: {error.args[0]}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise RunError(f"{path} is not a readable .npz file: {error}") from None
+    except Exception as error:  # zipfile's and numpy's readers raise many kinds on a broken file
+        reason = str(error) or type(error).__name__
+        raise RunError(f"{path} is not a readable .npz file: {reason}") from None
     right_shape = images.ndim == 4 and images.shape[3] == 3 and min(images.shape[1:]) > 0
     if not right_shape or images.dtype != np.uint8:
         raise RunError(

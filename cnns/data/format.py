@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from cnns.checkpoint.files import sync_directory, write_durably
 from cnns.errors import RunError
+from cnns.inputs import open_input
 from cnns.jsonfile import Damaged, anything, integer, listed, optional, read_json, record, string
 
 MANIFEST = "manifest.json"
@@ -118,7 +119,7 @@ def count_records(path: str) -> int:
     length is impossible.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_input(path, buffering=0) as file:
             return walk_records(file.fileno(), path)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None

@@ -1,17 +1,25 @@
 """One image file to one input array, and the names of classes."""
 
+import io
 import os
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cnns.errors import RunError, UsageError
+from cnns.inputs import open_input
 from cnns.jsonfile import integer, listed, one_of, real, record
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+# What those are, to Pillow, which goes by content: it knows others, and starts Ghostscript for EPS.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+MAX_PIXELS = 200_000_000  # of a picture; 800 MB in Pillow
 MAX_RESIZED_PIXELS = 1 << 26  # 200 MB
 MAX_SIZE = 1 << 14  # pixels a side
 # Of mean and standard deviation, so that what is normalised stays finite; pixels are 0 to 255.
@@ -58,58 +66,148 @@ def read_preprocessing(settings: dict) -> Preprocessing:
     return Preprocessing(**(own | colours))
 
 
-def find_images(paths: list[str]) -> list[str]:
+def find_images(paths: list[str]) -> list[str | RunError]:
     """The image files that `paths` name: files as they are, directories by their images, sorted.
+
+    In place of a file that must not be read there is an error: a link that leads out of its
+    directory, a second name of a file, a link to nothing.
 
     Raises UsageError where a path does not exist or a directory holds no images.
     """
-    found = []
+    found: list[str | RunError] = []
     for path in paths:
         if os.path.isdir(path):
-            try:
-                held = os.listdir(path)
-            except OSError as error:
-                raise UsageError(f"--image_path: cannot read {path}: {error.strerror}") from None
-            names = sorted(name for name in held if name.lower().endswith(IMAGE_SUFFIXES))
-            if not names:
-                raise UsageError(
-                    f"--image_path: the directory {path} holds no images "
-                    f"({', '.join(IMAGE_SUFFIXES)})"
-                )
-            found += [os.path.join(path, name) for name in names]
+            found += find_in_directory(path)
         elif os.path.exists(path):
             found.append(path)
+        elif os.path.islink(path):
+            found.append(RunError(f"{path} is a link to {os.readlink(path)}, which is not there"))
         else:
             raise UsageError(f"--image_path: there is no file or directory {path}; check the path")
     return found
 
 
-def open_image(path: str) -> Image.Image:
+def find_in_directory(directory: str) -> list[str | RunError]:
+    try:
+        held = os.listdir(directory)
+    except OSError as error:
+        raise UsageError(f"--image_path: cannot read {directory}: {error.strerror}") from None
+    names = sorted(name for name in held if name.lower().endswith(IMAGE_SUFFIXES))
+    if not names:
+        raise UsageError(
+            f"--image_path: the directory {directory} holds no images ({', '.join(IMAGE_SUFFIXES)})"
+        )
+    root = os.path.realpath(directory)
+    found: list[str | RunError] = []
+    seen: dict[tuple[int, int], str] = {}
+    for path in (os.path.join(directory, name) for name in names):
+        target = os.path.realpath(path)
+        if os.path.exists(path):
+            state = os.stat(path)
+            first = seen.setdefault((state.st_dev, state.st_ino), path)
+        else:
+            first = path
+        if os.path.commonpath((root, target)) != root:
+            found.append(RunError(f"{path} is a link to {target}; give that to have it read"))
+        elif first != path:
+            found.append(RunError(f"{path} is the same file as {first}"))
+        else:
+            found.append(path)
+    return found
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the message is the reason."""
+
+
+class NotAnImage(BadImage):
+    """One in none of IMAGE_FORMATS."""
+
+
+class TooLarge(BadImage):
+    """One of more pixels than are allowed."""
+
+
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise TooLarge where a picture has more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise TooLarge(
+            f"a picture of {width} x {height} pixels, which is more than {max_pixels} in all"
+        )
+
+
+@contextmanager
+def open_image(source: str | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """A picture in one of IMAGE_FORMATS, by its path or its bytes; its pixels are not read yet.
+
+    Whatever its readers raise, here or in the block, becomes BadImage.
+    """
+    # What Pillow would print, two lines each, says nothing that an error does not; and its own
+    # limit of pixels prints before it raises.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with open_input(source) if isinstance(source, str) else io.BytesIO(source) as file:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                check_size(*image.size, max_pixels)
+                yield image
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise NotAnImage("not an image that Pillow can read" if source else "empty file") from None
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from None
+    except Exception as error:  # Pillow's readers raise many kinds on a broken file
+        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def read_picture(path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file of any mode to RGB, upright.
 
-    Grey, palette, CMYK and 16-bit pictures are converted; transparency is laid on white.
+    Grey, palette, CMYK and 16-bit pictures are converted, as `to_rgb` says.
 
-    Raises RunError where the file is not an image or is damaged.
+    Raises RunError where the file is not an image, is damaged or has more than `max_pixels`.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path, max_pixels=max_pixels) as image:
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
+            return to_rgb(upright(image))
+    except NotAnImage:
         raise RunError(f"{path} is not an image that can be read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BadImage as error:
         raise RunError(f"{path} is not an image that can be read: {error}") from None
 
 
+def orientation(image: Image.Image) -> int:
+    """The camera's orientation tag: 1 is upright. Broken tags do not make an image bad."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever the reader of the tags raises
+        return 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if orientation(image) in range(2, 9) else image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB. Transparency is laid on white.
+
+    Grey pictures of integers of more than 8 bits run from 0 to 65535; those of floats from 0 to 1,
+    255 or 65535, the first of these that holds the largest value. Raises BadImage for a value
+    outside of that, or one that is not a number.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips these to 255 where it should scale them.
         pixels = np.asarray(image, np.float64)
-        if image.mode != "F" or pixels.max() > 255:
+        low, high = pixels.min(), pixels.max()
+        if not 0 <= low <= high <= 65535:  # nor is a NaN
+            raise BadImage(f"grey values from {low:g} to {high:g}, and 0 to 65535 can be read")
+        if image.mode != "F" or high > 255:
             pixels = pixels / 65535 * 255
-        elif pixels.max() <= 1:
+        elif high <= 1:
             pixels = pixels * 255
-        image = Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.rint(pixels).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -136,12 +234,14 @@ def center_crop(
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def load_image(path: str, preprocessing: Preprocessing) -> np.ndarray:
+def load_image(
+    path: str, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """One image file as the network's input, (3, H, W) float32, RGB, normalised.
 
-    It is the transform of validation. Raises RunError as `open_image`.
+    It is the transform of validation. Raises RunError as `read_picture`.
     """
-    image = open_image(path)
+    image = read_picture(path, max_pixels=max_pixels)
     try:
         pixels = center_crop(
             image,

@@ -11,7 +11,7 @@ from cnns.data.images import (
     find_images,
     imagenet_classes,
     load_image,
-    open_image,
+    read_picture,
 )
 from cnns.errors import RunError, UsageError
 
@@ -55,7 +55,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         adaptive = Image.Palette.ADAPTIVE  # else a palette picture is dithered
         picture = Image.fromarray(grey).convert("RGB").convert(mode, palette=adaptive)
     picture.save(path)
-    pixels = np.asarray(open_image(str(path))).astype(int)
+    pixels = np.asarray(read_picture(str(path))).astype(int)
     assert pixels.shape == (40, 40, 3)
     assert np.abs(pixels - (255 if mode == "1" else GREY)).max() <= 2
     assert load_image(str(path), PREPROCESSING).shape == (3, 24, 24)
@@ -64,7 +64,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 def test_transparency_is_laid_on_white(tmp_path):
     path = tmp_path / "x.png"
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(path)
-    assert np.asarray(open_image(str(path))).min() == 255
+    assert np.asarray(read_picture(str(path))).min() == 255
 
 
 def test_photographs_are_turned_upright(tmp_path):
@@ -73,7 +73,7 @@ def test_photographs_are_turned_upright(tmp_path):
     exif = picture.getexif()
     exif[0x0112] = 6  # rotated by 90 degrees
     picture.save(path, exif=exif)
-    assert open_image(str(path)).size == (40, 60)
+    assert read_picture(str(path)).size == (40, 60)
 
 
 def test_what_is_no_image(tmp_path):
@@ -84,7 +84,7 @@ def test_what_is_no_image(tmp_path):
     half.write_bytes(half.read_bytes()[:1000])
     for path in (text, half):
         with pytest.raises(RunError, match=path.name):
-            open_image(str(path))
+            read_picture(str(path))
 
 
 def test_find_images(tmp_path):

@@ -25,11 +25,11 @@ from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
 from cnns.data.format import encode_record
-from cnns.data.images import CLASSES_FILE, read_classes
+from cnns.data.images import CLASSES_FILE, BadImage, read_classes
 from cnns.errors import RunError, UsageError
 from small import ROOT, read_manifest, tree
 from tools import make_mini_imagenet, make_ofrecord
-from tools.jpeg_util import BadImage, encode_jpeg, upright_jpeg
+from tools.jpeg_util import encode_jpeg, upright_jpeg
 from tools.ofrecord_writer import (
     Example,
     Split,
