@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 # What a terminal obeys, and marks that turn the order of letters around.
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\udc80-\udcff]")
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UsageError(Exception):

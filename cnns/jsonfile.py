@@ -9,10 +9,12 @@ import json
 import math
 import os
 import stat
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 MAX_BYTES = 32 << 20  # the worst JSON of that size takes 1 GB of memory
+LARGEST = sys.float_info.max
 INT64 = 1 << 63
 KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -130,7 +132,7 @@ def real(low: float = -math.inf, high: float = math.inf, *, above: bool = False)
     """A finite number of at least `low` (more, if `above`) up to `high`."""
 
     def check(value: Any, where: str) -> None:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:
             refuse(value, where, "a number")
         if value < low or (above and value == low) or value > high:
             refuse(value, where, f"a number from {low:g} to {high:g}")
