@@ -196,8 +196,20 @@ def data(tmp_path_factory):
     )
 
 
+# In each run of the tests: the network of the recipe, and a small one. The others take up to a
+# minute each; what they compute is compared with PyTorch above.
+ALWAYS = ("resnet50", "mobilenetv2")
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", [n for n in model_registry.MODELS if n != "resnet18"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow)
+        for name in model_registry.MODELS
+        if name != "resnet18"
+    ],
+)
 def test_the_whole_way(name, data, tmp_path, monkeypatch):
     entry = model_registry.MODELS[name]
     if name in NETWORKS:

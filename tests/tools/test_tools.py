@@ -394,8 +394,11 @@ def test_killed_on_the_last_steps(tmp_path, capsys, monkeypatch):
 
 
 def test_sigterm_cleans_up(photos, tmp_path):
-    # A named pipe in place of an image: the run waits there until the signal.
-    os.mkfifo(photos / "train" / "ant" / "pipe.jpg")
+    # Pictures that take a while, so that the signal comes in the middle of the run.
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(file, "PNG")
+    for i in range(100):
+        (photos / "train" / "ant" / f"large{i}.png").write_bytes(file.getvalue())
     script = ROOT / "tools" / "make_ofrecord.py"
     command = [sys.executable, script, "folder", f"--input={photos}", f"--output={tmp_path}/out"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as run:
