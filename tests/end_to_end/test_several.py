@@ -47,7 +47,7 @@ def start(*argv, cwd, prefix=(), **more):
 
 def finish(process, status=0, timeout=120):
     out, errors = process.communicate(timeout=timeout)
-    assert process.returncode == status, (out, errors)
+    assert process.returncode == status, f"{out}\n{errors}"
     return out, errors
 
 
