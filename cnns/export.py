@@ -25,6 +25,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from cnns.data.images import Preprocessing, read_preprocessing
 from cnns.errors import RunError, UsageError
 from cnns.inputs import check_ordinary, is_within
+from cnns.jsonfile import INT64, anything, integer, listed, parse_json, record, refuse
 from cnns.places import ONNX_ROOT
 
 INPUT, OUTPUT = "images", "logits"
@@ -101,6 +102,22 @@ def describe(
     return {name: text.encode(errors="backslashreplace").decode() for name, text in texts.items()}
 
 
+def name(value: object, where: str) -> None:
+    if not isinstance(value, str) or len(value) > MAX_NAME:
+        refuse(value, where, f"a text of at most {MAX_NAME} characters")
+
+
+ABOUT = record(
+    {
+        "format_version": integer(-INT64),
+        "model": name,
+        "snapshot": name,
+        "classes": listed(name, low=1),
+    },
+    others=anything,  # read_preprocessing checks the rest
+)
+
+
 @dataclass(frozen=True)
 class About:
     """What a file says of itself."""
@@ -113,25 +130,17 @@ class About:
 def read_about(texts: dict[str, str], *, path: str) -> About:
     """The metadata of the file `path`, checked.
 
-    Raises KeyError, RecursionError, TypeError or ValueError where they are damaged, RunError where
-    they are of another version.
+    Raises ValueError where they are damaged, RunError where they are of another version.
     """
-    about = {name: json.loads(text) for name, text in texts.items() if name in DESCRIBED}
+    about = {name: parse_json(text) for name, text in texts.items() if name in DESCRIBED}
+    ABOUT(about, "")
     version = about["format_version"]
-    if type(version) is not int:
-        raise TypeError("format_version is not a number")
     if version != FORMAT_VERSION:
         raise RunError(
             f"{path} is of format {version}, and this version reads {FORMAT_VERSION}; export it "
             "again"
         )
-    classes = about["classes"]
-    if not isinstance(classes, list) or not classes:
-        raise TypeError("classes is not a list of names")
-    for name in (about["model"], about["snapshot"], *classes):
-        if not isinstance(name, str) or len(name) > MAX_NAME:
-            raise TypeError(f"a name is not text, or longer than {MAX_NAME} characters")
-    return About(about["model"], tuple(classes), read_preprocessing(about))
+    return About(about["model"], tuple(about["classes"]), read_preprocessing(about))
 
 
 def read_structure(path: str) -> onnx.ModelProto:

@@ -17,21 +17,27 @@ MAX_UNPACKED_BYTES = 256 << 20
 MAX_RATIO = 50
 
 KINDS = {
-    stat.S_IFIFO: "is a FIFO",
-    stat.S_IFSOCK: "is a socket",
-    stat.S_IFCHR: "is a device",
-    stat.S_IFBLK: "is a device",
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
 }
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """What a path leads to, without opening it: a FIFO would block. Raises OSError."""
+    return KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "something else")
 
 
 def check_ordinary(path: str | os.PathLike) -> None:
     """Raise OSError where a path is not a file, before anything waits for what is behind it."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
+    kind = kind_of(path)
+    if kind == "a directory":
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    if not stat.S_ISREG(mode):
-        kind = KINDS.get(stat.S_IFMT(mode), "is something else")
-        raise OSError(errno.EINVAL, f"it {kind}, and a file is needed", os.fspath(path))
+    if kind != "a file":
+        raise OSError(errno.EINVAL, f"it is {kind}, and a file is needed", os.fspath(path))
 
 
 def is_within(path: str, folder: str) -> bool:

@@ -8,21 +8,15 @@ import gc
 import json
 import math
 import os
-import stat
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from cnns.inputs import kind_of
+
 MAX_BYTES = 32 << 20  # the worst JSON of that size takes 1 GB of memory
 LARGEST = sys.float_info.max
 INT64 = 1 << 63
-KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFDIR: "a directory",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 Check = Callable[[Any, str], None]
 
@@ -36,9 +30,9 @@ def check_regular(path: str | os.PathLike) -> None:
 
     Raises OSError where there is nothing.
     """
-    kind = stat.S_IFMT(os.stat(path).st_mode)
-    if kind != stat.S_IFREG:
-        raise Damaged(f"it is {KINDS.get(kind, 'something else')}, not a file")
+    kind = kind_of(path)
+    if kind != "a file":
+        raise Damaged(f"it is {kind}, not a file")
 
 
 def read_json(path: str | os.PathLike) -> Any:

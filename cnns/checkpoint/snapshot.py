@@ -1,4 +1,4 @@
-"""Snapshots: write, find and read them.
+"""Snapshots: write and read them.
 
 A snapshot is a directory `snapshot_<name>` that holds
 
