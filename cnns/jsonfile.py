@@ -122,13 +122,13 @@ def integer(low: int, high: int = INT64 - 1) -> Check:
     return check
 
 
-def real(low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Check:
-    """A finite number of at least `low` (more, if `above`) up to `high`."""
+def real(low: float = -math.inf, high: float = math.inf) -> Check:
+    """A finite number from `low` to `high`."""
 
     def check(value: Any, where: str) -> None:
         if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:
             refuse(value, where, "a number")
-        if value < low or (above and value == low) or value > high:
+        if not low <= value <= high:
             refuse(value, where, f"a number from {low:g} to {high:g}")
 
     return check
