@@ -342,6 +342,21 @@ RUN_FLAGS = {
 LOG_FLAGS = {
     "log_dir": Flag("also append every line to <script>.log in this directory", path),
 }
+RECORD_FLAGS = {
+    "tensorboard": Flag(
+        "also write the figures of metrics.jsonl for TensorBoard, to tensorboard/ in the directory "
+        "of the run",
+        default=False,
+    ),
+}
+CONFIG_FLAGS = {
+    "config": Flag(
+        "take flags from this file: the flags.yaml of a run, YAML with lines `flag: value`, or a "
+        "snapshot; flags of the command line win",
+        path,
+        of="start",
+    ),
+}
 SNAPSHOT_FLAGS = {
     "model_load_dir": Flag(
         "snapshot to read, or weights from elsewhere (.safetensors, .pth, a folder of OneFlow)",
@@ -399,6 +414,7 @@ SCRIPTS = {
         "Train a CNN with OneFlow and validate it after each epoch.",
         COMMON_FLAGS
         | {
+            "flags from a file": CONFIG_FLAGS,
             "model": MODEL_FLAGS,
             "CUDA only": CUDA_TRAINING_FLAGS,
             "batches": BATCH_FLAGS,
@@ -406,7 +422,7 @@ SCRIPTS = {
             "validation data": VAL_DATA_FLAGS,
             "optimizer and schedule": OPTIMIZER_FLAGS,
             "run": RUN_FLAGS,
-            "log": LOG_FLAGS,
+            "log": LOG_FLAGS | RECORD_FLAGS,
         },
     ),
     "evaluate": (

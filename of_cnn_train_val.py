@@ -14,7 +14,7 @@ import cnns.startup  # noqa: F401  (first, see there)
 import io
 import sys
 from argparse import Namespace
-from contextlib import redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,18 +35,28 @@ from cnns.checkpoint.find import (
 from cnns.checkpoint.snapshot import Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, standard_shapes
+from cnns.configfile import read_config
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
 from cnns.data.synthetic import SyntheticTrainLoader
-from cnns.distributed import choose_device, launch_script, place, set_communication, takes_cuda
+from cnns.distributed import (
+    choose_device,
+    cuda_devices,
+    launch_script,
+    place,
+    set_communication,
+    takes_cuda,
+)
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
+from cnns.flags import CONFIGURED
 from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
-from cnns.log import Log, notice, open_log
+from cnns.log import Log, is_first_rank, notice, open_log
 from cnns.models.model import check_switches
+from cnns.record import Record, describe_process, open_record
 from cnns.resume import (
     check_flags,
     compare_flags,
@@ -69,13 +79,16 @@ def main(argv: list[str] | None = None) -> int | None:
             memory = config.memory_flags(args, batch="batch_size_per_device")
             return launch_script(__file__, argv, job=job, facts=lambda: facts(given), memory=memory)
     spec = make_spec(given)
-    for text in spec.notices:
-        notice(text)
     log = open_log(spec.flags["log_dir"], "of_cnn_train_val")
     resumed = spec.resumed.path if spec.resumed else None
-    with open_save_dir(spec.flags["model_save_dir"], resumed=resumed) as save_dir:
+    with (
+        open_save_dir(spec.flags["model_save_dir"], resumed=resumed) as save_dir,
+        make_record(spec, save_dir) as record,
+    ):
+        for text in spec.notices:
+            notice(text)
         check_still_newest(spec)
-        run = build_run(spec, save_dir=save_dir, log=log)
+        run = build_run(spec, save_dir=save_dir, log=log, record=record)
         announce(
             run,
             restored=spec.start.path if spec.start else None,
@@ -88,7 +101,10 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     """The flags that were given, and no other."""
-    given = config.make_parser("train").parse_args(argv)
+    parser = config.make_parser("train")
+    given = parser.parse_args(argv)
+    if "config" in given:
+        setattr(given, CONFIGURED, read_config(given.config, parser.flags))
     if getattr(given, "resume", "auto") != "auto":
         if "model_load_dir" in given:
             raise UsageError(
@@ -100,6 +116,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 
 # What will be run.
+
+OF_ONE_START = ("model_save_dir", "resume", "config")  # flags that flags.yaml does not give back
 
 
 @dataclass(frozen=True)
@@ -138,8 +156,8 @@ def make_spec(given: Namespace) -> RunSpec:
     """Check flags, data and snapshots. Raises UsageError or RunError."""
     parser = config.make_parser("train")
     args = parser.complete(given)
-    device = choose_device(args.device, count=args.gpu_num_per_node)
     notices: list[str] = []
+    device = choose_device(args.device, count=args.gpu_num_per_node, notify=notices.append)
     held = held_snapshots(args.model_save_dir)
     resumed = find_resume(
         args.resume, args.model_save_dir, check=partial(check_flags, parser=parser)
@@ -323,7 +341,39 @@ def check_still_newest(spec: RunSpec) -> None:
 # Building it.
 
 
-def build_run(spec: RunSpec, *, save_dir: str, log: Log) -> Run:
+def make_record(spec: RunSpec, save_dir: str) -> AbstractContextManager[Record]:
+    """The record of the run; only that of the first process writes."""
+    if not is_first_rank():
+        return nullcontext(Record())
+    parser, about = config.make_parser("train"), spec.about
+    flags = {
+        name: value
+        for name, value in spec.flags.items()
+        if value is not None and parser.flags[name].of != "node" and name not in OF_ONE_START
+    }
+    start = spec.start.path if spec.start else None
+    devices = [device.name for device in cuda_devices()] if spec.device == "cuda" else ["cpu"]
+    return open_record(
+        save_dir,
+        step=spec.progress.step,
+        epochs=spec.progress.current_epoch,
+        about={
+            "flags": flags,
+            "model": about.model,
+            "num_classes": about.num_classes,
+            "train_images": spec.train_data.num_examples,
+            "val_images": spec.val_data.num_examples if spec.val_data else None,
+            "steps_per_epoch": about.steps_per_epoch,
+            "global_batch_size": about.global_batch_size,
+            "resumed_from" if spec.resumed else "weights_from": start,
+            "versions": about.versions,
+            **describe_process(devices),
+        },
+        tensorboard=spec.flags["tensorboard"],
+    )
+
+
+def build_run(spec: RunSpec, *, save_dir: str, log: Log, record: Record | None = None) -> Run:
     """The run of a spec, on its devices, about to start where its progress stands."""
     flags, device = spec.flags, spec.device
     set_communication(
@@ -342,6 +392,7 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log) -> Run:
         learning_rate=spec.schedule.rate,
         batch_size=spec.batch_size,
         device=device,
+        use_fp16=flags["use_fp16"] and device == "cuda",
     )
     intervals = Intervals(
         num_epochs=flags["num_epochs"],
@@ -355,7 +406,7 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log) -> Run:
     last_good = spec.resumed.path if spec.resumed else None
     step = spec.progress.step
     saver = Saver(save_dir, spec.describe, log, last_good=last_good, saved_step=step)
-    return Run(parts, intervals, spec.progress, saver, log)
+    return Run(parts, intervals, spec.progress, saver, log, record or Record())
 
 
 def build_model(spec: RunSpec) -> nn.Module:

@@ -93,10 +93,16 @@ def report(error: object) -> None:
     say(f"{os.path.basename(sys.argv[0])}: error: {line}", sys.stderr)
 
 
+listeners: list[Callable[[str], None]] = []  # get each line that is said
+
+
 def say(line: str, file: TextIO) -> None:
     """Print a line. A terminal that is gone ends nothing: SIGHUP tells what to do about it."""
+    line = printable(line)
+    for listener in listeners:
+        listener(line)
     try:
-        print(printable(line), file=file, flush=True)
+        print(line, file=file, flush=True)
     except OSError as error:
         if error.errno != errno.EIO:
             raise

@@ -10,7 +10,7 @@ from oneflow import nn
 from cnns.checkpoint.snapshot import local
 from cnns.distributed import Agreement, to_device
 from cnns.errors import RunError
-from cnns.graphs import EvalGraph, count_hits
+from cnns.graphs import EvalGraph, score
 from cnns.log import Counts, limit_run_ahead
 
 
@@ -51,15 +51,16 @@ class Evaluator:
                 start = time.perf_counter()
             if agreement:
                 agreement.check(done)
-        totals = np.array([[value.numpy() for value in output[:3]] for output in outputs])
+        totals = np.array([[float(v.numpy()) for v in output[:4]] for output in outputs])
         seconds = time.perf_counter() - start
-        top_1, top_k, bad_labels = totals.sum(axis=0).tolist()
+        top_1, top_k, bad_labels = totals[:, :3].sum(axis=0).astype(int).tolist()
         if bad_labels:
             raise RunError(
                 f"the validation data have {bad_labels} labels outside the network's classes; they "
                 "are of another data set than the network"
             )
-        return Counts(top_1, top_k, self.loader.num_examples), seconds
+        loss = float(totals[:, 3].sum()) / self.loader.num_examples
+        return Counts(top_1, top_k, self.loader.num_examples, loss), seconds
 
 
 class ArrayGraph:
@@ -75,7 +76,7 @@ class ArrayGraph:
     def __call__(self, counted: flow.Tensor, *batch: flow.Tensor) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)
         logits = to_device(self.network(local(image).numpy()), label.placement)
-        return count_hits(logits, label, counted, top_k=self.top_k)
+        return score(logits, label, counted, top_k=self.top_k)
 
 
 class ArrayEvaluator(Evaluator):

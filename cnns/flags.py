@@ -112,6 +112,9 @@ def add_switch(
     )
 
 
+CONFIGURED = "flags_of_config"  # where what was parsed holds the flags of the file of --config
+
+
 class FlagParser(Parser):
     """The same, made of records.
 
@@ -130,14 +133,14 @@ class FlagParser(Parser):
     def complete(
         self, given: Namespace, inherited: Mapping[str, object] | None = None
     ) -> Namespace:
-        """Every flag: as given, else as inherited, else its default.
+        """Every flag: as given, else as in --config, else as inherited, else its default.
 
         A flag that needs another value of a flag is None, and is refused where it was given.
         Raises UsageError.
         """
-        known = {
-            name: value for name, value in (inherited or {}).items() if name in self.flags
-        } | vars(given)
+        configured: dict[str, object] = getattr(given, CONFIGURED, {})
+        before = {**(inherited or {}), **configured}
+        known = {name: value for name, value in before.items() if name in self.flags} | vars(given)
         args = Namespace(
             **{name: known.get(name, flag.default) for name, flag in self.flags.items()}
         )

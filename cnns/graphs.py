@@ -65,13 +65,25 @@ def in_float32(logits: flow.Tensor) -> flow.Tensor:
     return flow._C.amp_black_identity(logits)
 
 
-def count_hits(
+def score(
     logits: flow.Tensor, label: flow.Tensor, counted: flow.Tensor, *, top_k: int
-) -> tuple[flow.Tensor, flow.Tensor, flow.Tensor]:
-    """Top-1 hits, top-k hits and labels outside the classes, over rows whose `counted` is 1."""
+) -> tuple[flow.Tensor, flow.Tensor, flow.Tensor, flow.Tensor]:
+    """Top-1 hits, top-k hits, labels outside the classes and cross-entropy, without smoothing.
+
+    Four scalars, sums over the rows whose `counted` is 1; the first three are int32, the last
+    float32.
+    """
     valid = in_range(label, logits)
-    top_1, hit_k = hits(logits, label * valid, top_k)
-    return (top_1 * counted).sum(), (hit_k * counted).sum(), ((1 - valid) * counted).sum()
+    label = label * valid
+    top_1, hit_k = hits(logits, label, top_k)
+    loss = nn.functional.cross_entropy(in_float32(logits), label, reduction="none")  # (N,)
+    loss = flow.masked_fill(loss, counted == 0, 0.0)  # a padded row may be infinite
+    return (
+        (top_1 * counted).sum(),
+        (hit_k * counted).sum(),
+        ((1 - valid) * counted).sum(),
+        loss.sum(),
+    )
 
 
 class QuietGraph(nn.Graph):
@@ -126,6 +138,14 @@ class TrainGraph(QuietGraph):
         self.dropouts = dropouts(model)
         self.top_k = top_k
         self.add_optimizer(optimizer, lr_sch=schedule)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Of half precision; reading it waits for the step that runs."""
+        for name, value in self.state_dict().items():
+            if name.endswith("-LossScale"):
+                return float(value.numpy().item())
+        return None
 
     def build(
         self,
@@ -188,10 +208,9 @@ class DropoutMasks:
 
 
 class EvalGraph(QuietGraph):
-    """Top-1 hits, top-k hits and labels outside the classes, over the rows whose `counted` is 1.
+    """What `score` gives, over all devices, and the sum of `stop` where that is given.
 
-    Three int32 scalars, over all devices, and the sum of `stop` where that is given. The graph
-    shares its model with a training graph and follows its updates.
+    The graph shares its model with a training graph and follows its updates.
     """
 
     def __init__(self, model: nn.Module, loader: nn.Module, *, top_k: int, use_fp16: bool = False):
@@ -207,7 +226,7 @@ class EvalGraph(QuietGraph):
     ) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         logits = self.model(image)  # (N, C)
-        return broadcast_outputs(*count_hits(logits, label, counted, top_k=self.top_k), stop=stop)
+        return broadcast_outputs(*score(logits, label, counted, top_k=self.top_k), stop=stop)
 
 
 class PredictGraph(QuietGraph):

@@ -21,6 +21,7 @@ class Counts:
     top_1: int
     top_k: int
     samples: int
+    loss: float | None = None  # mean cross-entropy, where it was computed
 
     def accuracies(self) -> tuple[float, float]:
         return self.top_1 / self.samples, self.top_k / self.samples
@@ -28,6 +29,17 @@ class Counts:
     def as_metrics(self) -> dict[str, float | int]:
         top_1, top_k = self.accuracies()
         return {"val_top_1": top_1, "val_top_k": top_k, "num_val_examples": self.samples}
+
+    def as_figures(self, seconds: float) -> dict[str, float | int]:
+        """What the record of a run keeps of them."""
+        top_1, top_k = self.accuracies()
+        rate = round(self.samples / seconds, 3)
+        return {
+            "top_1": top_1,
+            "top_k": top_k,
+            "samples": self.samples,
+            "samples_per_second": rate,
+        }
 
 
 def train_line(epoch: int, iteration: int, loss: float, counts: Counts, seconds: float) -> str:

@@ -20,6 +20,7 @@ from cnns.evaluation import Evaluator
 from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.interrupts import Interrupted, Interrupts
 from cnns.log import Log, Meter, notice, train_line, validation_line
+from cnns.record import Record
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Parts:
     learning_rate: Callable[[int], float]  # of the update made in a step
     batch_size: int  # global
     device: str
+    use_fp16: bool = False
 
 
 class Saver:
@@ -118,10 +120,16 @@ class Run:
     """Trains, validates, prints and saves, from where `progress` stands."""
 
     def __init__(
-        self, parts: Parts, intervals: Intervals, progress: Progress, saver: Saver, log: Log
+        self,
+        parts: Parts,
+        intervals: Intervals,
+        progress: Progress,
+        saver: Saver,
+        log: Log,
+        record: Record,
     ):
         self.parts, self.intervals, self.progress = parts, intervals, progress
-        self.saver, self.log = saver, log
+        self.saver, self.log, self.record = saver, log, record
         self.meter = Meter(parts.batch_size)
         self.interrupts = Interrupts()
         self.agreement = Agreement(self.interrupts, parts.device)
@@ -139,6 +147,7 @@ class Run:
                     self.train_epoch()
                     self.validate()
                     progress.epoch, progress.iteration = progress.current_epoch, 0
+                    self.record.finish_epoch()
                     self.save_epoch()
                     self.agreement.check(None)
             except Interrupted as interrupted:
@@ -181,6 +190,14 @@ class Run:
         counts, seconds = evaluator.round(self.agreement)
         epoch, num_batches = progress.current_epoch, evaluator.loader.num_batches
         self.log(validation_line(epoch, num_batches, counts, seconds))
+        self.record.add(
+            "validation",
+            epoch=epoch,
+            iteration=num_batches,
+            step=progress.step,
+            loss=counts.loss,
+            **counts.as_figures(seconds),
+        )
         progress.metrics = counts.as_metrics()
         if progress.metrics["val_top_1"] > progress.best.get("val_top_1", -1.0):
             progress.best = {"epoch": epoch} | progress.metrics
@@ -200,7 +217,18 @@ class Run:
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             self.refuse_loss(losses[bad[0]], back=len(losses) - 1 - bad[0])
-        self.log(train_line(epoch, iteration, sum(losses) / len(losses), counts, seconds))
+        loss, step = sum(losses) / len(losses), self.progress.step
+        self.log(train_line(epoch, iteration, loss, counts, seconds))
+        self.record.add(
+            "train",
+            epoch=epoch,
+            iteration=iteration,
+            step=step,
+            loss=loss,
+            learning_rate=self.parts.learning_rate(step - 1),
+            loss_scale=self.parts.graph.loss_scale if self.parts.use_fp16 else None,
+            **counts.as_figures(seconds),
+        )
 
     def refuse_loss(self, loss: float, *, back: int) -> None:
         """Raise RunError for the loss of the step that lies `back` steps before the newest."""

@@ -22,6 +22,8 @@ from cnns.models.layers import Dropout, Switches
 from cnns.models.model import ALL_SWITCHES, Model
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a run leaves beside its snapshots.
+RECORD = ["flags.yaml", "log.txt", "metrics.csv", "metrics.jsonl"]
 LINE = re.compile(
     r"(train|validation): epoch (\d+), iter (\d+),(?: loss: (\d+\.\d{6}),)? top_1: ([01]\.\d{6}), "
     r"top_k: ([01]\.\d{6}), samples/s: \d+\.\d{3}"

@@ -22,7 +22,8 @@ from cnns.checkpoint.snapshot import Snapshot, read_description, save_snapshot
 from cnns.evaluation import Evaluator
 from cnns.interrupts import Interrupts
 from cnns.log import Counts
-from small import ROOT, TINY, call, tree, write_sets
+from cnns.record import read_metrics
+from small import RECORD, ROOT, TINY, call, tree, write_sets
 
 NUM_CLASSES = 4
 EPOCHS = 3
@@ -163,6 +164,19 @@ TOY_RUN = (
 )
 
 
+def record(directory: Path) -> list[dict]:
+    """The figures of a run, without what a clock says and what memory it took."""
+    entries = read_metrics(str(directory / "metrics.jsonl"))
+    of_this_run = ("time", "samples_per_second", "memory_bytes")
+    return [{k: v for k, v in each.items() if k not in of_this_run} for each in entries]
+
+
+def epochs(directory: Path) -> list[str]:
+    """The lines of metrics.csv without the last column, the speed."""
+    lines = (directory / "metrics.csv").read_text().splitlines()
+    return [line.rpartition(",")[0] for line in lines]
+
+
 def test_killed_fifty_times_and_resumed(tmp_path):
     """kill -9 at random moments, half of them while a snapshot is being written."""
     rng = random.Random(0)
@@ -194,8 +208,12 @@ def test_killed_fifty_times_and_resumed(tmp_path):
         _, errors = run.communicate()
     assert run.returncode == 0, errors
     expected = ["best", "epoch_10", "epoch_11", "last"]
+    whole = Path("whole")
+    assert len(record(whole)) == 12 * (6 + 1) and len(epochs(whole)) == 1 + 12
     for path in tmp_path.glob("run-*"):
-        assert sorted(os.listdir(path)) == [f"snapshot_{name}" for name in expected]
+        assert sorted(os.listdir(path)) == [*RECORD, *(f"snapshot_{name}" for name in expected)]
+        assert record(path) == record(whole)
+        assert epochs(path) == epochs(whole)
         for name in expected:
             assert arrays(path / f"snapshot_{name}") == arrays(f"whole/snapshot_{name}")
 
@@ -220,7 +238,7 @@ def test_one_command_line_serves_every_start(data, tmp_path):
         "validation: epoch 4, ite",
     ]
     kept = ["best", "epoch_3", "epoch_4", "initial_model", "last"]
-    assert sorted(os.listdir("run")) == [f"snapshot_{name}" for name in kept]
+    assert sorted(os.listdir("run")) == [*RECORD, *(f"snapshot_{name}" for name in kept)]
     initial = "snapshot_initial_model/model.safetensors"
     assert tree(tmp_path / "run")[initial] == before[initial]
 
@@ -283,7 +301,8 @@ def test_flags_that_are_not_given_are_those_of_the_run(run, data):
         "--lr_decay=step from here on; it was cosine.",
     ]
     assert f"Loading data from {data / 'train'}.npz" in result.stdout
-    assert sorted(os.listdir("elsewhere")) == ["snapshot_best", "snapshot_epoch_1", "snapshot_last"]
+    names = ["snapshot_best", "snapshot_epoch_1", "snapshot_last"]
+    assert sorted(os.listdir("elsewhere")) == [*RECORD, *names]
     flags = description("elsewhere/snapshot_last")["flags"]
     assert (flags["wd"], flags["learning_rate"], flags["num_epochs"]) == (0.01, 0.05, 2)
 
@@ -403,7 +422,7 @@ def test_a_terminal_that_is_lost(tmp_path, devices):
     os.close(terminal)
     _, status = os.waitpid(process_id, 0)
     assert os.waitstatus_to_exitcode(status) == 129
-    assert os.listdir("run") == ["snapshot_last"]
+    assert sorted(os.listdir("run")) == [*RECORD, "snapshot_last"]
     assert find_resume("auto", "run").snapshot.iteration >= 3
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from cnns.data import checks
 from cnns.data.crops import Augmentation
 from small import (
     LINE,
+    RECORD,
     TINY,
     call,
     losses,
@@ -338,7 +340,8 @@ def test_a_loss_that_is_no_number_ends_the_run():
     where = r"epoch 0, iter 3 \(step 3, learning rate 1e\+29\)"
     way = "the last good snapshot is run/snapshot_initial_model; try a lower --learning_rate"
     assert re.search(f"error: the loss is (nan|inf) at {where}; {way}", result.stderr)
-    assert os.listdir("run") == ["snapshot_initial_model"]
+    assert sorted(os.listdir("run")) == [*RECORD, "snapshot_initial_model"]
+    assert "error: the loss is" in Path("run", "log.txt").read_text()
 
 
 def test_a_log_directory_keeps_the_lines(tmp_path):

@@ -19,6 +19,7 @@ from cnns.checkpoint.find import find_resume
 from cnns.checkpoint.snapshot import read_arrays, read_description, read_weights
 from cnns.data.kinds import split_evenly
 from small import (
+    RECORD,
     ROOT,
     jpeg,
     losses,
@@ -281,7 +282,7 @@ def test_an_error_of_one_process_ends_all(data, tmp_path):
     _, errors = finish(run, 1)
     first = next(line for line in errors.splitlines() if "error:" in line)
     assert "rank 0 on node 0" in first and "cannot save the model to run/snapshot_epoch_0" in first
-    assert os.listdir(tmp_path / "run") == []
+    assert sorted(os.listdir(tmp_path / "run")) == RECORD
 
 
 needs_namespaces = pytest.mark.skipif(bool(netns.why_not()), reason=netns.why_not() or "-")
@@ -335,7 +336,10 @@ def test_train_sh_on_two_machines(project, data, processes):
         assert sum("snapshot_epoch_0" in line for line in lines) == 1
         assert len(losses(out)) >= 1
         names = ("best", "epoch_0", "initial_model", "last")
-        assert sorted(os.listdir(project / "run")) == [f"snapshot_{name}" for name in names]
+        assert sorted(os.listdir(project / "run")) == [
+            *RECORD,
+            *(f"snapshot_{name}" for name in names),
+        ]
         load = "--model_load_dir=run/snapshot_epoch_0"
         (out2, _), (silent, errors) = on_both("evaluate-here.sh", "--device=cpu", load)
         assert silent == errors == ""
