@@ -32,7 +32,7 @@ from cnns import errors
 from cnns.data.format import write_whole
 from cnns.errors import RunError, UsageError, describe
 from cnns.inputs import open_input
-from cnns.jsonfile import Damaged
+from cnns.jsonfile import Damaged, integer, one_of, parse_json, real, record
 from cnns.yamlfile import read_yaml
 
 LOG, METRICS, EPOCHS, FLAGS = "log.txt", "metrics.jsonl", "metrics.csv", "flags.yaml"
@@ -49,6 +49,22 @@ COLUMNS = (
     "val_top_k",
     "samples_per_second",  # of training
 )
+
+COMMON = {
+    "kind": one_of(("train", "validation")),
+    **dict.fromkeys(("epoch", "iteration", "step"), integer(0)),
+    **dict.fromkeys(("top_1", "top_k"), real(0, 1)),
+    "samples": integer(1),
+    "samples_per_second": real(1e-9),
+}
+OF_TRAINING = record(COMMON | {"loss": real(), "learning_rate": real()}, others=real())
+OF_VALIDATION = record(COMMON, others=real())
+
+
+def check_entry(entry: Any) -> None:
+    """A line of metrics.jsonl. Raises Damaged."""
+    of_training = isinstance(entry, dict) and entry.get("kind") == "train"
+    (OF_TRAINING if of_training else OF_VALIDATION)(entry, "")
 
 
 class Record:
@@ -262,15 +278,11 @@ def read_metrics(path: str) -> list[dict]:
     lines, entries = text.split("\n"), []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            entry = json.loads(line)
-            known = entry["kind"] in ("train", "validation")
-            if not known or not all(
-                isinstance(entry[name], int) for name in ("epoch", "iteration", "step")
-            ):
-                raise ValueError
-        except (ValueError, LookupError, TypeError, RecursionError):
+            entry = parse_json(line)
+            check_entry(entry)
+        except Damaged as error:
             raise RunError(
-                f"{path}: line {number} is not one of a run's figures; remove it, or the file"
+                f"{path}: line {number} is not one of a run's figures ({error}); remove that line"
             ) from None
         entries.append(entry)
     return entries

@@ -1,0 +1,248 @@
+"""Draw the curves of one or several runs, also while they go on.
+
+python3 tools/report.py output/snapshots/model_save-20261125011532
+python3 tools/report.py output/snapshots/run1 output/snapshots/run2 --output=comparison
+
+Writes report.html, one file that needs no other, and its pictures as PNG: loss, accuracy, learning
+rate and throughput over the epochs, the flags in which the runs differ, and a table of the epochs.
+"""
+
+import base64
+import html
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+from matplotlib import font_manager, pyplot
+
+from cnns.data.format import write_whole
+from cnns.errors import UsageError, run_main, say
+from cnns.flags import Parser, show
+from cnns.record import COLUMNS, RunRecord, read_run
+
+MAX_POINTS = 400  # of a curve; beyond that, means over neighbouring lines
+MAX_RUNS = 20
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.dpi": 150,
+    "figure.figsize": (6.4, 4.0),
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "text.parse_math": False,  # names may hold dollar signs
+}
+CHINESE_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+)
+TITLES = {
+    "loss": "Loss",
+    "accuracy": "Top-1 accuracy",
+    "learning_rate": "Learning rate",
+    "throughput": "Training, samples/s",
+}
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = parse_args(argv)
+    runs = [read_run(path) for path in args.runs]
+    for run in runs:
+        if not run.metrics:
+            raise UsageError(
+                f"{run.directory} has no figures yet: a run prints its first line soon"
+            )
+    installed = set(font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in installed)]
+    # A name in letters that no font has is drawn as boxes, and stands in the page as it is.
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    output = Path(args.output or os.path.join(args.runs[0], "report"))
+    output.mkdir(parents=True, exist_ok=True)
+    names = name_runs(runs)
+    pictures = {}
+    with matplotlib.rc_context(STYLE | {"font.family": fonts}):
+        for name in TITLES:
+            pictures[name] = output / f"{name}.png"
+            draw(name, runs, names, pictures[name])
+    page = output / "report.html"
+    write_whole(page, make_page(runs, names, pictures).encode())
+    say(str(page), sys.stdout)
+    return None
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = Parser("Draw the curves of one or several runs, also while they go on.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "--output", metavar="DIR", help="where to write; unless given, report/ in the first run"
+    )
+    args = parser.parse_args(argv)
+    if len(args.runs) > MAX_RUNS:
+        raise UsageError(f"{len(args.runs)} runs are too many for one picture; at most {MAX_RUNS}")
+    return args
+
+
+def name_runs(runs: Sequence[RunRecord]) -> list[str]:
+    """Short names that tell the runs apart."""
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{number}: {name}" for number, name in enumerate(names, 1)]
+
+
+# Curves.
+
+
+def epochs_done(run: RunRecord, entries: Iterable[dict]) -> list[float]:
+    """Where lines stand, in epochs, so that runs with other batch sizes can be compared."""
+    steps = run.about.get("steps_per_epoch")
+    if not isinstance(steps, int) or steps < 1:
+        steps = max((each["iteration"] for each in run.of_kind("train")), default=1)
+    return [each["step"] / max(steps, 1) for each in entries]
+
+
+def thin(values: Sequence[float]) -> list[float]:
+    """At most some MAX_POINTS means over as many neighbours each."""
+    width = -(-len(values) // MAX_POINTS)
+    groups = [values[i : i + width] for i in range(0, len(values), width)]
+    return [sum(group) / len(group) for group in groups]
+
+
+def draw(picture: str, runs: Sequence[RunRecord], names: Sequence[str], path: Path) -> None:
+    figure, axes = pyplot.subplots()
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
+        colour = f"C{number % 10}"
+        prefix = f"{name}, " if len(runs) > 1 else ""
+        train, validation = run.of_kind("train"), run.of_kind("validation")
+        x = thin(epochs_done(run, train))
+        if picture in ("loss", "accuracy"):
+            field = "loss" if picture == "loss" else "top_1"
+            axes.plot(x, thin([each[field] for each in train]), color=colour, alpha=0.5, lw=1,
+                      label=f"{prefix}training")  # fmt: skip
+            validation = [each for each in validation if field in each]
+            axes.plot(epochs_done(run, validation), [each[field] for each in validation],
+                      color=colour, marker="o", ms=3, label=f"{prefix}validation")  # fmt: skip
+        else:
+            field = "learning_rate" if picture == "learning_rate" else "samples_per_second"
+            axes.plot(x, thin([each[field] for each in train]), color=colour, lw=1, label=name)
+    axes.set_title(TITLES[picture], loc="left")
+    axes.set_xlabel("epochs")
+    axes.set_ylim(bottom=0)
+    if picture in ("loss", "accuracy") or len(runs) > 1:
+        axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+# The page.
+
+
+def differing_flags(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Flags that are not the same in all runs, with the value in each."""
+    flags = sorted({name for run in runs for name in run.flags})
+    values = {name: [run.flags.get(name) for run in runs] for name in flags}
+    return {name: held for name, held in values.items() if any(v != held[0] for v in held)}
+
+
+def state(run: RunRecord) -> str:
+    """How far a run has got."""
+    done = len([row for row in run.epochs() if "val_top_1" in row]) or len(run.epochs())
+    planned = run.flags.get("num_epochs")
+    return f"{done} of {planned} epochs" if planned else f"{done} epochs"
+
+
+def cell(value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return html.escape(show(value))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
+    lines += ["".join(f"<td>{cell(value)}</td>" for value in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>{body}</table></div>'
+
+
+def summary(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        scored = [row for row in run.epochs() if row.get("val_top_1") is not None]
+        best = max(scored, key=lambda row: row["val_top_1"], default={})
+        last = datetime.fromtimestamp(run.metrics[-1].get("time", 0)).isoformat(" ", "seconds")
+        rows.append(
+            (name, run.about.get("model"), run.about.get("train_images"), state(run),
+             best.get("val_top_1"), best.get("epoch"), str(run.about.get("git_commit") or "")[:12], last)
+        )  # fmt: skip
+    head = "run, network, training images, done, best top-1, in epoch, commit, last line"
+    return table(head.split(", "), rows)
+
+
+def make_page(runs: Sequence[RunRecord], names: Sequence[str], pictures: dict[str, Path]) -> str:
+    title = html.escape(" and ".join(names) if len(names) < 3 else f"{len(names)} runs")
+    parts = [f"<h1>{title}</h1>", summary(runs, names), '<div class="pictures">']
+    for name, path in pictures.items():
+        data = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f'<img alt="{TITLES[name]}" src="data:image/png;base64,{data}">')
+    parts.append("</div>")
+    if len(runs) > 1:
+        differing = differing_flags(runs)
+        parts.append("<h2>Flags that differ</h2>")
+        rows = [(f"--{flag}", *values) for flag, values in differing.items()]
+        parts.append(table(("flag", *names), rows) if rows else "<p>None.</p>")
+    for run, name in zip(runs, names, strict=True):
+        parts.append(f"<h2>Epochs of {html.escape(name)}</h2>")
+        parts.append(table(COLUMNS, ([row.get(c) for c in COLUMNS] for row in run.epochs())))
+        rows = [(f"--{flag}", value) for flag, value in run.flags.items()]
+        parts.append(
+            f"<details><summary>All flags</summary>{table(('flag', 'value'), rows)}</details>"
+        )
+    return PAGE.format(title=title, body="\n".join(parts))
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; }}
+body {{ margin: 1.5rem auto; max-width: 70rem; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }}
+.pictures {{ display: grid; gap: 1rem; margin-top: 1rem; }}
+.pictures {{ grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); }}
+img {{ width: 100%; height: auto; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
+th, td {{ border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; }}
+th, td {{ text-align: left; white-space: nowrap; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
