@@ -123,7 +123,7 @@ class Meter:
     def read(self) -> tuple[list[float], Counts, int, float]:
         """Losses of the steps, hits, labels out of range, and seconds since the last `restart`.
 
-        Waits for the steps; then starts anew.
+        Waits for the steps, then restarts.
         """
         values = np.array([[float(value.numpy()) for value in step[:4]] for step in self.pending])
         seconds = time.perf_counter() - self.start

@@ -195,7 +195,7 @@ class Run:
             raise RunError(
                 f"the training data have {bad_labels} labels outside the network's classes in the "
                 f"{len(losses)} iterations up to epoch {epoch}, iter {iteration}; give a larger "
-                "--num_classes or mend the data"
+                "--num_classes or fix the data"
             )
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
