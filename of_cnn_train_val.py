@@ -28,7 +28,7 @@ import optimizer_util
 from cnns.checkpoint.find import (
     find_resume,
     find_snapshot,
-    held_snapshots,
+    list_snapshots,
     open_save_dir,
     position,
 )
@@ -107,15 +107,15 @@ class RunSpec:
     """What will be run, checked. Nothing is built yet, and nothing of it changes afterwards."""
 
     device: str
-    about: Snapshot  # of its snapshots, except for the progress; with the final flags
+    about: Snapshot  # what its snapshots hold, without the progress; has the final flags
     train_data: Dataset
     val_data: Dataset | None  # None: no validation
     batch_size: int  # global
     plan: Plan
     schedule: Schedule
     start: Checkpoint | None  # weights to start from; None: random ones
-    resumed: Checkpoint | None  # the same, where it is the snapshot of a run that is resumed
-    held: frozenset  # snapshots that were in --model_save_dir when it was looked at
+    resumed: Checkpoint | None  # the same, if a run is resumed from it
+    found: frozenset  # snapshots that were in --model_save_dir when it was checked
     notices: list[str]  # for the user
 
     @property
@@ -130,7 +130,7 @@ class RunSpec:
         return Progress(**{name: getattr(self.resumed.snapshot, name) for name in vars(Progress())})
 
     def describe(self, progress: Progress) -> Snapshot:
-        """What a snapshot of this run says."""
+        """What a snapshot of this run holds."""
         return replace(self.about, **vars(progress))
 
 
@@ -140,7 +140,7 @@ def make_spec(given: Namespace) -> RunSpec:
     args = parser.complete(given)
     device = choose_device(args.device, count=args.gpu_num_per_node)
     notices: list[str] = []
-    held = held_snapshots(args.model_save_dir)
+    found = list_snapshots(args.model_save_dir)
     resumed = find_resume(
         args.resume, args.model_save_dir, check=partial(check_flags, parser=parser)
     )
@@ -151,7 +151,7 @@ def make_spec(given: Namespace) -> RunSpec:
         notices += compare_flags(args, resumed.snapshot.flags, parser, path=resumed.path)
     notices += config.finish_train_args(args, device=device)
     train_data, val_data = open_data(args)
-    notices += train_data.check_shares(config.num_processes(args))
+    notices += train_data.check_shares(num_processes(vars(args)))
     start = resumed or open_start(args)
     about = describe_network(args, start, train_data, notices)
     train_data = train_data.for_network(about.num_classes)
@@ -191,7 +191,7 @@ def make_spec(given: Namespace) -> RunSpec:
         schedule=make_schedule(args, plan),
         start=start,
         resumed=resumed,
-        held=held,
+        found=found,
         notices=notices,
     )
 
@@ -209,7 +209,7 @@ def make_schedule(args: Namespace, plan: Plan) -> Schedule:
 
 
 def global_batch_size(args: Namespace) -> int:
-    return args.batch_size_per_device * config.num_processes(args)
+    return args.batch_size_per_device * num_processes(vars(args))
 
 
 def open_data(args: Namespace) -> tuple[Dataset, Dataset | None]:
@@ -298,7 +298,7 @@ def describe_network(
 
 def facts(given: Namespace) -> dict:
     """What has to be the same on every node. Raises as `make_spec`."""
-    with redirect_stderr(io.StringIO()):  # the processes will say it
+    with redirect_stderr(io.StringIO()):  # the processes will print it
         spec = make_spec(given)
     about = spec.about
     return config.flags_of_a_job(Namespace(**spec.flags), config.make_parser("train")) | {
@@ -312,12 +312,12 @@ def facts(given: Namespace) -> dict:
 
 
 def check_still_newest(spec: RunSpec) -> None:
-    """Raise RunError where a run that was still saving has written a snapshot meanwhile."""
+    """Raise RunError where a run that had not ended has written a snapshot meanwhile."""
     if spec.flags["resume"] == "auto" and flow.env.get_rank() == 0:
-        came = held_snapshots(spec.flags["model_save_dir"]) - spec.held
-        if came:
-            path, _ = min(came)
-            raise RunError(f"{path} has been written meanwhile, by another run; start again")
+        new = list_snapshots(spec.flags["model_save_dir"]) - spec.found
+        if new:
+            path, _ = min(new)
+            raise RunError(f"{path} has been written meanwhile by another run; start again")
 
 
 # Building it.
@@ -391,7 +391,7 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
 
 
 def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> TrainGraph:
-    """The graph of a step, as it was left by the run that is resumed, if one is."""
+    """The graph of a step, with the state of the run that is resumed, if any."""
     flags = spec.flags
     optimizer = optimizer_util.build_optimizer(
         model,

@@ -56,8 +56,8 @@ class Evaluator:
         top_1, top_k, bad_labels = totals.sum(axis=0).tolist()
         if bad_labels:
             raise RunError(
-                f"the validation data have {bad_labels} labels outside the network's classes; they "
-                "are of another data set than the network"
+                f"the validation data have {bad_labels} labels outside the network's classes: the "
+                "network is for another data set"
             )
         return Counts(top_1, top_k, self.loader.num_examples), seconds
 
@@ -72,10 +72,10 @@ class ArrayGraph:
     ):
         self.network, self.loader, self.top_k = network, loader, top_k
 
-    def __call__(self, counted: flow.Tensor, *batch: flow.Tensor) -> tuple[flow.Tensor, ...]:
+    def __call__(self, row_mask: flow.Tensor, *batch: flow.Tensor) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)
         logits = to_device(self.network(local(image).numpy()), label.placement)
-        return count_hits(logits, label, counted, top_k=self.top_k)
+        return count_hits(logits, label, row_mask, top_k=self.top_k)
 
 
 class ArrayEvaluator(Evaluator):

@@ -66,16 +66,16 @@ def in_float32(logits: flow.Tensor) -> flow.Tensor:
 
 
 def count_hits(
-    logits: flow.Tensor, label: flow.Tensor, counted: flow.Tensor, *, top_k: int
+    logits: flow.Tensor, label: flow.Tensor, row_mask: flow.Tensor, *, top_k: int
 ) -> tuple[flow.Tensor, flow.Tensor, flow.Tensor]:
-    """Top-1 hits, top-k hits and labels outside the classes, over rows whose `counted` is 1."""
+    """Top-1 hits, top-k hits and labels outside the classes, over rows whose `row_mask` is 1."""
     valid = in_range(label, logits)
     top_1, hit_k = hits(logits, label * valid, top_k)
-    return (top_1 * counted).sum(), (hit_k * counted).sum(), ((1 - valid) * counted).sum()
+    return (top_1 * row_mask).sum(), (hit_k * row_mask).sum(), ((1 - valid) * row_mask).sum()
 
 
 class QuietGraph(nn.Graph):
-    """Holds back what OneFlow prints while it compiles, and drops it where that raises."""
+    """Holds back what OneFlow prints while it compiles, and drops it if compilation raises."""
 
     def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
         if self.is_compiled:
@@ -188,7 +188,7 @@ class DropoutMasks:
 
 
 class EvalGraph(QuietGraph):
-    """Top-1 hits, top-k hits and labels outside the classes, over the rows whose `counted` is 1.
+    """Top-1 hits, top-k hits and labels outside the classes, over the rows whose `row_mask` is 1.
 
     Three int32 scalars, over all devices, and the sum of `stop` where that is given. The graph
     shares its model with a training graph and follows its updates.
@@ -203,11 +203,11 @@ class EvalGraph(QuietGraph):
         self.top_k = top_k
 
     def build(
-        self, counted: flow.Tensor, *batch: flow.Tensor, stop: flow.Tensor | None = None
+        self, row_mask: flow.Tensor, *batch: flow.Tensor, stop: flow.Tensor | None = None
     ) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         logits = self.model(image)  # (N, C)
-        return broadcast_outputs(*count_hits(logits, label, counted, top_k=self.top_k), stop=stop)
+        return broadcast_outputs(*count_hits(logits, label, row_mask, top_k=self.top_k), stop=stop)
 
 
 class PredictGraph(QuietGraph):
@@ -217,7 +217,7 @@ class PredictGraph(QuietGraph):
         super().__init__()
         self.config.allow_fuse_add_to_output(True)
         self.config.enable_amp(use_fp16)
-        # Trying out cuDNN's algorithms takes a second and 1 GB, which few predictions pay back.
+        # Trying out cuDNN's algorithms takes a second and 1 GB, too much for a few predictions.
         self.config.enable_cudnn_conv_heuristic_search_algo(True)
         self.model = model
 
@@ -228,7 +228,7 @@ class PredictGraph(QuietGraph):
 class Predictor:
     """Arrays of images to arrays of probabilities.
 
-    Compiles for a batch larger than those it has had; a smaller one is filled up.
+    Compiles for a batch larger than those before it; a smaller one is padded.
     """
 
     def __init__(self, model: nn.Module, *, device: str, use_fp16: bool = False):

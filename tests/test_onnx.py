@@ -287,7 +287,7 @@ def test_an_export_that_is_killed_is_tidied_up_by_the_next(monkeypatch, tmp_path
             export("--onnx_path=a/x.onnx", "--external_data")
         (left,) = Path("a").glob(".x.onnx.tmp-*")
         left.rename("a/.x.onnx.tmp-1")
-        with resnet_to_onnx.new_file("a/x.onnx"):
+        with resnet_to_onnx.staging("a/x.onnx"):
             pass
         assert sorted(os.listdir("a")) == ["x.onnx", "x.onnx.data"]
         if moment < 4:

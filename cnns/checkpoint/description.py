@@ -1,4 +1,4 @@
-"""What snapshot.json may say: types, ranges, and what its numbers have to do with one another."""
+"""What snapshot.json may hold: types, ranges, and how its numbers depend on one another."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ SCHEMA = record(
 
 
 def check_description(content: Any) -> None:
-    """Raise Damaged where `content` is not what a snapshot.json can say."""
+    """Raise Damaged where `content` cannot be that of a snapshot.json."""
     SCHEMA(content, "")
     epoch, best = content.get("epoch"), content.get("best", {}).get("epoch")
     finished = 0 if epoch is None else epoch + 1

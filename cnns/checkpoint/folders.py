@@ -68,7 +68,7 @@ def read_variable(path: str, folder: str) -> tuple[np.ndarray, bool]:
     size = os.path.getsize(data_path)
     if not os.path.isfile(meta_path):
         if size % 4:
-            raise Refused(f"{data_path} has {size} bytes, which are no float32 numbers")
+            raise Refused(f"{data_path} has {size} bytes, which is not a multiple of 4")
         return np.fromfile(data_path, "<f4"), False
     shape, kind = read_meta(meta_path)
     count = math.prod(shape)
@@ -106,5 +106,5 @@ def read_variables(path: str) -> tuple[dict[str, np.ndarray], bool]:
             arrays[name], has_shape = read_variable(path, name)
             with_shape.add(has_shape)
     if len(with_shape) > 1:
-        raise Refused("some of its variables have a meta file, and some have none")
+        raise Refused("some of its variables have a meta file, and some do not")
     return arrays, with_shape != {False}

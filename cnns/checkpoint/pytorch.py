@@ -127,9 +127,9 @@ def make_storage(persistent_id: Any) -> Storage:
     if tag != "storage" or module != "torch" or kind not in STORAGES:
         raise Refused(f"its numbers are a {printable(f'{module}.{kind}')}, and floats are needed")
     if any(view):
-        raise Refused("its storages are views of others, as only very old files have them")
+        raise Refused("its storages are views of others, a format that only very old files use")
     if not re.fullmatch("[0-9]{1,20}", expect(key, str)):
-        raise Refused(f"its storage {printable(key)} has no number for a name")
+        raise Refused(f"its storage {printable(key)} is not named by a number")
     return Storage(key, STORAGES[kind], whole(count))
 
 

@@ -3,11 +3,11 @@
 A snapshot is a directory `snapshot_<name>` that holds
 
     model.safetensors     parameters and buffers, float32, named as in torchvision
-    training.safetensors  the rest of what a run needs to resume as if it had never stopped
+    training.safetensors  what else a run needs to resume as if it had never stopped
     snapshot.json         what they belong to: model, classes, preprocessing, epoch, figures, flags
 
-It is written under a temporary name beside its place, flushed to disk and renamed, so that it is
-whole or is not there. Nothing of it is a pickle. foreign.py reads weights of others.
+It is written under a temporary name in the same directory, flushed to disk and renamed, so it is
+complete or does not exist. It holds no pickles. external.py reads weights from elsewhere.
 """
 
 import json
@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from cnns.checkpoint.description import check_description
-from cnns.checkpoint.files import write_durably, writing
+from cnns.checkpoint.files import atomic_directory, write_durably
 from cnns.checkpoint.pickles import printable
 from cnns.data.images import Preprocessing, read_preprocessing
 from cnns.errors import RunError
@@ -66,7 +66,7 @@ class Snapshot:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made a snapshot."""
+    """Of what makes a snapshot."""
     return {
         "python": platform.python_version(),
         "oneflow": flow.__version__,
@@ -87,7 +87,7 @@ def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def checksum(model: nn.Module) -> int:
-    """A number by which two processes see whether they hold the same weights."""
+    """A number by which processes compare their weights."""
     total = 0
     for array in state_arrays(model).values():
         total = zlib.crc32(array.tobytes(), total)
@@ -95,7 +95,7 @@ def checksum(model: nn.Module) -> int:
 
 
 def local(tensor: flow.Tensor) -> flow.Tensor:
-    """The whole of a tensor, one that every process holds, as an ordinary one of this process."""
+    """A global tensor, whole, as a local one; every process calls this. Local ones as they are."""
     if tensor.is_global:
         if tensor.sbp != (flow.sbp.broadcast,):
             tensor = tensor.to_global(sbp=flow.sbp.broadcast)
@@ -149,7 +149,7 @@ def save_snapshot(
 
     Args:
         graph: the training graph, if the run is to be resumed from here.
-        replace: put it in the place of one of the same name, which is whole until then.
+        replace: replace one of the same name, which stays complete until then.
 
     Raises RunError where it cannot be written, with the disk as it was before, or where a weight is
     not finite.
@@ -158,7 +158,7 @@ def save_snapshot(
     for parameter, array in arrays.items():
         if not np.isfinite(array).all():
             raise RunError(f"{parameter} is no longer finite, so {path} is not written")
-    with writing(path, replace=replace) as temporary:
+    with atomic_directory(path, replace=replace) as temporary:
         checksums = {WEIGHTS: write_arrays(temporary, WEIGHTS, arrays)}
         if graph is not None:
             state = training_arrays(graph, model)
@@ -225,7 +225,7 @@ def check_files(path: str) -> None:
     for name in (WEIGHTS, TRAINING_STATE):
         file_path = os.path.join(path, name)
         if name == WEIGHTS or os.path.lexists(file_path):
-            with arrays_expected(path, name), safe_open(file_path, framework="numpy"):
+            with array_file_errors(path, name), safe_open(file_path, framework="numpy"):
                 pass
 
 
@@ -234,16 +234,16 @@ def read_arrays(path: str, name: str) -> dict[str, np.ndarray]:
 
     Raises RunError where it is missing or damaged.
     """
-    with arrays_expected(path, name):
+    with array_file_errors(path, name):
         return load_file(os.path.join(path, name))
 
 
-def check_belongs(path: str, name: str, snapshot: Snapshot) -> None:
+def check_checksum(path: str, name: str, snapshot: Snapshot) -> None:
     """Raise RunError unless the file `name` in `path` is the one that was written with `snapshot`.
 
     Snapshots of earlier versions do not say.
     """
-    with arrays_expected(path, name):
+    with array_file_errors(path, name):
         if snapshot.checksums and file_checksum(path, name) != snapshot.checksums.get(name):
             raise RunError(
                 f"{os.path.join(path, name)} does not belong to the {DESCRIPTION} beside it: it "
@@ -252,8 +252,8 @@ def check_belongs(path: str, name: str, snapshot: Snapshot) -> None:
 
 
 @contextmanager
-def arrays_expected(path: str, name: str) -> Iterator[None]:
-    """Makes one line of what can go wrong with a file of arrays that somebody else may have made.
+def array_file_errors(path: str, name: str) -> Iterator[None]:
+    """Turns what can go wrong with a file of arrays, which others may have made, into one line.
 
     safetensors bounds every offset by the file; numpy refuses shapes that it cannot hold.
     """
@@ -265,8 +265,8 @@ def arrays_expected(path: str, name: str) -> Iterator[None]:
         raise RunError(
             f"{path} is not a snapshot, or only part of one: it holds no {name}"
         ) from None
-    except (TypeError, KeyError, AttributeError) as error:  # a number format that numpy has not
-        raise RunError(f"{file_path} is not of float32: {printable(str(error))}") from None
+    except (TypeError, KeyError, AttributeError) as error:  # a type that numpy does not have
+        raise RunError(f"{file_path} is not float32: {printable(str(error))}") from None
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise RunError(
             f"{file_path} is damaged or cut off ({printable(str(error))}); use another snapshot"

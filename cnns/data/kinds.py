@@ -97,8 +97,8 @@ class Shards(Dataset):
         if len(counts) < num_processes:
             raise UsageError(
                 f"--train_data_dir: {self.path} has {len(counts)} parts to read, and each of "
-                f"{num_processes} processes needs one of its own; make the data set again with more "
-                "(--num_parts)"
+                f"{num_processes} processes needs one of its own; make the data set again with "
+                "more (--num_parts)"
             )
         cuts = split_evenly(counts, num_processes)
         shares = [sum(counts[a:b]) for a, b in itertools.pairwise(cuts)]

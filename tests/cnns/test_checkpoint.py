@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import cnns.checkpoint.snapshot as snapshot_module
 import model_registry
-from cnns.checkpoint.files import hold
+from cnns.checkpoint.files import lock_directory
 from cnns.checkpoint.find import (
     find_resume,
     find_snapshot,
@@ -290,7 +290,7 @@ def test_what_killed_processes_have_left_is_removed(tmp_path, saved):
         (new / name / "model.safetensors").write_bytes(b"half")
     (new / ".snapshot_file.tmp-4").touch()
     (new / ".notes.tmp-5").mkdir()
-    handle = hold(str(new / ".snapshot_epoch_0.tmp-3"))
+    handle = lock_directory(str(new / ".snapshot_epoch_0.tmp-3"))
     with open_save_dir(str(new)):
         kept = [".notes.tmp-5", ".snapshot_epoch_0.tmp-3", ".snapshot_file.tmp-4"]
         assert sorted(os.listdir(new)) == kept
