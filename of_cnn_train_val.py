@@ -32,7 +32,7 @@ from cnns.checkpoint.find import (
     open_save_dir,
     position,
 )
-from cnns.checkpoint.snapshot import Snapshot, load_training_state, versions
+from cnns.checkpoint.snapshot import Progress, Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, standard_shapes
 from cnns.data.crops import Augmentation
@@ -54,7 +54,7 @@ from cnns.resume import (
     inherited_flags,
     num_processes,
 )
-from cnns.run import Intervals, Parts, Progress, Run, Saver, announce
+from cnns.run import Intervals, Parts, Run, Saver, announce
 from config import Plan
 from model_registry import MODELS
 from optimizer_util import Schedule

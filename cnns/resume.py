@@ -156,6 +156,6 @@ def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
             "only runs without this flag resume as if they had never stopped."
         )
     num_epochs = flags["num_epochs"]
-    if was.epoch is not None and was.epoch + 1 >= num_epochs:
+    if was.current_epoch >= num_epochs:
         notices.append(f"{path} has finished all {num_epochs} epochs; raise --num_epochs for more.")
     return notices

@@ -7,34 +7,19 @@ writes the snapshots, and `Meter` has what a line shows.
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import oneflow as flow
 from oneflow import nn
 
 from cnns.checkpoint.find import link_snapshot, prune_snapshots
-from cnns.checkpoint.snapshot import EPOCH_NAME, PREFIX, Snapshot, save_snapshot
+from cnns.checkpoint.snapshot import EPOCH_NAME, PREFIX, Progress, Snapshot, save_snapshot
 from cnns.distributed import Agreement, average_statistics, wait_for_all
 from cnns.errors import RunError
 from cnns.evaluation import Evaluator
 from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.interrupts import Interrupted, Interrupts
 from cnns.log import Log, Meter, notice, train_line, validation_line
-
-
-@dataclass
-class Progress:
-    """Where a run stands."""
-
-    epoch: int | None = None  # last finished epoch, validation included; None before the first
-    iteration: int = 0  # iterations done in the epoch after that
-    step: int = 0  # updates made
-    metrics: dict = field(default_factory=dict)  # of the last finished epoch
-    best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
-
-    @property
-    def current_epoch(self) -> int:
-        return 0 if self.epoch is None else self.epoch + 1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cnns.checkpoint.folders import PICKLE_NAME, has_variables, read_flow_save, read_variables
-from cnns.checkpoint.pickles import Refused, printable
+from cnns.checkpoint.pickles import Refused, excerpt
 from cnns.checkpoint.pytorch import OLD_PTH_MAGIC, read_old_pth, read_safetensors, read_zip_pth
 from cnns.errors import RunError, UsageError
 from cnns.inputs import check_ordinary
@@ -68,7 +68,7 @@ def read_external(path: str, *, layout: str | None = None) -> ExternalWeights:
         external.arrays = from_timm(external.arrays)
     for name, array in external.arrays.items():
         if array.dtype == np.float32 and not np.isfinite(array).all():
-            raise RunError(f"{path}: {printable(name)} is not finite; use other weights")
+            raise RunError(f"{path}: {excerpt(name)} is not finite; use other weights")
     if not external.arrays:
         raise RunError(f"{path} holds no weights")
     return external

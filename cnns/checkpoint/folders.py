@@ -17,10 +17,10 @@ from cnns.checkpoint.pickles import (
     Refused,
     Stub,
     check_shape,
+    excerpt,
     expect,
     find_weights,
     ordered_dict,
-    printable,
 )
 from cnns.checkpoint.pytorch import as_float32
 from cnns.inputs import is_within
@@ -47,8 +47,8 @@ def read_flow_save(path: str) -> dict[str, np.ndarray]:
     for name, stub in find_weights(content.get("data"), Stub).items():
         folder = stub.state.get("path")
         if not isinstance(folder, str) or not re.fullmatch("(global_)?tensor_[0-9]+", folder):
-            place = printable(folder) if isinstance(folder, str) else "nothing that is a path"
-            raise Refused(f"{printable(name)} in it lies at {place}")
+            place = excerpt(folder) if isinstance(folder, str) else "nothing that is a path"
+            raise Refused(f"{excerpt(name)} in it lies at {place}")
         if folder not in held:  # two names may share a tensor
             held[folder], has_shape = read_variable(path, folder)
             if not has_shape:

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save
 
 from cnns.checkpoint.description import check_description
 from cnns.checkpoint.files import atomic_directory, write_durably
-from cnns.checkpoint.pickles import printable
+from cnns.checkpoint.pickles import excerpt
 from cnns.data.images import Preprocessing, read_preprocessing
 from cnns.errors import RunError
 from cnns.jsonfile import Damaged, check_regular, read_json
@@ -42,22 +42,32 @@ GRAPH_NAME = "TrainGraph"  # in names of what belongs to a graph; OneFlow number
 DESCRIPTION = "snapshot.json"
 
 
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands."""
+
+    epoch: int | None = None  # last finished epoch, validation included; None before the first
+    iteration: int = 0  # iterations done in the epoch after that
+    step: int = 0  # updates made
+    metrics: dict = field(default_factory=dict)  # of the last finished epoch
+    best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
+
+    @property
+    def current_epoch(self) -> int:
+        return 0 if self.epoch is None else self.epoch + 1
+
+
 @dataclass
-class Snapshot:
+class Snapshot(Progress):
     """What snapshot.json says."""
 
     model: str
     num_classes: int
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None = None  # names, in label order
-    epoch: int | None = None  # last finished epoch, validation included; None before the first
-    iteration: int = 0  # iterations done in the epoch behind that
-    step: int = 0  # updates made
     steps_per_epoch: int | None = None
     global_batch_size: int | None = None
     train_data: dict | None = None  # Dataset.fingerprint(); None: synthetic
-    metrics: dict = field(default_factory=dict)  # of the last finished epoch
-    best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
     flags: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     # CRC-32 of the files of arrays, by name; none in snapshots of earlier versions.
@@ -211,7 +221,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     for name, array in weights.items():
         if array.dtype != np.float32:
             raise RunError(
-                f"{os.path.join(path, WEIGHTS)}: {printable(name)} is {array.dtype}, and float32 "
+                f"{os.path.join(path, WEIGHTS)}: {excerpt(name)} is {array.dtype}, and float32 "
                 "is needed"
             )
     return weights
@@ -266,10 +276,10 @@ def array_file_errors(path: str, name: str) -> Iterator[None]:
             f"{path} is not a snapshot, or only part of one: it holds no {name}"
         ) from None
     except (TypeError, KeyError, AttributeError) as error:  # a type that numpy does not have
-        raise RunError(f"{file_path} is not float32: {printable(str(error))}") from None
+        raise RunError(f"{file_path} is not float32: {excerpt(str(error))}") from None
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise RunError(
-            f"{file_path} is damaged or cut off ({printable(str(error))}); use another snapshot"
+            f"{file_path} is damaged or cut off ({excerpt(str(error))}); use another snapshot"
         ) from None
 
 
