@@ -1,4 +1,4 @@
-"""Exported files: what they say of themselves, and how they are run. Nothing here needs OneFlow.
+"""Exported files: their metadata, and how they are run. Nothing here needs OneFlow.
 
 A file of resnet_to_onnx.py takes `images` (batch, 3, H, W) float32, RGB, normalised, and gives
 `logits` (batch, classes) float32, before softmax. Its metadata are texts, each of them JSON:
@@ -120,7 +120,7 @@ ABOUT = record(
 
 @dataclass(frozen=True)
 class About:
-    """What a file says of itself."""
+    """The metadata of a file."""
 
     model: str
     classes: tuple[str, ...]
@@ -151,10 +151,10 @@ def read_structure(path: str) -> onnx.ModelProto:
     try:
         check_ordinary(path)
         if os.path.getsize(path) > MAX_BYTES:
-            raise RunError(f"{path} is larger than {MAX_BYTES} bytes, which no ONNX file is")
+            raise RunError(f"{path} is larger than {MAX_BYTES} bytes, the limit of an ONNX file")
         with open(path, "rb") as file, warnings.catch_warnings(record=True) as found:
             model = onnx.ModelProto.FromString(file.read())
-        if found:  # of an end before the last byte
+        if found:  # bytes after the end of the message
             raise DecodeError
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
@@ -166,7 +166,7 @@ def read_structure(path: str) -> onnx.ModelProto:
         if isinstance(message, onnx.TensorProto):
             check_place(message, os.path.dirname(path) or ".")
         elif isinstance(message, onnx.AttributeProto) and (message.HasField("g") or message.graphs):
-            raise ValueError("it has branches or loops, which no network here has")
+            raise ValueError("it has branches or loops, which the networks here do not have")
     return model
 
 
@@ -208,7 +208,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 class ExportedModel:
     """A file of resnet_to_onnx.py, ready to run on the CPU.
 
-    Raises RunError where it is damaged, or was made by something else.
+    Raises RunError where it is damaged, or not of resnet_to_onnx.py.
     """
 
     def __init__(self, path: str):
@@ -236,7 +236,7 @@ class ExportedModel:
             ) from None
 
     def check_ends(self) -> None:
-        """Raise ValueError where input and output are not as the metadata say."""
+        """Raise ValueError where input and output contradict the metadata."""
         size = self.preprocessing.image_size
         found = [
             (value.name, value.type, value.shape[1:])
