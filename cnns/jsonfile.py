@@ -191,12 +191,12 @@ def record(
         for name in needed:
             if name not in value:
                 raise Damaged(f"{where or 'it'} has no {name}")
-        for name, held in value.items():
+        for name, item in value.items():
             check_field = known.get(name, others)
             if check_field is None:
                 raise Damaged(f"{where or 'it'} has {brief(name)}, which is unknown")
-            printable = brief(name)[1:-1]
-            check_field(held, f"{where}.{printable}" if where else printable)
+            field = brief(name)[1:-1]
+            check_field(item, f"{where}.{field}" if where else field)
 
     return check
 

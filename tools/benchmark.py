@@ -239,11 +239,11 @@ def benchmark_loader(args: Namespace, device: str) -> dict:
     )
 
     def load():
-        held = []
+        outputs = []
         for image, label in itertools.islice(loader.batches(0), args.steps):
-            held.append((image.mean(), label))
-            limit_run_ahead(held)
-        held[-1][0].numpy()
+            outputs.append((image.mean(), label))
+            limit_run_ahead(outputs)
+        outputs[-1][0].numpy()
 
     load()
     seconds = statistics.median(timed(load) for _ in range(args.rounds))
@@ -271,8 +271,8 @@ def make_archive(path: Path, num_images: int) -> int:
     rng, num_bytes, done = random.Random(0), 0, 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as outer:
         for label, wordnet_id in enumerate(wordnet_ids):
-            held = io.BytesIO()
-            with tarfile.open(fileobj=held, mode="w", format=tarfile.USTAR_FORMAT) as inner:
+            members = io.BytesIO()
+            with tarfile.open(fileobj=members, mode="w", format=tarfile.USTAR_FORMAT) as inner:
                 while done * len(wordnet_ids) < (label + 1) * num_images:
                     photograph = photographs[done % len(photographs)]
                     crop = photograph.crop(draw_box(rng, *photograph.size))
@@ -281,7 +281,7 @@ def make_archive(path: Path, num_images: int) -> int:
                     crop.save(encoded, "JPEG", quality=PHOTOGRAPH_QUALITY)
                     num_bytes += add_member(inner, f"{wordnet_id}_{done}.JPEG", encoded)
                     done += 1
-            add_member(outer, f"{wordnet_id}.tar", held)
+            add_member(outer, f"{wordnet_id}.tar", members)
     return num_bytes
 
 

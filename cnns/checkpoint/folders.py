@@ -43,18 +43,18 @@ def read_flow_save(path: str) -> dict[str, np.ndarray]:
     content = expect(value, dict)
     if content.get("protocol_version") != 1:
         raise Refused("it is of an unknown version of flow.save")
-    arrays, held = {}, {}
+    arrays, by_folder = {}, {}
     for name, stub in find_weights(content.get("data"), Stub).items():
         folder = stub.state.get("path")
         if not isinstance(folder, str) or not re.fullmatch("(global_)?tensor_[0-9]+", folder):
             place = excerpt(folder) if isinstance(folder, str) else "nothing that is a path"
             raise Refused(f"{excerpt(name)} in it lies at {place}")
-        if folder not in held:  # two names may share a tensor
-            held[folder], has_shape = read_variable(path, folder)
+        if folder not in by_folder:  # two names may share a tensor
+            by_folder[folder], has_shape = read_variable(path, folder)
             if not has_shape:
                 raise Refused(f"{folder}/{META} in it is missing")
         if not OF_TRAINING.fullmatch(name):
-            arrays[name] = held[folder]
+            arrays[name] = by_folder[folder]
     return arrays
 
 

@@ -103,5 +103,5 @@ def fit_state(
         for parameter in parameters(shapes)
         for buffer in buffers_of(flags)
     }
-    held = {name: state[name] for name in shape_of if name in state}
-    return system | (held or {n: np.zeros(shape, np.float32) for n, shape in shape_of.items()})
+    kept = {name: state[name] for name in shape_of if name in state}
+    return system | (kept or {n: np.zeros(shape, np.float32) for n, shape in shape_of.items()})
