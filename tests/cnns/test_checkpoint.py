@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oneflow as flow
@@ -27,6 +28,7 @@ from cnns.checkpoint.find import (
 )
 from cnns.checkpoint.snapshot import (
     PREFIX,
+    Progress,
     Snapshot,
     read_description,
     read_weights,
@@ -37,6 +39,7 @@ from cnns.data.images import Preprocessing
 from cnns.distributed import place
 from cnns.errors import RunError, UsageError
 from cnns.places import SNAPSHOT_ROOT
+from cnns.run import Saver
 from small import ROOT, TINY, Tiny, tree
 
 PREPROCESSING = Preprocessing(32, 37, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
@@ -221,6 +224,19 @@ def test_runs_of_one_second_get_directories_of_their_own(tmp_path, monkeypatch):
         made = [stack.enter_context(open_save_dir(None)) for _ in range(12)]
     assert len(set(made)) == 12 and all(os.path.isdir(path) for path in made)
     assert all(path.startswith("./output/snapshots/model_save-2") for path in made)
+
+
+def test_processes_that_do_not_save_name_no_directory_but_a_given_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    parts = SimpleNamespace(model=flow.nn.Linear(1, 1))
+    for given, last_good in ((None, None), ("run", "run/snapshot_last")):
+        with open_save_dir(given) as save_dir:
+            saver = Saver(save_dir, describe, log=lambda line: None)
+            saver.writes = False
+            saver.save("last", parts, Progress())
+        assert saver.last_good == last_good
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_of_another_number_format_are_refused(saved):
