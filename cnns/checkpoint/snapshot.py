@@ -76,7 +76,7 @@ class Snapshot(Progress):
 
 
 def versions() -> dict[str, str]:
-    """Of what makes a snapshot."""
+    """Of the software that writes a snapshot."""
     return {
         "python": platform.python_version(),
         "oneflow": flow.__version__,
