@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     write = WRITERS[args.output](names, args.top_k)
     failures = Failures()
     images = prefetch(
-        failures.filter(load_all(paths, preprocessing, args.max_pixels)),
-        depth=2 * args.batch_size,
+        failures.filter(load_all(paths, preprocessing, args.max_pixels)), depth=2 * args.batch_size
     )
     for batch in batches(images, args.batch_size):
         rows = predict(np.stack([image for _, image in batch]))

@@ -25,13 +25,7 @@ from oneflow import nn
 import config
 import ofrecord_util
 import optimizer_util
-from cnns.checkpoint.find import (
-    find_resume,
-    find_snapshot,
-    list_snapshots,
-    open_save_dir,
-    position,
-)
+from cnns.checkpoint.find import find_resume, find_snapshot, list_snapshots, open_save_dir, position
 from cnns.checkpoint.snapshot import Progress, Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, standard_shapes
@@ -47,13 +41,7 @@ from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, notice, open_log
 from cnns.models.model import check_switches
-from cnns.resume import (
-    check_flags,
-    compare_flags,
-    compare_runs,
-    inherited_flags,
-    num_processes,
-)
+from cnns.resume import check_flags, compare_flags, compare_runs, inherited_flags, num_processes
 from cnns.run import Intervals, Parts, Run, Saver, announce
 from config import Plan
 from model_registry import MODELS

@@ -20,14 +20,7 @@ class Evaluator:
     The loader's batches are all of one size, and say which of their rows count.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loader: nn.Module,
-        *,
-        top_k: int,
-        use_fp16: bool = False,
-    ):
+    def __init__(self, model: nn.Module, loader: nn.Module, *, top_k: int, use_fp16: bool = False):
         self.model, self.loader = model, loader
         self.graph: EvalGraph | ArrayGraph = EvalGraph(
             model, loader, top_k=top_k, use_fp16=use_fp16

@@ -4,16 +4,7 @@ from typing import Any
 
 from cnns.data.format import MAX_CLASSES
 from cnns.data.images import PREPROCESSING
-from cnns.jsonfile import (
-    Damaged,
-    integer,
-    listed,
-    optional,
-    real,
-    record,
-    refuse,
-    string,
-)
+from cnns.jsonfile import Damaged, integer, listed, optional, real, record, refuse, string
 
 MAX_NUMBER = 1 << 53  # of steps and the like
 

@@ -46,11 +46,7 @@ def standard_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load_weights(
-    model: nn.Module,
-    weights: dict[str, np.ndarray],
-    *,
-    path: str,
-    without: str | None = None,
+    model: nn.Module, weights: dict[str, np.ndarray], *, path: str, without: str | None = None
 ) -> None:
     """Copy arrays into a model that has not been moved to its placement yet.
 
