@@ -21,6 +21,7 @@ from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, p
 from cnns.log import notice
 from cnns.models.layers import Switches
 from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT
+from cnns.resume import num_processes
 from model_registry import MODELS
 from optimizer_util import OPTIMIZERS, SCHEDULES
 
@@ -304,7 +305,7 @@ RUN_FLAGS = {
         of="start",
     ),
     "resume": Flag(
-        "resume as if the run had never stopped: from a snapshot, from the newest whole one in a "
+        "resume as if the run had never stopped: from a snapshot, from the newest intact one in a "
         "directory, or, with auto, from the newest in --model_save_dir, and from the start where "
         "there is none; flags that are not given are those of the run",
         path,
@@ -489,7 +490,7 @@ def make_parser(script: str) -> FlagParser:
     return FlagParser(*SCRIPTS[script])
 
 
-# What the scripts hand on.
+# Arguments made from flags.
 
 
 def switches(args: Namespace) -> Switches:
@@ -505,11 +506,6 @@ def restore_flags(args: Namespace) -> dict:
     """The arguments of cnns.checkpoint.find.restore but `switches`."""
     own = {name: getattr(args, name) for name in ("model_load_dir", "model", "num_classes")}
     return {"models": MODELS, **own, **preprocessing_flags(args)}
-
-
-def num_processes(args: Namespace) -> int:
-    """One for each device of the job."""
-    return args.num_nodes * args.gpu_num_per_node
 
 
 def job_flags(args: Namespace) -> dict:
@@ -538,7 +534,7 @@ def memory_flags(args: Namespace, *, batch: str) -> dict[str, str]:
 
 
 def flags_of_a_job(args: Namespace, parser: FlagParser) -> dict[str, object]:
-    """The flags that have to be the same on every node, by name, as JSON knows them.
+    """The flags that have to be the same on every node, by name, as JSON values.
 
     Paths may differ: what they lead to is compared separately.
     """
@@ -569,7 +565,7 @@ def take_device(args: Namespace) -> str:
     return device
 
 
-# Flags that say what a file for ONNX Runtime says itself, or how OneFlow computes.
+# Flags for what an exported file itself determines, or for how OneFlow computes.
 OF_ONEFLOW = {
     **dict.fromkeys(
         ("model_load_dir", "model", "num_classes"), "the network comes from --onnx_path"
@@ -594,7 +590,7 @@ def check_backend_flags(args: Namespace) -> None:
             "--device=cuda contradicts --backend=onnxruntime, which computes on the CPU; leave it "
             "out"
         )
-    if num_processes(args) > 1:
+    if num_processes(vars(args)) > 1:
         raise UsageError(
             "--num_nodes and --gpu_num_per_node contradict --backend=onnxruntime, which is one "
             "process; leave them out"

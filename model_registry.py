@@ -29,7 +29,7 @@ MODELS: dict[str, Model] = {
         signature=("layer1.0.conv2.weight", (128, 4, 3, 3)),
         switches=ALL_SWITCHES - {"channel_last"},
     ),
-    # Their rate is that of torchvision's training script.
+    # vgg and alexnet: the learning rate of torchvision's training script.
     "vgg": Model(
         VGG,
         signature=("features.40.weight", (512, 512, 3, 3)),

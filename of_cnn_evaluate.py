@@ -25,7 +25,8 @@ from cnns.evaluation import ArrayEvaluator, Evaluator
 from cnns.export import ExportedModel, find_export
 from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
-from cnns.log import open_log, validation_line
+from cnns.log import notice, open_log, validation_line
+from cnns.resume import num_processes
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int | None:
     log(data.loading_line)
     loader = ofrecord_util.val_loader(
         data,
-        batch_size=args.val_batch_size_per_device * config.num_processes(args),
+        batch_size=args.val_batch_size_per_device * num_processes(vars(args)),
         preprocessing=about.preprocessing,
         device=device,
     )
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int | None:
         counts, seconds = evaluator.round()
         # Always epoch 0, as OneFlow-Benchmark prints it: the field is the epoch of training.
         log(validation_line(0, loader.num_batches, counts, seconds))
+        notice(f"Loss: {counts.loss:.6f}, without label smoothing.")
     return None
 
 
@@ -69,7 +71,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def facts(args: Namespace) -> dict:
     """What has to be the same on every node. Raises as `prepare`."""
-    with redirect_stderr(io.StringIO()):  # the processes will say it
+    with redirect_stderr(io.StringIO()):  # the processes will print it
         device, data, (model, snapshot, _) = prepare(args)
     return config.flags_of_a_job(args, config.make_parser("evaluate")) | {
         "device": device,
@@ -83,7 +85,7 @@ def facts(args: Namespace) -> dict:
 def prepare(args: Namespace) -> tuple[str, Dataset, tuple]:
     """Device, data and network, all checked. Raises UsageError or RunError.
 
-    The network comes with what has its preprocessing and classes, and its path.
+    The network is (model, what has its preprocessing and num_classes, path).
     """
     of_oneflow = args.backend == "oneflow"
     device = config.take_device(args) if of_oneflow else "cpu"

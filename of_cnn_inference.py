@@ -1,4 +1,4 @@
-"""Classify images with a snapshot, or with a file that resnet_to_onnx.py has made.
+"""Classify images with a snapshot, or with a file that resnet_to_onnx.py has exported.
 
 python3 of_cnn_inference.py --image_path data/cat.jpg               # the newest snapshot
 find photos -name '*.jpg' | python3 of_cnn_inference.py --image_path - --output=csv --batch_size=8
@@ -29,6 +29,7 @@ from cnns.graphs import Predictor
 from cnns.launch.job import Job
 from cnns.launch.worker import is_worker, leave
 from cnns.log import notice
+from cnns.resume import num_processes
 
 Predict = Callable[[np.ndarray], np.ndarray]  # (N, 3, H, W) normalised to (N, C) probabilities
 STDIN = "-"
@@ -43,9 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     predict, preprocessing, names = BACKENDS[args.backend](args)
     write = WRITERS[args.output](names, args.top_k)
     failures = Failures()
-    images = ahead(
-        failures.taken_out(load_all(paths, preprocessing, args.max_pixels)),
-        depth=2 * args.batch_size,
+    images = prefetch(
+        failures.filter(load_all(paths, preprocessing, args.max_pixels)), depth=2 * args.batch_size
     )
     for batch in batches(images, args.batch_size):
         rows = predict(np.stack([image for _, image in batch]))
@@ -57,12 +57,12 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str] | None) -> Namespace:
     args = config.make_parser("inference").read(argv)
     config.check_backend_flags(args)
-    if config.num_processes(args) > 1:
+    if num_processes(vars(args)) > 1:
         raise UsageError(
             "--num_nodes and --gpu_num_per_node: classifying runs on one device; leave them out"
         )
     if STDIN in args.image_path and len(args.image_path) > 1:
-        raise UsageError("--image_path: - stands alone, as all paths then come on standard input")
+        raise UsageError("--image_path: - must be the only path: all others come on standard input")
     return args
 
 
@@ -112,10 +112,10 @@ def find_each(path: str, where: str) -> list[str | RunError]:
 
 
 def read_stdin() -> Iterator[str | RunError]:
-    """The images of the paths on standard input, one a line; an error for one that is not there."""
+    """The images of the paths on standard input, one a line; an error for a missing one."""
     if sys.stdin is None:
         raise RunError("--image_path=-: standard input is closed")
-    # A file object of our own: the interpreter cannot end while a thread waits in sys.stdin.
+    # Not sys.stdin: the interpreter cannot exit while a thread waits in it.
     with open(
         sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", closefd=False
     ) as file:
@@ -139,8 +139,8 @@ def load_all(
             yield path, error
 
 
-def ahead(items: Iterable, *, depth: int) -> Iterator:
-    """The same items, of which up to `depth` are made in a thread before they are asked for."""
+def prefetch(items: Iterable, *, depth: int) -> Iterator:
+    """The same items; a thread produces up to `depth` of them in advance."""
     queue: Queue = Queue(depth)
     end, errors = object(), []
 
@@ -152,7 +152,7 @@ def ahead(items: Iterable, *, depth: int) -> Iterator:
             errors.append(error)
         queue.put(end)
 
-    # A daemon, since it may wait for standard input when everything else is over.
+    # A daemon, since it may still be waiting for standard input at exit.
     Thread(target=fill, daemon=True).start()
     while (item := queue.get()) is not end:
         yield item
@@ -166,7 +166,7 @@ class Failures:
     def __init__(self) -> None:
         self.count, self.bad = 0, 0
 
-    def taken_out(
+    def filter(
         self, images: Iterable[tuple[str, np.ndarray | RunError]]
     ) -> Iterator[tuple[str, np.ndarray]]:
         """The images that could be read."""
@@ -181,7 +181,7 @@ class Failures:
     def exit_status(self) -> int:
         if self.count == 0:
             raise RunError("--image_path=-: standard input held no paths")
-        if self.bad and self.count > 1:  # a single one has had its line
+        if self.bad and self.count > 1:  # a single one has been reported
             report(f"{self.bad} of {self.count} files could not be read; see above")
         return 1 if self.bad else 0
 

@@ -25,14 +25,8 @@ from oneflow import nn
 import config
 import ofrecord_util
 import optimizer_util
-from cnns.checkpoint.find import (
-    find_resume,
-    find_snapshot,
-    held_snapshots,
-    open_save_dir,
-    position,
-)
-from cnns.checkpoint.snapshot import Snapshot, load_training_state, versions
+from cnns.checkpoint.find import find_resume, find_snapshot, list_snapshots, open_save_dir, position
+from cnns.checkpoint.snapshot import Progress, Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, standard_shapes
 from cnns.configfile import read_config
@@ -57,14 +51,8 @@ from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, is_first_rank, notice, open_log
 from cnns.models.model import check_switches
 from cnns.record import Record, describe_process, open_record
-from cnns.resume import (
-    check_flags,
-    compare_flags,
-    compare_runs,
-    inherited_flags,
-    num_processes,
-)
-from cnns.run import Intervals, Parts, Progress, Run, Saver, announce
+from cnns.resume import check_flags, compare_flags, compare_runs, inherited_flags, num_processes
+from cnns.run import Intervals, Parts, Run, Saver, announce
 from config import Plan
 from model_registry import MODELS
 from optimizer_util import Schedule
@@ -125,15 +113,15 @@ class RunSpec:
     """What will be run, checked. Nothing is built yet, and nothing of it changes afterwards."""
 
     device: str
-    about: Snapshot  # of its snapshots, except for the progress; with the final flags
+    about: Snapshot  # what its snapshots hold, without the progress; has the final flags
     train_data: Dataset
     val_data: Dataset | None  # None: no validation
     batch_size: int  # global
     plan: Plan
     schedule: Schedule
     start: Checkpoint | None  # weights to start from; None: random ones
-    resumed: Checkpoint | None  # the same, where it is the snapshot of a run that is resumed
-    held: frozenset  # snapshots that were in --model_save_dir when it was looked at
+    resumed: Checkpoint | None  # the same, if a run is resumed from it
+    found: frozenset  # snapshots that were in --model_save_dir when it was checked
     notices: list[str]  # for the user
 
     @property
@@ -148,7 +136,7 @@ class RunSpec:
         return Progress(**{name: getattr(self.resumed.snapshot, name) for name in vars(Progress())})
 
     def describe(self, progress: Progress) -> Snapshot:
-        """What a snapshot of this run says."""
+        """What a snapshot of this run holds."""
         return replace(self.about, **vars(progress))
 
 
@@ -158,7 +146,7 @@ def make_spec(given: Namespace) -> RunSpec:
     args = parser.complete(given)
     notices: list[str] = []
     device = choose_device(args.device, count=args.gpu_num_per_node, notify=notices.append)
-    held = held_snapshots(args.model_save_dir)
+    found = list_snapshots(args.model_save_dir)
     resumed = find_resume(
         args.resume, args.model_save_dir, check=partial(check_flags, parser=parser)
     )
@@ -169,7 +157,7 @@ def make_spec(given: Namespace) -> RunSpec:
         notices += compare_flags(args, resumed.snapshot.flags, parser, path=resumed.path)
     notices += config.finish_train_args(args, device=device)
     train_data, val_data = open_data(args)
-    notices += train_data.check_shares(config.num_processes(args))
+    notices += train_data.check_shares(num_processes(vars(args)))
     start = resumed or open_start(args)
     about = describe_network(args, start, train_data, notices)
     train_data = train_data.for_network(about.num_classes)
@@ -209,7 +197,7 @@ def make_spec(given: Namespace) -> RunSpec:
         schedule=make_schedule(args, plan),
         start=start,
         resumed=resumed,
-        held=held,
+        found=found,
         notices=notices,
     )
 
@@ -227,7 +215,7 @@ def make_schedule(args: Namespace, plan: Plan) -> Schedule:
 
 
 def global_batch_size(args: Namespace) -> int:
-    return args.batch_size_per_device * config.num_processes(args)
+    return args.batch_size_per_device * num_processes(vars(args))
 
 
 def open_data(args: Namespace) -> tuple[Dataset, Dataset | None]:
@@ -316,7 +304,7 @@ def describe_network(
 
 def facts(given: Namespace) -> dict:
     """What has to be the same on every node. Raises as `make_spec`."""
-    with redirect_stderr(io.StringIO()):  # the processes will say it
+    with redirect_stderr(io.StringIO()):  # the processes will print it
         spec = make_spec(given)
     about = spec.about
     return config.flags_of_a_job(Namespace(**spec.flags), config.make_parser("train")) | {
@@ -330,12 +318,12 @@ def facts(given: Namespace) -> dict:
 
 
 def check_still_newest(spec: RunSpec) -> None:
-    """Raise RunError where a run that was still saving has written a snapshot meanwhile."""
+    """Raise RunError where a run that had not ended has written a snapshot meanwhile."""
     if spec.flags["resume"] == "auto" and flow.env.get_rank() == 0:
-        came = held_snapshots(spec.flags["model_save_dir"]) - spec.held
-        if came:
-            path, _ = min(came)
-            raise RunError(f"{path} has been written meanwhile, by another run; start again")
+        new = list_snapshots(spec.flags["model_save_dir"]) - spec.found
+        if new:
+            path, _ = min(new)
+            raise RunError(f"{path} has been written meanwhile by another run; start again")
 
 
 # Building it.
@@ -442,7 +430,7 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
 
 
 def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> TrainGraph:
-    """The graph of a step, as it was left by the run that is resumed, if one is."""
+    """The graph of a step, with the state of the run that is resumed, if any."""
     flags = spec.flags
     optimizer = optimizer_util.build_optimizer(
         model,

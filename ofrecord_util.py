@@ -12,7 +12,7 @@ with N the global batch size. A training loader's `batches(epoch, iteration)` be
 alone, so that a run can stop and be resumed anywhere. A validation loader's `batches()` are one
 round, of `num_batches`, and have one tensor more in front,
 
-    counted  (N,) int32, 1 in rows to score, 0 in padding and repetitions
+    row_mask  (N,) int32, 1 in rows to score, 0 in padding and repetitions
 
 With several processes each makes the rows that its device gets.
 """

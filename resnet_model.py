@@ -70,7 +70,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNeXtBottleneck(Bottleneck):
-    """The same with a 3x3 convolution in 32 groups, of 4 channels each in the first stage."""
+    """The same with a 3x3 convolution in 32 groups of 4 channels in the first stage."""
 
     groups = 32
     width_per_group = 4
@@ -92,7 +92,6 @@ class ResNet(nn.Module):
     Args:
         block: `BasicBlock`, `Bottleneck` or `ResNeXtBottleneck`.
         depths: number of blocks in each of the four stages.
-        num_classes: number of classes.
         width: channels of the stem and of the first stage; doubled at each later stage.
         switches: see cnns.models.layers.Switches.
     """

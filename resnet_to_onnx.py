@@ -1,11 +1,11 @@
-"""Export a network to ONNX, and prove that ONNX Runtime computes what OneFlow computes.
+"""Export a network to ONNX, and check that ONNX Runtime computes what OneFlow computes.
 
 python3 resnet_to_onnx.py                                    # the newest snapshot
 python3 resnet_to_onnx.py --model_load_dir=SNAPSHOT --onnx_path=resnet.onnx --opset=17
 python3 resnet_to_onnx.py --help
 
-The file takes `images` (batch, 3, H, W) float32, RGB, normalised, with any batch, and gives
-`logits` (batch, classes). cnns/export.py says what its metadata hold.
+The file takes `images` (batch, 3, H, W) float32, RGB, normalised, of any batch size, and gives
+`logits` (batch, classes). cnns/export.py describes its metadata.
 """
 
 import cnns.startup  # noqa: F401  (first, see there)
@@ -30,7 +30,13 @@ from onnx import version_converter
 from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
 import config
-from cnns.checkpoint.files import hold, leftovers, sync_directory, temporary_name, write_durably
+from cnns.checkpoint.files import (
+    find_leftovers,
+    lock_directory,
+    sync_directory,
+    temporary_name,
+    write_durably,
+)
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import PREFIX, Snapshot
 from cnns.data.images import class_names, find_images, load_image
@@ -51,8 +57,8 @@ from cnns.places import ONNX_ROOT
 # Shapes in the exported graph that begin with this number depend on the batch.
 EXPORT_BATCH = 8
 CHECK_BATCHES = (1, EXPORT_BATCH)  # of random images
-# The newest that oneflow-onnx gets right: from 11 on it loses the bounds of ReLU6, from 13 on it
-# writes graphs that onnx's checker refuses.
+# The newest that oneflow-onnx gets right: from 11 on it loses the bounds of ReLU6, from 13 on its
+# graphs fail onnx's checker.
 OWN_OPSET = 10
 RTOL, ATOL = 1e-4, 1e-5
 
@@ -76,12 +82,12 @@ def main(argv: list[str] | None = None) -> None:
         check_metadata(exported, snapshot)
         comparison = compare(exported, reference, images, snapshot)
     else:
-        with new_file(path) as temporary:
+        with staging(path) as temporary:
             model = convert(reference, snapshot, snapshot_path, opset=args.opset)
             write(model, temporary, external_data=args.external_data)
             comparison = compare(ExportedModel(temporary), reference, images, snapshot)
             if comparison.equal:
-                put(temporary, path)
+                replace_export(temporary, path)
         if comparison.equal:
             print("Convert to onnx success! >> ", printable(path))
     print_comparison(comparison, paths, snapshot)
@@ -154,7 +160,7 @@ def convert(
     model = call_oneflow_onnx(reference.graph(EXPORT_BATCH), opset=min(opset, OWN_OPSET))
     rename(model, model.graph.input[0].name, INPUT)
     rename(model, model.graph.output[0].name, OUTPUT)
-    free_batch(model)
+    make_batch_dynamic(model)
     if opset > OWN_OPSET:
         model = version_converter.convert_version(model, opset)
     model.graph.name = snapshot.model
@@ -180,7 +186,7 @@ def call_oneflow_onnx(graph: nn.Graph, *, opset: int) -> onnx.ModelProto:
         try:
             with redirect_stdout(io.StringIO()):
                 Export(graph, weights, path, opset=opset, dynamic_batch_size=True)
-        except Exception as error:  # whatever the library makes of a layer that it does not know
+        except Exception as error:  # of any kind, for a layer that it does not know
             errors.append(f"{type(error).__name__}: {error}")
         if errors:
             raise RunError(f"oneflow-onnx cannot export the network: {errors[0]}")
@@ -189,7 +195,7 @@ def call_oneflow_onnx(graph: nn.Graph, *, opset: int) -> onnx.ModelProto:
 
 @contextmanager
 def library_errors() -> Iterator[list[str]]:
-    """Gathers the errors that oneflow-onnx only logs, and keeps its log from the screen."""
+    """Collects the errors that oneflow-onnx only logs, and hides its log."""
     errors: list[str] = []
 
     class Handler(logging.Handler):
@@ -217,11 +223,11 @@ def rename(model: onnx.ModelProto, old: str, new: str) -> None:
             names[:] = [new if name == old else name for name in names]
 
 
-def free_batch(model: onnx.ModelProto) -> None:
-    """Let the graph, exported with EXPORT_BATCH images, take any number of them.
+def make_batch_dynamic(model: onnx.ModelProto) -> None:
+    """Make the graph, exported with EXPORT_BATCH images, take any number of them.
 
-    A Reshape to a constant shape takes its first number from its input instead, where that is the
-    batch.
+    A Reshape to a constant shape that begins with the batch takes that dimension from its input
+    instead.
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -235,7 +241,7 @@ def free_batch(model: onnx.ModelProto) -> None:
                 name = f"{node.output[0]}/shape"
                 graph.initializer.append(onnx.numpy_helper.from_array(shape, name))
                 node.input[1] = name
-    del graph.value_info[:]  # shapes in between, with the batch in them; they are inferred
+    del graph.value_info[:]  # intermediate shapes with that batch; they are inferred
     for value in (graph.input[0], graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     used = {name for node in graph.node for name in node.input}
@@ -245,8 +251,8 @@ def free_batch(model: onnx.ModelProto) -> None:
 
 
 @contextmanager
-def new_file(path: str) -> Iterator[str]:
-    """A temporary name for the file `path`, in a new directory next to it, which is removed.
+def staging(path: str) -> Iterator[str]:
+    """A name for the new file in a temporary directory next to `path`, which is removed at the end.
 
     Raises UsageError where nothing can be written there.
     """
@@ -259,11 +265,11 @@ def new_file(path: str) -> Iterator[str]:
         if os.path.isfile(directory):
             raise NotADirectoryError(0, f"{directory} is a file", path)
         os.makedirs(directory or ".", exist_ok=True)
-        for left in leftovers(directory, f".{name}.tmp-"):
-            put_back(os.path.join(left, name), path)
+        for left in find_leftovers(directory, f".{name}.tmp-"):
+            undo_replace(os.path.join(left, name), path)
             shutil.rmtree(left, ignore_errors=True)
         os.mkdir(place)
-        handle = hold(place)
+        handle = lock_directory(place)
     except OSError as error:
         raise UsageError(
             f"--onnx_path: cannot write {path}: {error.strerror}; give another"
@@ -292,11 +298,11 @@ def write(model: onnx.ModelProto, path: str, *, external_data: bool) -> None:
         raise RunError(f"onnx's checker refuses the file: {error}") from None
 
 
-def put(temporary: str, path: str) -> None:
-    """Put a new file, and that of its weights, in the place of what was there.
+def replace_export(temporary: str, path: str) -> None:
+    """Move a new file, and that of its weights, to `path`.
 
-    Two files cannot be replaced in one step, and nobody may read an old one with a new one: where
-    there is a file of weights, the old ones are moved away first, and back if that fails.
+    Two files cannot be replaced in one step, and an old one must not be read with a new one: where
+    there is a file of weights, the old files are moved away first, and back if the move fails.
     """
     old = temporary + ".old"
     if os.path.exists(path + DATA_SUFFIX) or os.path.exists(temporary + DATA_SUFFIX):
@@ -309,15 +315,15 @@ def put(temporary: str, path: str) -> None:
     sync_directory(os.path.dirname(path) or ".")
 
 
-def put_back(temporary: str, path: str) -> None:
-    """Undo what a `put` that was killed had begun. Raises OSError."""
+def undo_replace(temporary: str, path: str) -> None:
+    """Undo a `replace_export` that was killed halfway. Raises OSError."""
     old = temporary + ".old"
-    if not (os.path.exists(old) and os.path.exists(path)):  # else it was done
+    if not (os.path.exists(old) and os.path.exists(path)):  # else it was complete
         move(old, path)
 
 
 def move(source: str, target: str) -> None:
-    """Rename a file and that of its weights, as far as they are there; the file itself last."""
+    """Rename a file and that of its weights, where they exist; the file itself last."""
     for suffix in (DATA_SUFFIX, ""):
         if os.path.exists(source + suffix):
             os.replace(source + suffix, target + suffix)
@@ -369,7 +375,7 @@ def are_equal(theirs: np.ndarray, ours: np.ndarray) -> bool:
 
 
 def check_metadata(exported: ExportedModel, snapshot: Snapshot) -> None:
-    """Raise RunError where a file is for other images or classes than the snapshot."""
+    """Raise RunError where model, classes or preprocessing of a file differ from the snapshot's."""
     classes = tuple(class_names(snapshot.num_classes, snapshot.classes))
     for name, theirs, ours in (
         ("model", exported.model, snapshot.model),
@@ -377,7 +383,7 @@ def check_metadata(exported: ExportedModel, snapshot: Snapshot) -> None:
         ("preprocessing", exported.preprocessing, snapshot.preprocessing),
     ):
         if theirs != ours:
-            raise RunError(f"{exported.path} has another {name} than the snapshot; export it again")
+            raise RunError(f"{exported.path} and the snapshot differ in {name}; export it again")
 
 
 def print_comparison(comparison: Comparison, paths: list[str], snapshot: Snapshot) -> None:

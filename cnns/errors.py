@@ -1,4 +1,4 @@
-"""What ends a script: its errors, each one line on stderr, and the exit status."""
+"""How scripts end: errors, each one line on stderr, and exit statuses."""
 
 import errno
 import io
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-# What a terminal obeys, and marks that turn the order of letters around.
+# Control characters, and marks that reverse the direction of text.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -19,13 +19,13 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """A run that failed, or data that are broken: one line, exit status 1."""
+    """A run that failed, or broken data: one line, exit status 1."""
 
     exit_status = 1
 
 
 def printable(text: str) -> str:
-    """A text with names from outside for one line of a terminal: what it would obey is escaped."""
+    """A text with names from outside, its control characters escaped for a terminal."""
     return CONTROLS.sub(lambda match: escape(match[0]), text)
 
 
@@ -36,10 +36,10 @@ def escape(character: str) -> str:
 
 
 def open_streams() -> None:
-    """Let no name be one that cannot be printed, whatever the encoding of the terminal."""
+    """Make every name printable, whatever the encoding of the terminal."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by who called
+        if stream is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -48,12 +48,12 @@ def open_streams() -> None:
 def run_main(
     main: Callable[[], int | None], leave: Callable[[int], int] = lambda status: status
 ) -> int:
-    """Call `main` and return the exit status; what the user or the system did becomes one line.
+    """Call `main` and return the exit status; errors of the user or the system become one line.
 
     Args:
         main: returns an exit status, or None for 0.
-        leave: called with the status of a failure while all that `main` had made still exists. A
-            worker of a job must not wait for the end of that: see cnns.launch.worker.leave.
+        leave: called with the status of a failure before what `main` made is destroyed. A worker
+            of a job must not wait for that: see cnns.launch.worker.leave.
     """
     open_streams()
     try:
@@ -67,7 +67,7 @@ def run_main(
 def explain(error: BaseException) -> int:
     """Report what ended a run, and return the exit status."""
     status, text = describe(error)
-    if isinstance(error, BrokenPipeError):  # `| head`: whoever read our lines has seen enough
+    if isinstance(error, BrokenPipeError):  # `| head`: the reader has closed the pipe
         forget(sys.stdout)
     else:
         report(text)
@@ -75,7 +75,7 @@ def explain(error: BaseException) -> int:
 
 
 def describe(error: BaseException) -> tuple[int, str]:
-    """The exit status and the line for what the user or the system did."""
+    """The exit status and the line for an error of the user or the system."""
     if isinstance(error, UsageError | RunError):
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -97,7 +97,7 @@ listeners: list[Callable[[str], None]] = []  # get each line that is said
 
 
 def say(line: str, file: TextIO) -> None:
-    """Print a line. A terminal that is gone ends nothing: SIGHUP tells what to do about it."""
+    """Print a line. A terminal that is gone is not an error: SIGHUP decides what happens."""
     line = printable(line)
     for listener in listeners:
         listener(line)
@@ -110,5 +110,5 @@ def say(line: str, file: TextIO) -> None:
 
 
 def forget(file: TextIO) -> None:
-    """Send what is still to be written where nobody reads to /dev/null: Python does so at exit."""
+    """Redirect a stream that nobody reads to /dev/null, as Python flushes it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

@@ -20,14 +20,7 @@ class Evaluator:
     The loader's batches are all of one size, and say which of their rows count.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loader: nn.Module,
-        *,
-        top_k: int,
-        use_fp16: bool = False,
-    ):
+    def __init__(self, model: nn.Module, loader: nn.Module, *, top_k: int, use_fp16: bool = False):
         self.model, self.loader = model, loader
         self.graph: EvalGraph | ArrayGraph = EvalGraph(
             model, loader, top_k=top_k, use_fp16=use_fp16
@@ -56,8 +49,8 @@ class Evaluator:
         top_1, top_k, bad_labels = totals[:, :3].sum(axis=0).astype(int).tolist()
         if bad_labels:
             raise RunError(
-                f"the validation data have {bad_labels} labels outside the network's classes; they "
-                "are of another data set than the network"
+                f"the validation data have {bad_labels} labels outside the network's classes: the "
+                "network is for another data set"
             )
         loss = float(totals[:, 3].sum()) / self.loader.num_examples
         return Counts(top_1, top_k, self.loader.num_examples, loss), seconds
@@ -73,10 +66,10 @@ class ArrayGraph:
     ):
         self.network, self.loader, self.top_k = network, loader, top_k
 
-    def __call__(self, counted: flow.Tensor, *batch: flow.Tensor) -> tuple[flow.Tensor, ...]:
+    def __call__(self, row_mask: flow.Tensor, *batch: flow.Tensor) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)
         logits = to_device(self.network(local(image).numpy()), label.placement)
-        return score(logits, label, counted, top_k=self.top_k)
+        return score(logits, label, row_mask, top_k=self.top_k)
 
 
 class ArrayEvaluator(Evaluator):

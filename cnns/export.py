@@ -1,4 +1,4 @@
-"""Exported files: what they say of themselves, and how they are run. Nothing here needs OneFlow.
+"""Exported files: their metadata, and how they are run. Nothing here needs OneFlow.
 
 A file of resnet_to_onnx.py takes `images` (batch, 3, H, W) float32, RGB, normalised, and gives
 `logits` (batch, classes) float32, before softmax. Its metadata are texts, each of them JSON:
@@ -62,10 +62,10 @@ def find_export(path: str | None) -> str:
         except OSError as error:
             raise UsageError(f"--onnx_path: cannot read {path}: {error.strerror}") from None
         return path
-    held = os.listdir(ONNX_ROOT) if os.path.isdir(ONNX_ROOT) else []
+    names = os.listdir(ONNX_ROOT) if os.path.isdir(ONNX_ROOT) else []
     found = [
         os.path.join(ONNX_ROOT, name)
-        for name in held
+        for name in names
         if name.endswith(".onnx") and not name.startswith(".")
     ]
     found = [path for path in found if os.path.isfile(path)]
@@ -90,14 +90,14 @@ def describe(
     *, model: str, snapshot: str, classes: list[str], preprocessing: Preprocessing
 ) -> dict[str, str]:
     """The metadata of a file."""
-    held = {
+    fields = {
         "format_version": FORMAT_VERSION,
         "model": model,
         "snapshot": snapshot,
         "classes": classes,
         **vars(preprocessing),
     }
-    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in held.items()}
+    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in fields.items()}
     # A name with a byte that is not UTF-8: JSON's escape of it is Python's.
     return {name: text.encode(errors="backslashreplace").decode() for name, text in texts.items()}
 
@@ -120,7 +120,7 @@ ABOUT = record(
 
 @dataclass(frozen=True)
 class About:
-    """What a file says of itself."""
+    """The metadata of a file."""
 
     model: str
     classes: tuple[str, ...]
@@ -151,10 +151,10 @@ def read_structure(path: str) -> onnx.ModelProto:
     try:
         check_ordinary(path)
         if os.path.getsize(path) > MAX_BYTES:
-            raise RunError(f"{path} is larger than {MAX_BYTES} bytes, which no ONNX file is")
+            raise RunError(f"{path} is larger than {MAX_BYTES} bytes, the limit of an ONNX file")
         with open(path, "rb") as file, warnings.catch_warnings(record=True) as found:
             model = onnx.ModelProto.FromString(file.read())
-        if found:  # of an end before the last byte
+        if found:  # bytes after the end of the message
             raise DecodeError
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
@@ -166,7 +166,7 @@ def read_structure(path: str) -> onnx.ModelProto:
         if isinstance(message, onnx.TensorProto):
             check_place(message, os.path.dirname(path) or ".")
         elif isinstance(message, onnx.AttributeProto) and (message.HasField("g") or message.graphs):
-            raise ValueError("it has branches or loops, which no network here has")
+            raise ValueError("it has branches or loops, which the networks here do not have")
     return model
 
 
@@ -183,18 +183,18 @@ def messages(message: Message) -> Iterator[Message]:
 
 def check_place(tensor: onnx.TensorProto, folder: str) -> None:
     """Raise ValueError where the numbers of a tensor are not in a file in `folder`, or inside."""
-    held = [(entry.key, entry.value) for entry in tensor.external_data]
-    if not held and tensor.data_location != onnx.TensorProto.EXTERNAL:
+    entries = [(entry.key, entry.value) for entry in tensor.external_data]
+    if not entries and tensor.data_location != onnx.TensorProto.EXTERNAL:
         return
-    places = [value for key, value in held if key == "location"]
-    if len(places) != 1 or len(held) != len(dict(held)):
+    places = [value for key, value in entries if key == "location"]
+    if len(places) != 1 or len(entries) != len(dict(entries)):
         raise ValueError(f"the place of {tensor.name!r} is not one file")
     place = os.path.join(folder, places[0])
     if not is_within(place, folder):
         raise ValueError(f"the weights of {tensor.name!r} are outside of its folder: {places[0]!r}")
     if not os.path.isfile(place):
         raise ValueError(f"there is no file {places[0]!r} beside it, for {tensor.name!r}")
-    start, length = (int(dict(held).get(key, "0")) for key in ("offset", "length"))
+    start, length = (int(dict(entries).get(key, "0")) for key in ("offset", "length"))
     if start < 0 or length < 0 or start + length > os.path.getsize(place):
         raise ValueError(f"{places[0]!r} is shorter than the place of {tensor.name!r}")
 
@@ -208,7 +208,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 class ExportedModel:
     """A file of resnet_to_onnx.py, ready to run on the CPU.
 
-    Raises RunError where it is damaged, or was made by something else.
+    Raises RunError where it is damaged, or not of resnet_to_onnx.py.
     """
 
     def __init__(self, path: str):
@@ -236,7 +236,7 @@ class ExportedModel:
             ) from None
 
     def check_ends(self) -> None:
-        """Raise ValueError where input and output are not as the metadata say."""
+        """Raise ValueError where input and output contradict the metadata."""
         size = self.preprocessing.image_size
         found = [
             (value.name, value.type, value.shape[1:])

@@ -1,4 +1,4 @@
-"""What a command-line flag is: one record each, the parser made of them, the types of their values.
+"""Command-line flags: a record for each, the parser built from the records, types of values.
 
 Nothing here knows a particular flag: those are in config.py and in the tools. Nothing needs
 OneFlow.
@@ -17,12 +17,12 @@ from cnns.errors import UsageError, printable
 
 @dataclass(frozen=True)
 class Flag:
-    """Everything that is known of one flag but its name. One with a boolean default is a switch."""
+    """All about one flag but its name. One with a boolean default is a switch."""
 
     text: str  # what it does, with its unit; its default is added to it
     parse: Callable[[str], object] = str  # raises ArgumentTypeError
-    default: object = None  # what holds unless it is given; None where `otherwise` says it in words
-    otherwise: str = ""  # in words, what holds unless it is given
+    default: object = None  # its value unless given; None where `otherwise` describes it
+    otherwise: str = ""  # a description of what holds unless it is given
     aliases: tuple[str, ...] = ()  # other spellings, with dashes
     choices: Iterable[str] = ()  # the values there are, if the set is closed
     # Flag and values: it belongs to these values of that flag, and is refused with others.
@@ -37,7 +37,7 @@ class Flag:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is True or False, and True without a value."""
+        """Whether its values are True and False, with True for the bare flag."""
         return isinstance(self.default, bool)
 
     @property
@@ -56,7 +56,7 @@ class Flag:
 
     @property
     def unless_given(self) -> str:
-        """What holds unless it is given, in words or as it would be typed."""
+        """What holds unless it is given: a description, or a value as typed."""
         if self.otherwise or self.default is None:
             return self.otherwise
         if self.is_switch:
@@ -75,7 +75,7 @@ class Flag:
 
 
 def show(value: object) -> str:
-    """A value as it would be typed."""
+    """A value as typed on the command line."""
     if isinstance(value, tuple | list):
         return ",".join(map(show, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -116,9 +116,9 @@ CONFIGURED = "flags_of_config"  # where what was parsed holds the flags of the f
 
 
 class FlagParser(Parser):
-    """The same, made of records.
+    """The same, built from records.
 
-    What it parses holds the flags that were given, and no other: `complete` adds the defaults.
+    Parsing gives only the flags on the command line; `complete` adds the defaults.
     """
 
     def __init__(self, description: str, groups: Mapping[str, Mapping[str, Flag]]):

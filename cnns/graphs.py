@@ -29,7 +29,7 @@ def hits(logits: flow.Tensor, label: flow.Tensor, top_k: int) -> tuple[flow.Tens
     """Whether each label is the first, or among the first `top_k`, of its logits.
 
     Of equal logits the lower class ranks first, so that a network that gives the same for every
-    class is not counted as right. A label whose logit is NaN ranks last, and any other NaN ranks
+    class is not row_mask as right. A label whose logit is NaN ranks last, and any other NaN ranks
     above the label.
 
     Args:
@@ -66,28 +66,28 @@ def in_float32(logits: flow.Tensor) -> flow.Tensor:
 
 
 def score(
-    logits: flow.Tensor, label: flow.Tensor, counted: flow.Tensor, *, top_k: int
+    logits: flow.Tensor, label: flow.Tensor, row_mask: flow.Tensor, *, top_k: int
 ) -> tuple[flow.Tensor, flow.Tensor, flow.Tensor, flow.Tensor]:
     """Top-1 hits, top-k hits, labels outside the classes and cross-entropy, without smoothing.
 
-    Four scalars, sums over the rows whose `counted` is 1; the first three are int32, the last
+    Four scalars, sums over the rows whose `row_mask` is 1; the first three are int32, the last
     float32.
     """
     valid = in_range(label, logits)
     label = label * valid
     top_1, hit_k = hits(logits, label, top_k)
     loss = nn.functional.cross_entropy(in_float32(logits), label, reduction="none")  # (N,)
-    loss = flow.masked_fill(loss, counted == 0, 0.0)  # a padded row may be infinite
+    loss = flow.masked_fill(loss, row_mask == 0, 0.0)  # a padded row may be infinite
     return (
-        (top_1 * counted).sum(),
-        (hit_k * counted).sum(),
-        ((1 - valid) * counted).sum(),
+        (top_1 * row_mask).sum(),
+        (hit_k * row_mask).sum(),
+        ((1 - valid) * row_mask).sum(),
         loss.sum(),
     )
 
 
 class QuietGraph(nn.Graph):
-    """Holds back what OneFlow prints while it compiles, and drops it where that raises."""
+    """Holds back what OneFlow prints while it compiles, and drops it if compilation raises."""
 
     def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
         if self.is_compiled:
@@ -222,11 +222,11 @@ class EvalGraph(QuietGraph):
         self.top_k = top_k
 
     def build(
-        self, counted: flow.Tensor, *batch: flow.Tensor, stop: flow.Tensor | None = None
+        self, row_mask: flow.Tensor, *batch: flow.Tensor, stop: flow.Tensor | None = None
     ) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         logits = self.model(image)  # (N, C)
-        return broadcast_outputs(*score(logits, label, counted, top_k=self.top_k), stop=stop)
+        return broadcast_outputs(*score(logits, label, row_mask, top_k=self.top_k), stop=stop)
 
 
 class PredictGraph(QuietGraph):
@@ -236,7 +236,7 @@ class PredictGraph(QuietGraph):
         super().__init__()
         self.config.allow_fuse_add_to_output(True)
         self.config.enable_amp(use_fp16)
-        # Trying out cuDNN's algorithms takes a second and 1 GB, which few predictions pay back.
+        # Trying out cuDNN's algorithms takes a second and 1 GB, too much for a few predictions.
         self.config.enable_cudnn_conv_heuristic_search_algo(True)
         self.model = model
 
@@ -247,7 +247,7 @@ class PredictGraph(QuietGraph):
 class Predictor:
     """Arrays of images to arrays of probabilities.
 
-    Compiles for a batch larger than those it has had; a smaller one is filled up.
+    Compiles for a batch larger than those before it; a smaller one is padded.
     """
 
     def __init__(self, model: nn.Module, *, device: str, use_fp16: bool = False):

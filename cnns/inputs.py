@@ -1,4 +1,4 @@
-"""Files of the user's: ordinary ones only, each once, and none that a link brings in unasked."""
+"""The user's files: ordinary ones only, each read once, and no links out of the input folders."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import numpy as np
 from cnns.errors import RunError
 
 # Of what a compressed file may become: this much, or this many times its size where that is more.
-# MNIST becomes 5 times as large, CIFAR 1.1 times; a file that is made for it, 1000 times.
+# MNIST becomes 5 times as large, CIFAR 1.1 times; a malicious file, 1000 times.
 MAX_UNPACKED_BYTES = 256 << 20
 MAX_RATIO = 50
 
@@ -32,7 +32,7 @@ def kind_of(path: str | os.PathLike) -> str:
 
 
 def check_ordinary(path: str | os.PathLike) -> None:
-    """Raise OSError where a path is not a file, before anything waits for what is behind it."""
+    """Raise OSError where a path is not a file, before anything blocks on it."""
     kind = kind_of(path)
     if kind == "a directory":
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
@@ -58,7 +58,7 @@ def unpacked_limit(packed_bytes: int) -> int:
 
 
 class Tree:
-    """Walks folders of input so that no file is read twice and no link leads astray.
+    """Walks folders of input so that no file is read twice and no link leads out of them.
 
     A link to a file or a folder outside of `root` is refused unless `follow_links`; so is, always,
     a folder that was walked before, which ends loops, and a file that has two names.
@@ -103,10 +103,7 @@ class Tree:
             )
 
     def add(self, folder: str, path: str) -> None:
-        """Note a file of a folder that will be read.
-
-        One that cannot be looked at is left to its reader.
-        """
+        """Record a file that will be read. One that `stat` fails on is left to its reader."""
         try:
             state = os.stat(os.path.join(folder, path))
         except OSError:

@@ -1,4 +1,4 @@
-"""Signals that end a run in good order."""
+"""Signals that end a run cleanly."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from cnns.errors import RunError
 
 # SIGHUP: the connection to the terminal is lost.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STATUSES = tuple(128 + number for number in SIGNALS)  # of an end in good order
+STATUSES = tuple(128 + number for number in SIGNALS)  # of a clean end
 
 
 class Interrupted(RunError):
-    """A signal asked for the end; the exit status is the one a shell gives it: 130, 143 or 129."""
+    """A signal ended the run; the exit status is the shell's for it: 130, 143 or 129."""
 
     def __init__(self, signal_number: int, then: str = ""):
         name = signal.Signals(signal_number).name
@@ -27,12 +27,12 @@ class Interrupted(RunError):
 
 
 def is_ignored(number: int) -> bool:
-    """Whether whoever started this process wants it to ignore a signal, as nohup does."""
+    """Whether this process was started with a signal ignored, as nohup does."""
     return signal.getsignal(number) is signal.SIG_IGN
 
 
 def watched() -> list[signal.Signals]:
-    """The signals that end a run: all, but a SIGHUP that is ignored."""
+    """The signals that end a run: all except an ignored SIGHUP."""
     return [n for n in SIGNALS if n != signal.SIGHUP or not is_ignored(n)]
 
 
@@ -65,9 +65,9 @@ class Interrupts:
         name = signal.Signals(number).name
         line = f"{name}: ending after this iteration; a second one ends at once.\n"
         with suppress(OSError):  # the terminal is gone
-            os.write(2, line.encode())  # not `print`: the signal may have come in the middle of one
+            os.write(2, line.encode())  # not `print`, which the signal may have interrupted
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a signal has arrived."""
         if self.received is not None:
             raise Interrupted(self.received)

@@ -1,7 +1,7 @@
 """JSON files that others may have written: read within limits, and checked before they are used.
 
-A check is called with a value and where it stands, and raises Damaged; a schema is a check made of
-others. Nothing here needs OneFlow.
+A check is called with a value and its place in the file, and raises Damaged; a schema is a check
+composed of others. Nothing here needs OneFlow.
 """
 
 import gc
@@ -22,11 +22,11 @@ Check = Callable[[Any, str], None]
 
 
 class Damaged(ValueError):
-    """A file is not what it should be, or says what cannot be so."""
+    """A file is not what it should be, or holds impossible values."""
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Raise Damaged where `path` is a FIFO or the like, which would block whoever opens it.
+    """Raise Damaged where `path` is a FIFO or the like, which would block on opening.
 
     Raises OSError where there is nothing.
     """
@@ -51,7 +51,7 @@ def read_json(path: str | os.PathLike) -> Any:
 def parse_json(text: str) -> Any:
     """JSON with finite numbers, integers of 64 bits and no key twice. Raises Damaged."""
     collecting = gc.isenabled()
-    gc.disable()  # it would search what has been read again and again, and find nothing
+    gc.disable()  # it would scan the growing result again and again for nothing
     try:
         return json.loads(
             text,
@@ -74,7 +74,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise Damaged(f"{brief(twice)} stands in it twice")
+        raise Damaged(f"it has {brief(twice)} twice")
     return found
 
 
@@ -191,15 +191,15 @@ def record(
         for name in needed:
             if name not in value:
                 raise Damaged(f"{where or 'it'} has no {name}")
-        for name, held in value.items():
+        for name, item in value.items():
             check_field = known.get(name, others)
             if check_field is None:
                 raise Damaged(f"{where or 'it'} has {brief(name)}, which is unknown")
-            printable = brief(name)[1:-1]
-            check_field(held, f"{where}.{printable}" if where else printable)
+            field = brief(name)[1:-1]
+            check_field(item, f"{where}.{field}" if where else field)
 
     return check
 
 
 def anything(value: Any, where: str) -> None:
-    """Passes."""
+    """The check that passes everything."""

@@ -1,4 +1,4 @@
-"""Exact counts, and the lines that the user reads."""
+"""Exact counts, the lines of a run, and notices."""
 
 import os
 import sys
@@ -58,11 +58,11 @@ def figures(counts: Counts, seconds: float) -> str:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that prints and saves."""
-    return int(os.environ.get("RANK", "0")) <= 0  # OneFlow puts -1 there for a process alone
+    return int(os.environ.get("RANK", "0")) <= 0  # OneFlow sets -1 for a single process
 
 
 def notice(text: str) -> None:
-    """Print something worth knowing that is not a result to stderr."""
+    """Print a line that is not a result to stderr, in the first process only."""
     if is_first_rank():
         say(text, sys.stderr)
 
@@ -71,7 +71,7 @@ Log = Callable[[str], None]
 
 
 def open_log(directory: str | None, script: str) -> Log:
-    """What prints the lines of a run, and appends them to `<directory>/<script>.log` if asked to.
+    """A function that prints lines, and appends them to `<directory>/<script>.log` if given one.
 
     Raises UsageError where that file cannot be written.
     """
@@ -97,7 +97,7 @@ def open_log(directory: str | None, script: str) -> Log:
 
 
 def limit_run_ahead(outputs: list) -> tuple | None:
-    """Wait for the step RUN_AHEAD before the newest of `outputs`, and return what it gave.
+    """Wait for the step RUN_AHEAD before the newest of `outputs`, and return its output.
 
     Calling a graph only asks for a step. Without a limit the host would ask for all of them, with
     their inputs in memory, and could not be interrupted before the last is done.
@@ -110,9 +110,9 @@ def limit_run_ahead(outputs: list) -> tuple | None:
 
 
 class Meter:
-    """Gathers what training steps return, untouched on the device, until a line is due.
+    """Keeps the outputs of training steps on the device until a line is due, and reads them then.
 
-    All are read when a line is due; until then the host stays RUN_AHEAD steps before the device.
+    The host stays at most RUN_AHEAD steps ahead of the device.
     """
 
     def __init__(self, batch_size: int):
@@ -135,7 +135,7 @@ class Meter:
     def read(self) -> tuple[list[float], Counts, int, float]:
         """Losses of the steps, hits, labels out of range, and seconds since the last `restart`.
 
-        Waits for the steps; then starts anew.
+        Waits for the steps, then restarts.
         """
         values = np.array([[float(value.numpy()) for value in step[:4]] for step in self.pending])
         seconds = time.perf_counter() - self.start

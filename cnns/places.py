@@ -1,4 +1,4 @@
-"""Where files are looked for, and put, unless a flag says otherwise."""
+"""Where files are searched for and written unless a flag says otherwise."""
 
 import os
 

@@ -1,8 +1,9 @@
-"""What a resumed run takes from the snapshot, and what must not differ from it."""
+"""What a resumed run takes from its snapshot, and what must not differ from it."""
 
 import os
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
+from typing import Any
 
 from cnns.checkpoint.snapshot import DESCRIPTION, Snapshot
 from cnns.errors import RunError, UsageError
@@ -64,7 +65,7 @@ def inherited_flags(
 
 
 def kind_of_data(path: object) -> str:
-    """Of the data that --train_data_dir names."""
+    """The kind of data that --train_data_dir names."""
     if path is None:
         return "synthetic data"
     return "arrays" if str(path).endswith(".npz") else "OFRecord parts"
@@ -102,19 +103,20 @@ def compare_flags(
     return notices
 
 
-def num_processes(flags: Mapping[str, int]) -> int:
+def num_processes(flags: Mapping[str, Any]) -> int:
+    """One for each device of the job."""
     return flags.get("num_nodes", 1) * flags.get("gpu_num_per_node", 1)
 
 
 def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
-    """Refuse a run, described by what its snapshots will say, that cannot resume `path`.
+    """Refuse a run, described by what its snapshots will hold, that cannot resume `path`.
 
     Returns notices for the user. Raises UsageError.
     """
     flags, ranks, ranks_before = now.flags, num_processes(now.flags), num_processes(was.flags)
     if was.global_batch_size is None:
         raise UsageError(
-            f"--resume={path}: it holds weights only, of no run; start one from them with "
+            f"--resume={path}: it holds only weights, not a run; start one from them with "
             f"--model_load_dir={path}"
         )
     if was.global_batch_size != now.global_batch_size:
@@ -146,8 +148,7 @@ def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
     notices = []
     if ranks_before != ranks:
         notices.append(
-            f"The run had {ranks_before} processes; what is left of it has its data in another "
-            "order."
+            f"The run had {ranks_before} processes; the rest of it takes its data in another order."
         )
     if flags["gpu_image_decoder"]:
         notices.append(
@@ -155,6 +156,6 @@ def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
             "only runs without this flag resume as if they had never stopped."
         )
     num_epochs = flags["num_epochs"]
-    if was.epoch is not None and was.epoch + 1 >= num_epochs:
-        notices.append(f"{path} has finished all {num_epochs} epochs; more: --num_epochs.")
+    if was.current_epoch >= num_epochs:
+        notices.append(f"{path} has finished all {num_epochs} epochs; raise --num_epochs for more.")
     return notices

@@ -1,19 +1,19 @@
 """A training run: epochs, log lines, validation, snapshots, and the signals that end it.
 
-What is run is decided in of_cnn_train_val.py; here is only in which order things happen. Snapshots
-are written by `Saver`, and everything that a line shows comes from `Meter`.
+What to run is decided in of_cnn_train_val.py; this is the order in which things happen. `Saver`
+writes the snapshots, and `Meter` has what a line shows.
 """
 
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import oneflow as flow
 from oneflow import nn
 
 from cnns.checkpoint.find import link_snapshot, prune_snapshots
-from cnns.checkpoint.snapshot import EPOCH_NAME, PREFIX, Snapshot, save_snapshot
+from cnns.checkpoint.snapshot import EPOCH_NAME, PREFIX, Progress, Snapshot, save_snapshot
 from cnns.distributed import Agreement, average_statistics, wait_for_all
 from cnns.errors import RunError
 from cnns.evaluation import Evaluator
@@ -21,21 +21,6 @@ from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.interrupts import Interrupted, Interrupts
 from cnns.log import Log, Meter, notice, train_line, validation_line
 from cnns.record import Record
-
-
-@dataclass
-class Progress:
-    """Where a run stands."""
-
-    epoch: int | None = None  # last finished epoch, validation included; None before the first
-    iteration: int = 0  # iterations done in the epoch after that
-    step: int = 0  # updates made
-    metrics: dict = field(default_factory=dict)  # of the last finished epoch
-    best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
-
-    @property
-    def current_epoch(self) -> int:
-        return 0 if self.epoch is None else self.epoch + 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,7 @@ class Parts:
 
 
 class Saver:
-    """Writes the snapshots of a run. Only the first process has a directory and writes."""
+    """Writes the snapshots of a run, in the first process only."""
 
     def __init__(
         self,
@@ -80,16 +65,18 @@ class Saver:
     ):
         self.save_dir, self.describe, self.log = save_dir, describe, log
         self.last_good = last_good  # path of the newest snapshot
-        self.saved_step = saved_step  # that it was written after
+        self.saved_step = saved_step  # after which it was written
         self.writes = flow.env.get_rank() == 0
 
     def save(self, name: str, parts: Parts, progress: Progress, *, replace: bool = False) -> None:
         average_statistics(parts.model)
-        self.last_good = f"{self.save_dir}/{PREFIX}{name}"
-        self.log(f"Saving model to {self.last_good}.")
+        path = f"{self.save_dir}/{PREFIX}{name}"
+        self.log(f"Saving model to {path}.")
+        if self.save_dir:  # empty where only the first process knows it
+            self.last_good = path
         if self.writes:
             save_snapshot(
-                self.last_good,
+                path,
                 parts.model,
                 self.describe(progress),
                 graph=parts.graph if progress.step > 0 else None,
@@ -98,7 +85,7 @@ class Saver:
         self.saved_step = progress.step
 
     def link(self, progress: Progress, *, last: bool) -> None:
-        """Let `best` and `last` be the snapshot of the last finished epoch, where they are."""
+        """Link `best`, if it is the best, and `last` to the snapshot of the last finished epoch."""
         path = os.path.join(self.save_dir, f"{PREFIX}epoch_{progress.epoch}")
         if self.writes and progress.best.get("epoch") == progress.epoch:
             link_snapshot(path, "best")
@@ -106,7 +93,7 @@ class Saver:
             link_snapshot(path, "last")
 
     def link_again(self, resumed: str, progress: Progress, *, last: bool) -> None:
-        """The same for the snapshot that is resumed: a kill may have come before it was linked."""
+        """The same for the snapshot that is resumed: its run may have been killed before that."""
         directory, name = os.path.split(os.path.abspath(resumed))
         if directory == os.path.abspath(self.save_dir) and EPOCH_NAME.fullmatch(name):
             self.link(progress, last=last)
@@ -117,7 +104,7 @@ class Saver:
 
 
 class Run:
-    """Trains, validates, prints and saves, from where `progress` stands."""
+    """Trains, validates, prints and saves, starting from `progress`."""
 
     def __init__(
         self,
@@ -139,7 +126,7 @@ class Run:
         return self.progress.current_epoch >= self.intervals.num_epochs
 
     def run(self) -> None:
-        """The epochs that are left. A signal ends them after an iteration, with a snapshot."""
+        """Run the epochs that are left. A signal ends it after an iteration, with a snapshot."""
         progress = self.progress
         with self.interrupts:
             try:
@@ -154,13 +141,13 @@ class Run:
                 self.print_line()
                 if progress.step > self.saver.saved_step:
                     self.saver.save("last", self.parts, progress, replace=True)
-                wait_for_all()  # one of them may be saving
+                wait_for_all()  # the first may be saving
                 last_good = self.saver.last_good
                 where = f"resume with --resume={last_good}" if last_good else "no snapshot"
                 raise interrupted.saying(where) from None
 
     def train_epoch(self) -> None:
-        """What is left of an epoch. A line is due at each interval, the end, and each snapshot."""
+        """Run what is left of an epoch, with a line at each interval, snapshot, and the end."""
         parts, progress, intervals = self.parts, self.progress, self.intervals
         parts.model.train()
         batches = parts.loader.batches(progress.current_epoch, progress.iteration)
@@ -203,7 +190,7 @@ class Run:
             progress.best = {"epoch": epoch} | progress.metrics
 
     def print_line(self) -> None:
-        """The line over the iterations since the last one. Raises RunError if they went wrong."""
+        """Print the iterations since the last line. Raises RunError for bad labels or losses."""
         if not self.meter.pending:
             return
         losses, counts, bad_labels, seconds = self.meter.read()
@@ -212,7 +199,7 @@ class Run:
             raise RunError(
                 f"the training data have {bad_labels} labels outside the network's classes in the "
                 f"{len(losses)} iterations up to epoch {epoch}, iter {iteration}; give a larger "
-                "--num_classes or mend the data"
+                "--num_classes or fix the data"
             )
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
@@ -243,7 +230,7 @@ class Run:
         )
 
     def save_epoch(self) -> None:
-        """What is due after an epoch. `best` and `last` share the files of the epoch's snapshot."""
+        """Save after an epoch. `best` and `last` share the files of the epoch's snapshot."""
         progress, intervals, epoch = self.progress, self.intervals, self.progress.epoch
         if self.is_over or progress.current_epoch % intervals.save_epochs == 0:
             self.saver.save(f"epoch_{epoch}", self.parts, progress)
@@ -255,7 +242,7 @@ class Run:
 
 
 def announce(run: Run, *, restored: str | None, resumed: bool, save_init: bool) -> None:
-    """Say where the weights come from, and save them if asked to."""
+    """Print where the weights come from, and save them if asked to."""
     progress, intervals = run.progress, run.intervals
     if restored is not None:
         run.log(f"Restoring model from {restored}.")

@@ -190,7 +190,7 @@ def test_activating_works_too(made):
     assert (out.returncode, out.stdout, out.stderr) == (0, f"{checkout}/.venv\n", "")
 
 
-def test_changed_requirements_are_set_up_anew_after_a_failure_too(made):
+def test_changed_requirements_are_set_up_again_after_a_failure_too(made):
     machine, checkout = made
     machine.pin(checkout, "greeting==2.0\n")
     no_network = {"PIP_NO_INDEX": "", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
@@ -215,7 +215,7 @@ def starts_to_set_up(process):
     return SETTING_UP.fullmatch(said)
 
 
-def test_moved_checkout_is_set_up_anew(made):
+def test_moved_checkout_is_set_up_again(made):
     machine, checkout = made
     moved = machine.root / "moved"
     shutil.copytree(checkout, moved, symlinks=True)
@@ -224,7 +224,7 @@ def test_moved_checkout_is_set_up_anew(made):
     assert starts_to_set_up(machine.start(moved))
 
 
-def test_venv_whose_python_is_gone_is_set_up_anew(made):
+def test_venv_whose_python_is_gone_is_set_up_again(made):
     machine, checkout = made
     copy = machine.root / "copy"
     shutil.copytree(checkout, copy, symlinks=True)

@@ -20,8 +20,8 @@ import of_cnn_train_val
 import resnet_to_onnx
 import small
 from cnns import graphs
+from cnns.checkpoint.external import ExternalWeights, count_classes, guess_model, is_last
 from cnns.checkpoint.find import find_snapshot
-from cnns.checkpoint.foreign import Foreign, count_classes, guess_model, is_last
 from cnns.checkpoint.snapshot import state_arrays
 from cnns.distributed import place, to_device
 from cnns.errors import UsageError
@@ -73,7 +73,7 @@ def test_the_network_and_its_classes_are_told_by_the_names(golden, name):
     """As where a file of PyTorch is loaded. Fine-tuning leaves out what depends on the classes."""
     listing = [line.split() for line in part(golden, f"{name}_")["listing"].tolist()]
     arrays = {key: np.broadcast_to(0.0, list(map(int, shape))) for key, *shape in listing}
-    weights = Foreign("a file", arrays)
+    weights = ExternalWeights("a file", arrays)
     assert guess_model(weights, model_registry.MODELS, path="") == name
     assert count_classes(weights, model_registry.MODELS[name].last_layer, path="") == 1000
     of_classes = {key for key, array in arrays.items() if 1000 in array.shape}
@@ -293,6 +293,7 @@ def made_up(tmp_path, monkeypatch):
     sys.modules.pop("made_up")
 
 
+@pytest.mark.long
 def test_a_network_is_added_by_its_file_and_a_line_of_the_table(made_up, data):
     common = (f"--train_data_dir={data / 'train'}", "--batch_size_per_device=4", "--num_epochs=1")
     photograph = str(ROOT / "data" / "cat.jpg")

@@ -405,6 +405,7 @@ def test_no_links_are_left_behind(parts, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "tmp") == []
 
 
+@pytest.mark.long
 def test_more_parts_than_files_may_be_open(tmp_path):
     """As with ImageNet's 1024 parts and the usual limit; the reader would end the process."""
     write_parts(tmp_path / "data", [[0]] * 150)

@@ -126,7 +126,10 @@ def test_updates_follow_the_formula(name, clip):
         np.testing.assert_allclose(g1, g2, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name, num_decaying, total", [("resnet18", 22, 62), ("resnet50", 55, 161)])
+@pytest.mark.parametrize(
+    "name, num_decaying, total",
+    [("resnet18", 22, 62), pytest.param("resnet50", 55, 161, marks=pytest.mark.long)],
+)
 def test_only_batch_norms_do_not_decay(name, num_decaying, total):
     """Every parameter, in the model and in the graph that OneFlow would compile from it."""
     model = place(getattr(resnet_model, name)(), "cpu").train()
@@ -173,7 +176,7 @@ def rates(name, *, steps, base=1.0, **settings):
     return -np.diff(positions)
 
 
-@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("warmup", [pytest.param(0, marks=pytest.mark.long), 10])
 @pytest.mark.parametrize("name", optimizer_util.SCHEDULES)
 def test_schedules_equal_their_closed_form(name, warmup):
     steps, base = 60, 0.5
@@ -279,6 +282,7 @@ def native_rates(name: str, first: int, count: int) -> np.ndarray:
     return -model.fc.weight.numpy()[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", optimizer_util.SCHEDULES)
 def test_native_rates_at_the_turning_points_of_90_epochs(name):
     """float32 around the start, the end of the warm-up, epochs 30, 60 and 80, and the last step."""

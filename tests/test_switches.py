@@ -267,7 +267,7 @@ def test_a_cpu_refuses_what_needs_cuda(flag, tmp_path):
     assert f"--{flag} needs CUDA, and the device is a CPU" in result.stderr
 
 
-def test_the_reader_of_the_gpu_decoder_begins_anew_where_a_run_goes_on(tmp_path):
+def test_the_reader_of_the_gpu_decoder_starts_over_when_a_run_is_resumed(tmp_path):
     """The order of its parts and its seeds are of the step at which it begins.
 
     That the graph reads, decodes and ends is in tests/fakecuda: a CPU cannot even build it.

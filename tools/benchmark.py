@@ -2,7 +2,6 @@
 
 python3 tools/benchmark.py
 python3 tools/benchmark.py --train_data_dir=data/imagenet/ofrecord/train
-python3 tools/benchmark.py --num_processes=2
 python3 tools/benchmark.py --conversion --num_workers=2
 python3 tools/benchmark.py --inference --image_size=224 --batch_size_per_device=1
 """
@@ -67,8 +66,6 @@ def main(argv: list[str] | None = None) -> None:
         report["conversion"] = benchmark_conversion(args)
     elif args.inference:
         report["inference"] = benchmark_inference(args, device)
-    elif args.num_processes > 1:
-        report["processes"] = benchmark_processes(args, device)
     elif args.train_data_dir is not None:
         report["loader"] = benchmark_loader(args, device)
     else:
@@ -79,8 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> Parser:
     parser = Parser(
         "Measure the training script's own loop on synthetic data against a bare loop over the "
-        "same graph; or, with --train_data_dir, the loader alone; or, with --num_processes, the "
-        "script with one and with several processes; or, with --conversion, how fast "
+        "same graph; or, with --train_data_dir, the loader alone; or, with --conversion, how fast "
         "an archive of photographs becomes OFRecord parts, against a plain copy of its bytes; or, "
         "with --inference, how fast a network classifies by OneFlow and by ONNX Runtime. "
         "Prints JSON."
@@ -103,12 +99,6 @@ def make_parser() -> Parser:
         help="rounds of each kind, in turn; the median counts",
     )
     parser.add_argument("--train_data_dir", help="OFRecord parts: measure their loader alone")
-    parser.add_argument(
-        "--num_processes",
-        type=number(int, 1),
-        default=1,
-        help="devices of this machine to train on together, with the same global batch as on one",
-    )
     add_switch(parser, "--conversion", "measure tools/make_ofrecord.py imagenet")
     add_switch(parser, "--inference", "measure both backends of of_cnn_inference.py")
     parser.add_argument(
@@ -163,24 +153,20 @@ def asked(args: Namespace, *names: str) -> dict:
 SIZES = ("model", "image_size", "batch_size_per_device", "steps", "rounds")
 
 
-def training_flags(args: Namespace, device: str, batch_size: int, processes: int = 1) -> list[str]:
-    """An epoch of the training script has --steps steps."""
-    return [
-        f"--device={device}",
-        f"--model={args.model}",
-        f"--image_size={args.image_size}",
-        f"--gpu_num_per_node={processes}",
-        f"--batch_size_per_device={batch_size}",
-        f"--num_examples={args.steps * batch_size * processes}",
-        "--warmup_epochs=0",
-    ]
-
-
 def benchmark_training_loop(args: Namespace, device: str) -> dict:
     """samples/s of `cnns.run.Run.train_epoch` and of a loop that calls the same graph."""
     samples = args.steps * args.batch_size_per_device
-    flags = training_flags(args, device, args.batch_size_per_device)
-    given = script.parse_args([*flags, "--loss_print_every_n_iter=10"])
+    given = script.parse_args(
+        [
+            f"--device={device}",
+            f"--model={args.model}",
+            f"--image_size={args.image_size}",
+            f"--batch_size_per_device={args.batch_size_per_device}",
+            f"--num_examples={samples}",
+            "--warmup_epochs=0",
+            "--loss_print_every_n_iter=10",
+        ]
+    )
     lines: list[str] = []
     spec = script.make_spec(given)
     with tempfile.TemporaryDirectory() as folder, script.make_record(spec, folder) as record:
@@ -247,63 +233,6 @@ def benchmark_inference(args: Namespace, device: str) -> dict:
     }
 
 
-def median_rate(run: subprocess.Popen) -> float:
-    """Median samples/s of a run's training lines, but for the first, in which buffers are made."""
-    out, errors = run.communicate()
-    if run.returncode != 0:
-        raise RunError(errors.splitlines()[-1])
-    rates = [float(line.rpartition(" ")[2]) for line in out.splitlines() if "train:" in line]
-    return statistics.median(rates[1:])
-
-
-def benchmark_processes(args: Namespace, device: str) -> dict:
-    """samples/s of one process and of several with the same global batch.
-
-    To see what communication costs, the several are compared with as many independent runs side by
-    side, each with its share of the batch.
-    """
-    count, batch_size = args.num_processes, args.batch_size_per_device
-    if batch_size % count:
-        raise UsageError(
-            f"--batch_size_per_device={batch_size} cannot be divided among {count} processes"
-        )
-    with tempfile.TemporaryDirectory() as directory:
-
-        def rates(runs: int, processes: int) -> list[float]:
-            command = [
-                sys.executable,
-                script.__file__,
-                *training_flags(args, device, batch_size // (runs * processes), processes),
-                f"--num_epochs={args.rounds + 1}",
-                f"--save_epoch_interval={args.rounds + 1}",
-                f"--loss_print_every_n_iter={args.steps}",
-            ]
-            started = [
-                subprocess.Popen(
-                    [*command, f"--model_save_dir={directory}/{runs}-{processes}-{k}"],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for k in range(runs)
-            ]
-            return [median_rate(run) for run in started]
-
-        (one,), (several,) = rates(1, 1), rates(1, count)
-        apart = sum(rates(count, 1)) if device == "cpu" else None  # they would share one GPU
-    return {
-        **asked(args, "model", "image_size"),
-        "global_batch_size": batch_size,
-        "processes": count,
-        "one_process_samples_per_second": round(one, 3),
-        "several_processes_samples_per_second": round(several, 3),
-        "speedup": round(several / one, 3),
-        "efficiency": round(several / one / count, 3),
-        "apart_samples_per_second": apart and round(apart, 3),
-        "share_of_time_in_communication": apart and round(1 - several / apart, 3),
-    }
-
-
 def benchmark_loader(args: Namespace, device: str) -> dict:
     """images/s of reading, decoding and augmenting OFRecord parts, without a network."""
     if args.train_data_dir.endswith(".npz"):
@@ -319,11 +248,11 @@ def benchmark_loader(args: Namespace, device: str) -> dict:
     )
 
     def load():
-        held = []
+        outputs = []
         for image, label in itertools.islice(loader.batches(0), args.steps):
-            held.append((image.mean(), label))
-            limit_run_ahead(held)
-        held[-1][0].numpy()
+            outputs.append((image.mean(), label))
+            limit_run_ahead(outputs)
+        outputs[-1][0].numpy()
 
     load()
     seconds = statistics.median(timed(load) for _ in range(args.rounds))
@@ -351,8 +280,8 @@ def make_archive(path: Path, num_images: int) -> int:
     rng, num_bytes, done = random.Random(0), 0, 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as outer:
         for label, wordnet_id in enumerate(wordnet_ids):
-            held = io.BytesIO()
-            with tarfile.open(fileobj=held, mode="w", format=tarfile.USTAR_FORMAT) as inner:
+            members = io.BytesIO()
+            with tarfile.open(fileobj=members, mode="w", format=tarfile.USTAR_FORMAT) as inner:
                 while done * len(wordnet_ids) < (label + 1) * num_images:
                     photograph = photographs[done % len(photographs)]
                     crop = photograph.crop(draw_box(rng, *photograph.size))
@@ -361,7 +290,7 @@ def make_archive(path: Path, num_images: int) -> int:
                     crop.save(encoded, "JPEG", quality=PHOTOGRAPH_QUALITY)
                     num_bytes += add_member(inner, f"{wordnet_id}_{done}.JPEG", encoded)
                     done += 1
-            add_member(outer, f"{wordnet_id}.tar", held)
+            add_member(outer, f"{wordnet_id}.tar", members)
     return num_bytes
 
 

@@ -14,8 +14,8 @@ import cnns.startup  # noqa: F401  (before oneflow, see there)
 import os
 
 import model_registry
+from cnns.checkpoint.external import LAYOUTS
 from cnns.checkpoint.find import find_snapshot
-from cnns.checkpoint.foreign import LAYOUTS
 from cnns.checkpoint.snapshot import save_snapshot
 from cnns.checkpoint.weights import check_fits, open_checkpoint
 from cnns.errors import UsageError, run_main

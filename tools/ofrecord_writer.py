@@ -9,7 +9,6 @@ made of.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cnns.checkpoint.files import sync_directory
+from cnns.checkpoint.files import sync_directory, try_lock
 from cnns.data.format import (
     LENGTH,
     MANIFEST,
@@ -226,22 +225,15 @@ def identity_of_manifest(directory: Path) -> dict | None:
 def lock(handle: int, directory: Path) -> None:
     """Lock an open directory. Raises UsageError while another run holds it.
 
-    The workers of a run that was killed hold it for a moment longer, so that is waited for.
+    It waits LOCK_SECONDS, as the workers of a run that was killed hold it for a moment longer.
     """
     deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise UsageError(
-                    f"{directory}: another run is writing it now; wait for it, or give another "
-                    "--output"
-                ) from None
-            time.sleep(0.02)
-        except OSError:  # a file system without locks
-            return
+    while not try_lock(handle):
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"{directory}: another run is writing it now; wait for it, or give another --output"
+            )
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

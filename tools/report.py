@@ -186,10 +186,11 @@ def summary(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     for run, name in zip(runs, names, strict=True):
         scored = [row for row in run.epochs() if row.get("val_top_1") is not None]
         best = max(scored, key=lambda row: row["val_top_1"], default={})
+        commit = run.about.get("git_commit") or ""
         last = datetime.fromtimestamp(run.metrics[-1].get("time", 0)).isoformat(" ", "seconds")
         rows.append(
             (name, run.about.get("model"), run.about.get("train_images"), state(run),
-             best.get("val_top_1"), best.get("epoch"), str(run.about.get("git_commit") or "")[:12], last)
+             best.get("val_top_1"), best.get("epoch"), commit[:12], last)
         )  # fmt: skip
     head = "run, network, training images, done, best top-1, in epoch, commit, last line"
     return table(head.split(", "), rows)

@@ -1,19 +1,10 @@
-"""What snapshot.json may say: types, ranges, and what its numbers have to do with one another."""
+"""What snapshot.json may hold: types, ranges, and how its numbers depend on one another."""
 
 from typing import Any
 
 from cnns.data.format import MAX_CLASSES
 from cnns.data.images import PREPROCESSING
-from cnns.jsonfile import (
-    Damaged,
-    integer,
-    listed,
-    optional,
-    real,
-    record,
-    refuse,
-    string,
-)
+from cnns.jsonfile import Damaged, integer, listed, optional, real, record, refuse, string
 
 MAX_NUMBER = 1 << 53  # of steps and the like
 
@@ -56,7 +47,7 @@ SCHEMA = record(
 
 
 def check_description(content: Any) -> None:
-    """Raise Damaged where `content` is not what a snapshot.json can say."""
+    """Raise Damaged where `content` cannot be that of a snapshot.json."""
     SCHEMA(content, "")
     epoch, best = content.get("epoch"), content.get("best", {}).get("epoch")
     finished = 0 if epoch is None else epoch + 1

@@ -29,18 +29,18 @@ def sync_directory(path: str | os.PathLike) -> None:
 
 
 def temporary_name(path: str) -> str:
-    """A name beside `path` for what is not a snapshot, or is one no longer."""
+    """A name beside `path` for a directory that is being written or removed."""
     parent, name = os.path.split(path)
     return os.path.join(parent, f".{name}.tmp-{os.getpid()}")
 
 
 @contextmanager
-def writing(path: str, *, replace: bool = False) -> Iterator[str]:
+def atomic_directory(path: str, *, replace: bool = False) -> Iterator[str]:
     """A new directory under a temporary name, which is renamed to `path` when it is complete.
 
-    Nothing is left of it after an error. A directory that it replaces is called `<path>.old` for
-    the moment between two renames, so that after a kill at any time the old or the new one is there
-    whole, under one of the two names: `current` finds it, and the next `writing` tidies up.
+    After an error it is removed. A directory that it replaces is called `<path>.old` between two
+    renames, so a kill at any time leaves the old or the new one complete, under one of the two
+    names: `existing_path` finds it, and the next `atomic_directory` cleans up.
 
     Raises RunError where the disk is full or the like.
     """
@@ -50,7 +50,7 @@ def writing(path: str, *, replace: bool = False) -> Iterator[str]:
     try:
         remove_leftovers(parent, f".{name}.tmp-")
         os.makedirs(temporary)
-        handle = hold(temporary)
+        handle = lock_directory(temporary)
         yield temporary
         sync_directory(temporary)
         if replace and os.path.isdir(path):
@@ -73,59 +73,64 @@ def writing(path: str, *, replace: bool = False) -> Iterator[str]:
             os.close(handle)
 
 
-def hold(directory: str) -> int:
-    """Let nobody take a temporary directory for a leftover until the handle is closed.
+def try_lock(handle: int) -> bool:
+    """Lock an open file or directory until it is closed; False if another process has locked it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def lock_directory(directory: str) -> int:
+    """Keep a temporary directory from being removed as a leftover until the handle is closed.
 
     Raises OSError.
     """
     handle = os.open(directory, os.O_RDONLY)
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try_lock(handle)
     return handle
 
 
-def leftovers(parent: str, start: str) -> list[str]:
-    """Temporary directories in `parent`, of names that begin with `start`, that nobody holds.
+def find_leftovers(parent: str, start: str) -> list[str]:
+    """Unlocked temporary directories in `parent` whose names begin with `start`.
 
-    Processes that were killed have left them.
+    They were left behind by processes that were killed.
     """
     try:
         names = os.listdir(parent or ".")
     except OSError:
         return []
     found = [os.path.join(parent, n) for n in names if n.startswith(start) and ".tmp-" in n]
-    return [path for path in found if not is_held(path)]
+    return [path for path in found if not is_locked(path)]
 
 
 def remove_leftovers(parent: str, start: str) -> None:
-    for path in leftovers(parent, start):
+    for path in find_leftovers(parent, start):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def is_held(directory: str) -> bool:
-    """Whether a process that is alive is writing to a temporary directory."""
+def is_locked(directory: str) -> bool:
+    """Whether a live process is writing to a temporary directory."""
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:  # not a directory
         return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
+        return not try_lock(handle)
     finally:
         os.close(handle)
 
 
-def current(path: str) -> str:
-    """`path`, or `<path>.old` where a kill came while that was being replaced."""
+def existing_path(path: str) -> str:
+    """`path`, or `<path>.old` where a run was killed while it replaced `path`."""
     return path + OLD if os.path.isdir(path + OLD) and not os.path.exists(path) else path
 
 
 def remove_directory(path: str) -> None:
-    """Remove a directory, if it is there, which is whole until then. Raises OSError."""
+    """Remove a directory if it exists; a kill leaves no half of it. Raises OSError."""
     if os.path.isdir(path):
         os.rename(path, temporary_name(path))
         shutil.rmtree(temporary_name(path), ignore_errors=True)

@@ -1,6 +1,5 @@
 """Where snapshots are: the directory of a run, the one to read, the one to resume."""
 
-import fcntl
 import glob
 import os
 import tempfile
@@ -14,11 +13,12 @@ from oneflow import nn
 
 from cnns.checkpoint.files import (
     OLD,
-    current,
+    atomic_directory,
+    existing_path,
     remove_directory,
     remove_leftovers,
+    try_lock,
     write_durably,
-    writing,
 )
 from cnns.checkpoint.snapshot import (
     DESCRIPTION,
@@ -28,7 +28,7 @@ from cnns.checkpoint.snapshot import (
     check_files,
     read_description,
 )
-from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, read_whole
+from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, read_resumable
 from cnns.errors import RunError, UsageError
 from cnns.inputs import check_ordinary
 from cnns.log import is_first_rank, notice
@@ -41,11 +41,12 @@ SnapshotCheck = Callable[[Snapshot, str], None]  # with its path
 
 @contextmanager
 def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterator[str]:
-    """The directory that snapshots go to, made, seen to be writable, and locked for this process.
+    """The directory that snapshots go to: created, checked to be writable, locked for this process.
 
     Unless one is given it is that of the snapshot `resumed`, else a new one under SNAPSHOT_ROOT,
-    named after the time; of two runs that start within one second the later has `-2` behind it.
-    Only the first process of a job does anything.
+    named after the time; if two runs start within one second, the later one gets the suffix `-2`.
+    Only the first process of a job, which alone saves, does any of this; to the others a new
+    directory is "".
 
     Raises UsageError where it cannot be written, another process is using it, or it holds snapshots
     that this run does not resume.
@@ -53,7 +54,7 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
     if save_dir is None and resumed is not None:
         save_dir = os.path.dirname(os.path.abspath(resumed))
     if not is_first_rank():
-        yield save_dir or "the directory of the first process"
+        yield save_dir or ""
         return
     try:
         if save_dir is None:
@@ -67,42 +68,33 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
             f"--model_save_dir: cannot write to {error.filename}: {error.strerror}; give another"
         ) from None
     try:
-        lock(handle, save_dir)
-        check_held(save_dir, resumed)
+        if not try_lock(handle):
+            raise UsageError(
+                f"--model_save_dir: another run is writing to {save_dir}; wait for it to end, or "
+                "give another directory"
+            )
+        check_save_dir(save_dir, resumed)
         remove_leftovers(save_dir, f".{PREFIX}")
         yield save_dir
     finally:
         os.close(handle)
 
 
-def lock(handle: int, save_dir: str) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(
-            f"--model_save_dir: another run is writing to {save_dir}; wait for its end, or give "
-            "another directory"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-
-
-def check_held(save_dir: str, resumed: str | None) -> None:
+def check_save_dir(save_dir: str, resumed: str | None) -> None:
     """Refuse a directory with snapshots that this run would overwrite.
 
-    When it resumes there, damaged snapshots get another name.
+    In the directory of the resumed run, damaged snapshots are renamed.
     """
-    names = sorted(os.listdir(save_dir))
-    held = [name for name in names if name.startswith(PREFIX)]
+    names = [name for name in sorted(os.listdir(save_dir)) if name.startswith(PREFIX)]
     if resumed is None or not os.path.samefile(os.path.dirname(os.path.abspath(resumed)), save_dir):
-        if held:
+        if names:
             raise UsageError(
-                f"--model_save_dir: {save_dir} already holds {held[0]} of another run; nothing is "
+                f"--model_save_dir: {save_dir} already holds {names[0]} of another run; nothing is "
                 "overwritten, so give another directory, or resume with --resume"
             )
         return
     start = position(read_description(resumed))
-    for name in held:
+    for name in names:
         path = os.path.join(save_dir, name)
         if os.path.exists(path) and os.path.samefile(path, resumed):
             continue
@@ -115,10 +107,10 @@ def check_held(save_dir: str, resumed: str | None) -> None:
         try:
             later = position(read_description(path)) > start
             check_files(path)
-        except RunError:  # it must not stand in the way of a whole one
+        except RunError:  # its name must be free for a new one
             aside = os.path.join(save_dir, f"damaged_{name}_{os.getpid()}")
             os.rename(path, aside)
-            notice(f"{path} is damaged; it is now called {aside}.")
+            notice(f"{path} is damaged; it was renamed to {aside}.")
             continue
         if later:
             raise UsageError(
@@ -128,7 +120,7 @@ def check_held(save_dir: str, resumed: str | None) -> None:
 
 
 def position(snapshot: Snapshot) -> tuple[int, int]:
-    """How far a run had got, for comparisons: updates, then finished epochs."""
+    """How far a run has got, for comparisons: updates, then finished epochs."""
     return snapshot.step, -1 if snapshot.epoch is None else snapshot.epoch
 
 
@@ -146,12 +138,12 @@ def make_timed_dir() -> str:
 
 
 def link_snapshot(path: str, name: str) -> None:
-    """Let `snapshot_<name>`, beside the snapshot `path`, be the same as it, from now on.
+    """Make `snapshot_<name>`, beside the snapshot `path`, a copy of it that shares its files.
 
-    The files are shared, and are there as long as one of the two is. Raises as `save_snapshot`.
+    Raises as `save_snapshot`.
     """
     target = os.path.join(os.path.dirname(path), PREFIX + name)
-    with writing(target, replace=True) as temporary:
+    with atomic_directory(target, replace=True) as temporary:
         for file in os.listdir(path):
             source, link = os.path.join(path, file), os.path.join(temporary, file)
             try:
@@ -174,15 +166,15 @@ def prune_snapshots(save_dir: str, keep: int) -> None:
 
 
 def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | None = None) -> str:
-    """The weights to read: those named, else the first of these that is there and is of `model`:
+    """The weights to read: those named, else the first of these that exists and is of `model`:
 
     the published folder in the working directory, the newest snapshot under SNAPSHOT_ROOT, and,
-    where `model` is given, the weights that were installed with it.
+    where `model` is given, the weights that were installed for it.
 
     Raises UsageError where there is none, with the ways to get one.
     """
     if model_load_dir is not None:
-        path = current(model_load_dir)
+        path = existing_path(model_load_dir)
         if os.path.isdir(path):
             return path
         try:
@@ -200,7 +192,7 @@ def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | No
     pattern = os.path.join(SNAPSHOT_ROOT, "**", f"{PREFIX}*", DESCRIPTION)
     for description in glob.iglob(pattern, recursive=True):  # not in hidden directories
         path = os.path.dirname(description)
-        if model is None or is_of(path, model):
+        if model is None or is_snapshot_of(path, model):
             # `last` shares its files with an epoch's snapshot, whose name says more.
             is_epoch = EPOCH_NAME.fullmatch(os.path.basename(path)) is not None
             found.append((os.stat(description).st_mtime_ns, is_epoch, path))
@@ -218,28 +210,24 @@ def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | No
     )
 
 
-def is_of(path: str, model: str) -> bool:
-    """Whether a snapshot says that it is of this network. A damaged one says nothing."""
+def is_snapshot_of(path: str, model: str) -> bool:
+    """Whether a snapshot is of this network; False for a damaged one."""
     try:
         return read_description(path).model == model
     except RunError:
         return False
 
 
-def anything(snapshot: Snapshot, path: str) -> None:
-    """Passes."""
-
-
 def find_resume(
-    resume: str | None, save_dir: str | None, *, check: SnapshotCheck = anything
+    resume: str | None, save_dir: str | None, *, check: SnapshotCheck = lambda snapshot, path: None
 ) -> Checkpoint | None:
-    """The snapshot that --resume means, read and whole; None for a fresh start.
+    """The snapshot that --resume means, read and checked; None for a fresh start.
 
     Args:
-        resume: a snapshot, a directory of snapshots of which the newest whole one is taken, `auto`
-            for that of `save_dir`, or None.
+        resume: a snapshot, a directory whose newest intact snapshot is taken, `auto` for that of
+            `save_dir`, or None.
         save_dir: --model_save_dir.
-        check: raises RunError for a snapshot that is of no use to this run, for instance
+        check: raises RunError for a snapshot that this run cannot use, for instance
             cnns.resume.check_flags.
 
     Raises UsageError where there is no such directory, or `auto` has no --model_save_dir; RunError
@@ -250,49 +238,49 @@ def find_resume(
     if resume == "auto":
         if save_dir is None:
             raise UsageError("--resume=auto needs --model_save_dir: the directory of the run")
-        held = held_snapshots(save_dir)
-        found = newest_whole(held, check)
-        if held and found is None:
+        snapshots = list_snapshots(save_dir)
+        found = newest_intact(snapshots, check)
+        if snapshots and found is None:
             raise RunError(
-                f"none of the snapshots in {save_dir} is whole, see above; move them away for a "
+                f"none of the snapshots in {save_dir} is intact, see above; move them away for a "
                 "fresh start"
             )
         return found
-    path = current(os.path.normpath(resume))
+    path = existing_path(os.path.normpath(resume))
     if not os.path.isdir(path):
         raise UsageError(f"--resume: there is no directory {resume}; check the path")
     if os.path.lexists(os.path.join(path, DESCRIPTION)):
         snapshot = read_description(path)
         check(snapshot, path)
-        return read_whole(path, snapshot)
-    found = newest_whole(held_snapshots(path), check)
+        return read_resumable(path, snapshot)
+    found = newest_intact(list_snapshots(path), check)
     if found is None:
         raise UsageError(f"--resume: {path} holds no snapshot to resume")
     return found
 
 
-def newest_whole(held: frozenset[tuple[str, int]], check: SnapshotCheck) -> Checkpoint | None:
-    """The one of `held_snapshots` that got furthest; damaged ones are named and passed over."""
+def newest_intact(snapshots: frozenset[tuple[str, int]], check: SnapshotCheck) -> Checkpoint | None:
+    """The intact one of `list_snapshots` with the most progress; a notice names those skipped."""
     found = []
-    for path, _ in sorted(held):
+    for path, _ in sorted(snapshots):
         try:
             snapshot = read_description(path)
             check(snapshot, path)
         except RunError as error:
-            notice(f"Passed over: {error}.")
+            notice(f"Skipped: {error}.")
             continue
         is_epoch = EPOCH_NAME.fullmatch(os.path.basename(path)) is not None  # not its twin, `last`
         found.append((position(snapshot), is_epoch, path, snapshot))
     for *_, path, snapshot in sorted(found, key=lambda each: each[:3], reverse=True):
         try:
-            return read_whole(path, snapshot)
+            return read_resumable(path, snapshot)
         except RunError as error:
-            notice(f"Passed over: {error}.")
+            notice(f"Skipped: {error}.")
     return None
 
 
-def held_snapshots(save_dir: str | None) -> frozenset[tuple[str, int]]:
-    """Path and inode of each snapshot in a directory, to see whether others come."""
+def list_snapshots(save_dir: str | None) -> frozenset[tuple[str, int]]:
+    """Path and inode of each snapshot in a directory, so that new ones can be noticed."""
     if save_dir is None or not os.path.isdir(save_dir):
         return frozenset()
     with os.scandir(save_dir) as entries:

@@ -17,10 +17,10 @@ from cnns.checkpoint.pickles import (
     Refused,
     Stub,
     check_shape,
+    excerpt,
     expect,
     find_weights,
     ordered_dict,
-    printable,
 )
 from cnns.checkpoint.pytorch import as_float32
 from cnns.inputs import is_within
@@ -43,18 +43,18 @@ def read_flow_save(path: str) -> dict[str, np.ndarray]:
     content = expect(value, dict)
     if content.get("protocol_version") != 1:
         raise Refused("it is of an unknown version of flow.save")
-    arrays, held = {}, {}
+    arrays, by_folder = {}, {}
     for name, stub in find_weights(content.get("data"), Stub).items():
         folder = stub.state.get("path")
         if not isinstance(folder, str) or not re.fullmatch("(global_)?tensor_[0-9]+", folder):
-            place = printable(folder) if isinstance(folder, str) else "nothing that is a path"
-            raise Refused(f"{printable(name)} in it lies at {place}")
-        if folder not in held:  # two names may share a tensor
-            held[folder], has_shape = read_variable(path, folder)
+            place = excerpt(folder) if isinstance(folder, str) else "nothing that is a path"
+            raise Refused(f"{excerpt(name)} in it lies at {place}")
+        if folder not in by_folder:  # two names may share a tensor
+            by_folder[folder], has_shape = read_variable(path, folder)
             if not has_shape:
                 raise Refused(f"{folder}/{META} in it is missing")
         if not OF_TRAINING.fullmatch(name):
-            arrays[name] = held[folder]
+            arrays[name] = by_folder[folder]
     return arrays
 
 
@@ -68,7 +68,7 @@ def read_variable(path: str, folder: str) -> tuple[np.ndarray, bool]:
     size = os.path.getsize(data_path)
     if not os.path.isfile(meta_path):
         if size % 4:
-            raise Refused(f"{data_path} has {size} bytes, which are no float32 numbers")
+            raise Refused(f"{data_path} has {size} bytes, which is not a multiple of 4")
         return np.fromfile(data_path, "<f4"), False
     shape, kind = read_meta(meta_path)
     count = math.prod(shape)
@@ -106,5 +106,5 @@ def read_variables(path: str) -> tuple[dict[str, np.ndarray], bool]:
             arrays[name], has_shape = read_variable(path, name)
             with_shape.add(has_shape)
     if len(with_shape) > 1:
-        raise Refused("some of its variables have a meta file, and some have none")
+        raise Refused("some of its variables have a meta file, and some do not")
     return arrays, with_shape != {False}

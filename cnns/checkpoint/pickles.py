@@ -132,14 +132,12 @@ class Reader:
 
     def call(self, name: Name, arguments: tuple) -> Any:
         if name.text not in self.calls:
-            raise Refused(
-                f"it would call {printable(name.text)}, and only dicts of tensors are read"
-            )
+            raise Refused(f"it would call {excerpt(name.text)}, and only dicts of tensors are read")
         return self.calls[name.text](*arguments)
 
     def make(self, name: Name, arguments: tuple) -> Any:
         if name.text not in self.classes or arguments != ():
-            raise Refused(f"it holds a {printable(name.text)}, and only dicts of tensors are read")
+            raise Refused(f"it holds a {excerpt(name.text)}, and only dicts of tensors are read")
         return Stub(name.text)
 
     @staticmethod
@@ -183,8 +181,8 @@ def ordered_dict(pairs: Any = ()) -> dict:
     return result
 
 
-def printable(text: str) -> str:
-    """A text from a file, fit for one line on a terminal."""
+def excerpt(text: str) -> str:
+    """The beginning of a text from a file, in ASCII, for a message."""
     return ascii(text)[1:-1][:80]
 
 
@@ -247,5 +245,5 @@ def find_weights(value: Any, kind: type, *, depth: int = 3) -> dict:
             return find_weights(value[wrapper], kind, depth=depth - 1)
     for name, item in value.items():
         if not isinstance(item, kind):
-            raise Refused(f"{printable(str(name))} in it is not a tensor")
+            raise Refused(f"{excerpt(str(name))} in it is not a tensor")
     raise Refused("it holds no tensors")

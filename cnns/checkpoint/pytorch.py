@@ -22,10 +22,10 @@ from cnns.checkpoint.pickles import (
     Reader,
     Refused,
     check_shape,
+    excerpt,
     expect,
     find_weights,
     ordered_dict,
-    printable,
     whole,
 )
 from cnns.errors import RunError
@@ -125,11 +125,11 @@ def make_storage(persistent_id: Any) -> Storage:
     tag, name, key, _, count, *view = expect(persistent_id, tuple)
     module, _, kind = expect(name, Name).text.rpartition(".")
     if tag != "storage" or module != "torch" or kind not in STORAGES:
-        raise Refused(f"its numbers are a {printable(f'{module}.{kind}')}, and floats are needed")
+        raise Refused(f"its numbers are a {excerpt(f'{module}.{kind}')}, and floats are needed")
     if any(view):
-        raise Refused("its storages are views of others, as only very old files have them")
+        raise Refused("its storages are views of others, a format that only very old files use")
     if not re.fullmatch("[0-9]{1,20}", expect(key, str)):
-        raise Refused(f"its storage {printable(key)} has no number for a name")
+        raise Refused(f"its storage {excerpt(key)} is not named by a number")
     return Storage(key, STORAGES[kind], whole(count))
 
 
@@ -162,7 +162,7 @@ def read_zip_pth(path: str) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(path) as archive:
             return read_archive(archive, size=os.path.getsize(path))
     except ZIP_DAMAGE as error:
-        raise RunError(f"{path} is damaged or cut off ({printable(str(error))})") from None
+        raise RunError(f"{path} is damaged or cut off ({excerpt(str(error))})") from None
 
 
 ZIP_DAMAGE = (
@@ -252,7 +252,7 @@ def read_old_pth(path: str) -> dict[str, np.ndarray]:
     for key in expect(keys, list):
         storage = known.get(expect(key, str))
         if storage is None or at + 8 > len(data):
-            raise Refused(f"it is damaged or cut off at storage {printable(key)}")
+            raise Refused(f"it is damaged or cut off at storage {excerpt(key)}")
         (count,) = struct.unpack_from("<q", data, at)
         if count != storage.count or at + 8 + storage.num_bytes > len(data):
             raise Refused(f"storage {key} in it is damaged or cut off")

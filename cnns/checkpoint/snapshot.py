@@ -3,11 +3,11 @@
 A snapshot is a directory `snapshot_<name>` that holds
 
     model.safetensors     parameters and buffers, float32, named as in torchvision
-    training.safetensors  the rest of what a run needs to resume as if it had never stopped
+    training.safetensors  what else a run needs to resume as if it had never stopped
     snapshot.json         what they belong to: model, classes, preprocessing, epoch, figures, flags
 
-It is written under a temporary name beside its place, flushed to disk and renamed, so that it is
-whole or is not there. Nothing of it is a pickle. foreign.py reads weights of others.
+It is written under a temporary name in the same directory, flushed to disk and renamed, so it is
+complete or does not exist. It holds no pickles. external.py reads weights from elsewhere.
 """
 
 import json
@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from cnns.checkpoint.description import check_description
-from cnns.checkpoint.files import write_durably, writing
-from cnns.checkpoint.pickles import printable
+from cnns.checkpoint.files import atomic_directory, write_durably
+from cnns.checkpoint.pickles import excerpt
 from cnns.data.images import Preprocessing, read_preprocessing
 from cnns.errors import RunError
 from cnns.jsonfile import Damaged, check_regular, read_json
@@ -42,22 +42,32 @@ GRAPH_NAME = "TrainGraph"  # in names of what belongs to a graph; OneFlow number
 DESCRIPTION = "snapshot.json"
 
 
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands."""
+
+    epoch: int | None = None  # last finished epoch, validation included; None before the first
+    iteration: int = 0  # iterations done in the epoch after that
+    step: int = 0  # updates made
+    metrics: dict = field(default_factory=dict)  # of the last finished epoch
+    best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
+
+    @property
+    def current_epoch(self) -> int:
+        return 0 if self.epoch is None else self.epoch + 1
+
+
 @dataclass
-class Snapshot:
+class Snapshot(Progress):
     """What snapshot.json says."""
 
     model: str
     num_classes: int
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None = None  # names, in label order
-    epoch: int | None = None  # last finished epoch, validation included; None before the first
-    iteration: int = 0  # iterations done in the epoch behind that
-    step: int = 0  # updates made
     steps_per_epoch: int | None = None
     global_batch_size: int | None = None
     train_data: dict | None = None  # Dataset.fingerprint(); None: synthetic
-    metrics: dict = field(default_factory=dict)  # of the last finished epoch
-    best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
     flags: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     # CRC-32 of the files of arrays, by name; none in snapshots of earlier versions.
@@ -66,7 +76,7 @@ class Snapshot:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made a snapshot."""
+    """Of the software that writes a snapshot."""
     return {
         "python": platform.python_version(),
         "oneflow": flow.__version__,
@@ -87,7 +97,7 @@ def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def checksum(model: nn.Module) -> int:
-    """A number by which two processes see whether they hold the same weights."""
+    """A number by which processes compare their weights."""
     total = 0
     for array in state_arrays(model).values():
         total = zlib.crc32(array.tobytes(), total)
@@ -95,7 +105,7 @@ def checksum(model: nn.Module) -> int:
 
 
 def local(tensor: flow.Tensor) -> flow.Tensor:
-    """The whole of a tensor, one that every process holds, as an ordinary one of this process."""
+    """A global tensor, whole, as a local one; every process calls this. Local ones as they are."""
     if tensor.is_global:
         if tensor.sbp != (flow.sbp.broadcast,):
             tensor = tensor.to_global(sbp=flow.sbp.broadcast)
@@ -149,7 +159,7 @@ def save_snapshot(
 
     Args:
         graph: the training graph, if the run is to be resumed from here.
-        replace: put it in the place of one of the same name, which is whole until then.
+        replace: replace one of the same name, which stays complete until then.
 
     Raises RunError where it cannot be written, with the disk as it was before, or where a weight is
     not finite.
@@ -158,7 +168,7 @@ def save_snapshot(
     for parameter, array in arrays.items():
         if not np.isfinite(array).all():
             raise RunError(f"{parameter} is no longer finite, so {path} is not written")
-    with writing(path, replace=replace) as temporary:
+    with atomic_directory(path, replace=replace) as temporary:
         checksums = {WEIGHTS: write_arrays(temporary, WEIGHTS, arrays)}
         if graph is not None:
             state = training_arrays(graph, model)
@@ -211,7 +221,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     for name, array in weights.items():
         if array.dtype != np.float32:
             raise RunError(
-                f"{os.path.join(path, WEIGHTS)}: {printable(name)} is {array.dtype}, and float32 "
+                f"{os.path.join(path, WEIGHTS)}: {excerpt(name)} is {array.dtype}, and float32 "
                 "is needed"
             )
     return weights
@@ -225,7 +235,7 @@ def check_files(path: str) -> None:
     for name in (WEIGHTS, TRAINING_STATE):
         file_path = os.path.join(path, name)
         if name == WEIGHTS or os.path.lexists(file_path):
-            with arrays_expected(path, name), safe_open(file_path, framework="numpy"):
+            with array_file_errors(path, name), safe_open(file_path, framework="numpy"):
                 pass
 
 
@@ -234,16 +244,16 @@ def read_arrays(path: str, name: str) -> dict[str, np.ndarray]:
 
     Raises RunError where it is missing or damaged.
     """
-    with arrays_expected(path, name):
+    with array_file_errors(path, name):
         return load_file(os.path.join(path, name))
 
 
-def check_belongs(path: str, name: str, snapshot: Snapshot) -> None:
+def check_checksum(path: str, name: str, snapshot: Snapshot) -> None:
     """Raise RunError unless the file `name` in `path` is the one that was written with `snapshot`.
 
     Snapshots of earlier versions do not say.
     """
-    with arrays_expected(path, name):
+    with array_file_errors(path, name):
         if snapshot.checksums and file_checksum(path, name) != snapshot.checksums.get(name):
             raise RunError(
                 f"{os.path.join(path, name)} does not belong to the {DESCRIPTION} beside it: it "
@@ -252,8 +262,8 @@ def check_belongs(path: str, name: str, snapshot: Snapshot) -> None:
 
 
 @contextmanager
-def arrays_expected(path: str, name: str) -> Iterator[None]:
-    """Makes one line of what can go wrong with a file of arrays that somebody else may have made.
+def array_file_errors(path: str, name: str) -> Iterator[None]:
+    """Turns what can go wrong with a file of arrays, which others may have made, into one line.
 
     safetensors bounds every offset by the file; numpy refuses shapes that it cannot hold.
     """
@@ -265,11 +275,11 @@ def arrays_expected(path: str, name: str) -> Iterator[None]:
         raise RunError(
             f"{path} is not a snapshot, or only part of one: it holds no {name}"
         ) from None
-    except (TypeError, KeyError, AttributeError) as error:  # a number format that numpy has not
-        raise RunError(f"{file_path} is not of float32: {printable(str(error))}") from None
+    except (TypeError, KeyError, AttributeError) as error:  # a type that numpy does not have
+        raise RunError(f"{file_path} is not float32: {excerpt(str(error))}") from None
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise RunError(
-            f"{file_path} is damaged or cut off ({printable(str(error))}); use another snapshot"
+            f"{file_path} is damaged or cut off ({excerpt(str(error))}); use another snapshot"
         ) from None
 
 

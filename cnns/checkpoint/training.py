@@ -10,7 +10,7 @@ from cnns.jsonfile import brief
 STEP = "System-Train-TrainStep"  # updates made, without those skipped because of an overflow
 LOSS_SCALE = "System-Train-DynamicLossScale-TrainGraph"  # of half precision
 LOSS_SCALE_STATE = {f"{LOSS_SCALE}-LossScale": "float32", f"{LOSS_SCALE}-GoodStepCounter": "int64"}
-# What each optimizer keeps for a parameter, behind the name of that.
+# What each optimizer keeps for a parameter: suffixes of its name.
 BUFFERS = {"sgd": ("momentum",), "adam": ("m", "v"), "rmsprop": ("mean_square",)}
 STATISTICS = ("running_mean", "running_var")  # of batch norms; no optimizer changes them
 
@@ -33,11 +33,11 @@ def check_state(
 ) -> None:
     """Raise RunError unless names, shapes and types are those of the run, and its step is `step`.
 
-    OneFlow takes what there is: a missing momentum would start from zero without a word.
+    OneFlow loads what there is: a missing momentum would silently start from zero.
 
     Args:
-        as_written: a checksum says so. Only then may a parameter have nothing: a network need not
-            use all that it has.
+        as_written: whether a checksum was compared. Only then may a parameter lack its buffers: a
+            network need not use all its parameters.
     """
     expected: dict[str, tuple[tuple[int, ...], str]] = {STEP: ((1,), "int64")}
     for parameter in parameters(weights):
@@ -52,7 +52,7 @@ def check_state(
         for name in expected.keys() & state
         if (state[name].shape, state[name].dtype.name) != expected[name]
     )
-    for kind, names in (("lacks", missing), ("has no use for", unexpected)):
+    for kind, names in (("lacks", missing), ("has the unexpected", unexpected)):
         if names:
             raise RunError(
                 f"{path} {kind} {brief(names[0])}, {len(names)} in all; use another snapshot"
@@ -76,7 +76,7 @@ def check_state(
 
 
 def parameters(names: Iterable[str]) -> list[str]:
-    """Those of the names of weights that an optimizer changes."""
+    """The names of weights that an optimizer changes."""
     return [name for name in names if name.rpartition(".")[2] not in STATISTICS]
 
 
@@ -87,10 +87,10 @@ def fit_state(
     flags: Mapping[str, object],
     step: int,
 ) -> dict[str, np.ndarray]:
-    """The state for a run whose flags differ from those of the run that left it.
+    """The state for a run whose flags may differ from those of the run that wrote it.
 
-    What its optimizer keeps beside that, of a --momentum that was 0 before, starts from zero;
-    without --use_fp16 the steps that were skipped count from here on.
+    Buffers that it lacks, because --momentum was 0 before, start from zero; without --use_fp16 the
+    step counter includes the steps that were skipped.
 
     Args:
         shapes: of the parameters and buffers of the network, as snapshots hold them.
@@ -103,5 +103,5 @@ def fit_state(
         for parameter in parameters(shapes)
         for buffer in buffers_of(flags)
     }
-    held = {name: state[name] for name in shape_of if name in state}
-    return system | (held or {n: np.zeros(shape, np.float32) for n, shape in shape_of.items()})
+    kept = {name: state[name] for name in shape_of if name in state}
+    return system | (kept or {n: np.zeros(shape, np.float32) for n, shape in shape_of.items()})

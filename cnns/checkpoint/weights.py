@@ -1,4 +1,4 @@
-"""Weights to start from, of any known format, and how they get into a network."""
+"""Weights to start from, in any known format, and how they are loaded into a network."""
 
 import os
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 
-from cnns.checkpoint.foreign import (
-    Foreign,
+from cnns.checkpoint.external import (
+    ExternalWeights,
     count_classes,
     fit,
     guess_model,
     is_auxiliary,
     is_last,
-    read,
+    read_external,
 )
 from cnns.checkpoint.snapshot import (
     DESCRIPTION,
     TRAINING_STATE,
     WEIGHTS,
     Snapshot,
-    check_belongs,
+    check_checksum,
     read_arrays,
     read_description,
     read_weights,
@@ -46,11 +46,7 @@ def standard_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load_weights(
-    model: nn.Module,
-    weights: dict[str, np.ndarray],
-    *,
-    path: str,
-    without: str | None = None,
+    model: nn.Module, weights: dict[str, np.ndarray], *, path: str, without: str | None = None
 ) -> None:
     """Copy arrays into a model that has not been moved to its placement yet.
 
@@ -89,13 +85,13 @@ def load_weights(
 
 @dataclass
 class Checkpoint:
-    """Weights to start from, a snapshot of ours or of others, with what is known of them."""
+    """Weights to start from, a snapshot or weights from elsewhere, and what is known of them."""
 
     path: str
     snapshot: Snapshot
-    foreign: Foreign | None = None  # None: one of ours
+    external: ExternalWeights | None = None  # None: a snapshot
     last_layer: str = "fc"  # of its network
-    weights: dict[str, np.ndarray] | None = None  # of one of ours, where they have been read
+    weights: dict[str, np.ndarray] | None = None  # of a snapshot, where they have been read
     state: dict[str, np.ndarray] | None = None  # its training state, where that has been read
 
     def take_state(self) -> dict[str, np.ndarray]:
@@ -105,52 +101,52 @@ class Checkpoint:
         return state
 
     def load(self, network: nn.Module, *, finetune: bool = False) -> list[str]:
-        """Copy the weights into a network, and let go of them. Returns notices for the user.
+        """Copy the weights into a network, and free them. Returns notices for the user.
 
         Raises as `load_weights` and `read_weights`.
         """
         notices = []
-        if self.foreign is None:
+        if self.external is None:
             weights = read_weights(self.path) if self.weights is None else self.weights
         else:
             shapes = standard_shapes(network)
-            told = len(self.foreign.notices)
-            weights = fit(self.foreign, shapes)
-            notices += self.foreign.notices[told:]
-            self.foreign.arrays = {}
+            before = len(self.external.notices)
+            weights = fit(self.external, shapes)
+            notices += self.external.notices[before:]
+            self.external.arrays = {}
             auxiliary = {name for name in shapes if is_auxiliary(name)}
             if auxiliary and not auxiliary & weights.keys():
                 own = state_arrays(network)
                 weights = weights | {name: own[name] for name in auxiliary}
                 notices.append(
-                    "It has no auxiliary classifier, which only training uses; that one has random "
-                    "weights."
+                    "It has no auxiliary classifier, which only training uses; its weights are "
+                    "random."
                 )
         self.weights = None
         load_weights(
             network, weights, path=self.path, without=self.last_layer if finetune else None
         )
-        if self.foreign is None:
-            check_belongs(self.path, WEIGHTS, self.snapshot)
+        if self.external is None:
+            check_checksum(self.path, WEIGHTS, self.snapshot)
         if finetune:
             notices.append("--finetune: the last layer starts from random weights.")
         return notices
 
     def notices(self) -> list[str]:
-        """What the user should know of weights of others."""
-        if self.foreign is None:
+        """What the user should know of weights from elsewhere."""
+        if self.external is None:
             return []
         text = (
-            f"{self.path} is {self.foreign.kind}: taken as {self.snapshot.model} with "
+            f"{self.path} is {self.external.kind}: taken as {self.snapshot.model} with "
             f"{self.snapshot.num_classes} classes."
         )
-        return [text, *self.foreign.notices]
+        return [text, *self.external.notices]
 
 
-def read_whole(path: str, snapshot: Snapshot) -> Checkpoint:
-    """All of one of ours that a run needs to be resumed. Raises RunError where it is not whole."""
+def read_resumable(path: str, snapshot: Snapshot) -> Checkpoint:
+    """All that resuming needs of a snapshot. Raises RunError where something is missing."""
     weights, state = read_weights(path), None
-    check_belongs(path, WEIGHTS, snapshot)
+    check_checksum(path, WEIGHTS, snapshot)
     if snapshot.step > 0:
         if not os.path.lexists(os.path.join(path, TRAINING_STATE)):
             raise RunError(
@@ -158,7 +154,7 @@ def read_whole(path: str, snapshot: Snapshot) -> Checkpoint:
                 f"--model_load_dir={path}"
             )
         state = read_arrays(path, TRAINING_STATE)
-        check_belongs(path, TRAINING_STATE, snapshot)
+        check_checksum(path, TRAINING_STATE, snapshot)
         check_state(
             state,
             weights=weights,
@@ -173,27 +169,27 @@ def read_whole(path: str, snapshot: Snapshot) -> Checkpoint:
 def open_checkpoint(
     path: str, *, models: Models, model: str | None = None, layout: str | None = None
 ) -> Checkpoint:
-    """Weights of any known format. Only a snapshot of ours says what it is of.
+    """Weights in any known format. Only a snapshot says which network it is of.
 
     Args:
-        model: the network of weights of others; unless given, it is guessed by their names.
-        layout: see `foreign.read`.
+        model: the network of weights from elsewhere; unless given, it is guessed by their names.
+        layout: see `external.read_external`.
 
-    Raises RunError where it cannot be read, UsageError where the network cannot be told.
+    Raises RunError where it cannot be read, UsageError where the network is unknown.
     """
     if os.path.lexists(os.path.join(path, DESCRIPTION)):
         snapshot = read_description(path)
         known = models.get(snapshot.model)
         return Checkpoint(path, snapshot, last_layer=known.last_layer if known else "fc")
-    foreign = read(path, layout=layout)
-    model = model or guess_model(foreign, models, path=path)
+    external = read_external(path, layout=layout)
+    model = model or guess_model(external, models, path=path)
     snapshot = Snapshot(
         model=model,
-        num_classes=count_classes(foreign, models[model].last_layer, path=path),
+        num_classes=count_classes(external, models[model].last_layer, path=path),
         preprocessing=models[model].preprocessing(),
         versions=versions(),
     )
-    return Checkpoint(path, snapshot, foreign, models[model].last_layer)
+    return Checkpoint(path, snapshot, external, models[model].last_layer)
 
 
 def check_fits(
@@ -215,7 +211,7 @@ def check_fits(
     if model is not None and model != snapshot.model:
         raise UsageError(f"--model={model}, but {path} holds a {snapshot.model}")
     if num_classes is not None and num_classes != snapshot.num_classes and not finetune:
-        way = "" if finetune is None else "; --finetune takes all of it but the last layer"
+        way = "" if finetune is None else "; --finetune takes all but the last layer"
         raise UsageError(
             f"--num_classes={num_classes}, but {path} has {snapshot.num_classes} classes{way}"
         )

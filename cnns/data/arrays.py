@@ -108,5 +108,5 @@ class ArrayValLoader(ArrayLoader):
             )
             for i in indices
         ]
-        counted = (positions < self.num_examples).astype(np.int32)
-        return counted, np.stack(crops), self.labels[indices].astype(np.int32)
+        row_mask = (positions < self.num_examples).astype(np.int32)
+        return row_mask, np.stack(crops), self.labels[indices].astype(np.int32)

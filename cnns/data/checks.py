@@ -90,12 +90,12 @@ def compare_names(names: list[str], manifest: dict, *, directory: str, flag: str
         if name not in names:
             raise UsageError(
                 f"{flag}: {os.path.join(directory, name)} is missing; its manifest lists "
-                f"{len(listed)} parts: copy it again, or make the data set anew"
+                f"{len(listed)} parts: copy it again, or make the data set again"
             )
     if listed != names:
         raise RunError(
             f"{directory} holds parts {names[0]} to {names[-1]}, and its manifest lists "
-            f"{', '.join(listed[:3])}{', ...' if len(listed) > 3 else ''}; make the data set anew"
+            f"{', '.join(listed[:3])}{', ...' if len(listed) > 3 else ''}; make the data set again"
         )
 
 
@@ -107,14 +107,14 @@ def compare_parts(paths: list[str], entries: list[dict]) -> list[int]:
         if size != entry["num_bytes"]:
             raise RunError(
                 f"{path} has {size} bytes and its manifest says {entry['num_bytes']}: it was cut "
-                "off or changed; copy it again, or make the data set anew"
+                "off or changed; copy it again, or make the data set again"
             )
     if sum(counts) <= ALWAYS_WALK:
         for path, walked, count in zip(paths, count_all_records(paths), counts, strict=True):
             if walked != count:
                 raise RunError(
                     f"{path} holds {walked} records and its manifest says {count}; make the data "
-                    "set anew"
+                    "set again"
                 )
     return counts
 
@@ -207,7 +207,7 @@ def look_into_record(data: bytes, where: str) -> tuple[int, str]:
             kind = f"{image.mode} {image.format}"
         walk_jpeg(encoded)
     except TooLarge as error:
-        raise RunError(f"{where} holds {error}; make the data set anew without it") from None
+        raise RunError(f"{where} holds {error}; make the data set again without it") from None
     except BadImage as error:
         damage = str(error)
     if kind not in ("RGB JPEG", "RGB MPO"):

@@ -24,7 +24,7 @@ PART_PREFIX = "part-"
 PART_NAME = re.compile(re.escape(PART_PREFIX) + r"(\d+)")
 LENGTH = struct.Struct("<q")  # stands before each message of a part
 TEMPORARY = ".tmp"  # end of the name of a file that is not whole
-MAX_CLASSES = 1_000_000  # more is a slip of the keyboard, or not a label
+MAX_CLASSES = 1_000_000  # more is a typing error, or not a label
 MAX_RECORD_BYTES = 1 << 30  # a longer length is garbage, not an image
 
 
@@ -132,7 +132,7 @@ def walk_records(fd: int, path: str) -> int:
         where = f"{path}: record {count}, at byte {offset},"
         cut_off = RunError(
             f"{where} is cut off at byte {size}, the end of the file; copy the part again, or make "
-            "it anew"
+            "it again"
         )
         field = os.pread(fd, LENGTH.size, offset)
         if len(field) < LENGTH.size:
@@ -141,7 +141,7 @@ def walk_records(fd: int, path: str) -> int:
         if not 0 < length < MAX_RECORD_BYTES:
             raise RunError(
                 f"{where} claims a length of {length} bytes: the part is damaged or is not an "
-                "OFRecord file; copy it again, or make it anew"
+                "OFRecord file; copy it again, or make it again"
             )
         offset += LENGTH.size + length
         if offset > size:
@@ -187,7 +187,7 @@ def read_manifest(directory: str | os.PathLike) -> dict | None:
         reason = error.strerror if isinstance(error, OSError) else error
         raise RunError(
             f"{path} is not a manifest that can be read ({reason}); remove it to have the parts "
-            "counted, or make the data set anew"
+            "counted, or make the data set again"
         ) from None
     return manifest
 

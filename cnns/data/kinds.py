@@ -97,8 +97,8 @@ class Shards(Dataset):
         if len(counts) < num_processes:
             raise UsageError(
                 f"--train_data_dir: {self.path} has {len(counts)} parts to read, and each of "
-                f"{num_processes} processes needs one of its own; make the data set anew with more "
-                "(--num_parts)"
+                f"{num_processes} processes needs one of its own; make the data set again with "
+                "more (--num_parts)"
             )
         cuts = split_evenly(counts, num_processes)
         shares = [sum(counts[a:b]) for a, b in itertools.pairwise(cuts)]
@@ -110,7 +110,7 @@ class Shards(Dataset):
             f"{self.path}: {len(counts)} parts cannot be shared out evenly among {num_processes} "
             f"processes; each epoch leaves out about {missed:.0%} of the images, others each time, "
             "and repeats as many. A multiple of the processes, or many more parts (--num_parts), "
-            "would mend that."
+            "would fix that."
         ]
 
 

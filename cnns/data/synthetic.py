@@ -60,9 +60,9 @@ class SyntheticValLoader(SyntheticPool):
         self.num_batches = -(-data.num_examples // batch_size)
         placement = flow.env.all_device_placement(device)
         rows = np.arange(self.num_batches * batch_size).reshape(self.num_batches, batch_size)
-        counted = (rows < data.num_examples).astype(np.int32)
-        self.counted = [to_device(each, placement) for each in counted]
+        row_mask = (rows < data.num_examples).astype(np.int32)
+        self.row_mask = [to_device(each, placement) for each in row_mask]
 
     def batches(self) -> Iterator[tuple]:
-        for counted, batch in zip(self.counted, self.pool, strict=False):
-            yield counted, *batch
+        for row_mask, batch in zip(self.row_mask, self.pool, strict=False):
+            yield row_mask, *batch

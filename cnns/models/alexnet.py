@@ -13,7 +13,6 @@ class AlexNet(nn.Module):
     It has no batch norm.
 
     Args:
-        num_classes: number of classes.
         hidden: width of the two hidden layers of the classifier.
     """
 

@@ -41,7 +41,7 @@ class Switches:
 
 @contextmanager
 def making_layers(switches: Switches) -> Iterator[None]:
-    """While it lasts, OneFlow's layers are made for the layout of `switches`."""
+    """A context in which OneFlow's layers are made for the layout of `switches`."""
     before = os.environ.pop(NHWC_VARIABLE, None)
     if switches.channel_last:
         os.environ[NHWC_VARIABLE] = "1"
@@ -80,7 +80,7 @@ def pad_input(module: nn.Conv2d, switches: Switches) -> None:
 
 
 class Dropout(nn.Module):
-    """Dropout by a mask that the training graph hands in at each step (`cnns.graphs.DropoutMasks`).
+    """Dropout by a mask that the training graph passes at each step (`cnns.graphs.DropoutMasks`).
 
     OneFlow's own, inside a graph, ignores seeds and draws the same mask in all layers of one shape.
     """

@@ -1,4 +1,4 @@
-"""What the scripts know of a network beside its code: one record each.
+"""What the scripts know of a network besides its code: one record each.
 
 The records are in the table of model_registry.py; what is here takes that table as `models`.
 """
@@ -31,14 +31,14 @@ class Model:
     """A network of the table."""
 
     network: Callable[..., nn.Module]  # takes the number of classes and, if it has any, Switches
-    # A parameter, and its shape, by which its weights are told from those of others.
+    # A parameter and its shape by which its weights are recognised.
     signature: tuple[str, tuple[int, ...]] | None = None
     last_layer: str = "fc"  # whose rows are the classes
     image_size: int = 224  # height and width of the input, pixels
     rgb_mean: tuple[float, float, float] = RGB_MEAN
     rgb_std: tuple[float, float, float] = RGB_STD
     interpolation: str = "bilinear"  # of validation and inference
-    min_image_size: int = 8  # with less, nothing would be left of the image
+    min_image_size: int = 8  # below it, pooling would leave no pixels
     switches: frozenset[str] = frozenset()  # the fields of Switches that it has
     # Per 256 images, where they are not those of config.LEARNING_RATE_PER_256.
     learning_rates: Mapping[str, float] = field(default_factory=dict)
@@ -74,8 +74,8 @@ class Model:
         return self.override(own, **given)
 
     def override(self, own: Preprocessing, **given: Any) -> Preprocessing:
-        """`own` with the fields that are given and not None in its place. A new image size brings
-        its own resize_shorter.
+        """`own` with the given fields that are not None. A new image size changes resize_shorter
+        too, unless that is given.
 
         Raises UsageError where the crop would not fit into the resized picture, or the network
         cannot take pictures so small.

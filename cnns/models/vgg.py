@@ -17,7 +17,6 @@ class VGG(nn.Module):
     138,365,992 parameters at 1000 classes.
 
     Args:
-        num_classes: number of classes.
         stages: (number of convolutions, channels) between the poolings.
         hidden: width of the two hidden layers of the classifier.
     """

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oneflow as flow
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import cnns.checkpoint.snapshot as snapshot_module
 import model_registry
-from cnns.checkpoint.files import hold
+from cnns.checkpoint.files import lock_directory
 from cnns.checkpoint.find import (
     find_resume,
     find_snapshot,
@@ -27,6 +28,7 @@ from cnns.checkpoint.find import (
 )
 from cnns.checkpoint.snapshot import (
     PREFIX,
+    Progress,
     Snapshot,
     read_description,
     read_weights,
@@ -37,6 +39,7 @@ from cnns.data.images import Preprocessing
 from cnns.distributed import place
 from cnns.errors import RunError, UsageError
 from cnns.places import SNAPSHOT_ROOT
+from cnns.run import Saver
 from small import ROOT, TINY, Tiny, tree
 
 PREPROCESSING = Preprocessing(32, 37, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
@@ -223,6 +226,19 @@ def test_runs_of_one_second_get_directories_of_their_own(tmp_path, monkeypatch):
     assert all(path.startswith("./output/snapshots/model_save-2") for path in made)
 
 
+def test_processes_that_do_not_save_name_no_directory_but_a_given_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    parts = SimpleNamespace(model=flow.nn.Linear(1, 1))
+    for given, last_good in ((None, None), ("run", "run/snapshot_last")):
+        with open_save_dir(given) as save_dir:
+            saver = Saver(save_dir, describe, log=lambda line: None)
+            saver.writes = False
+            saver.save("last", parts, Progress())
+        assert saver.last_good == last_good
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_weights_of_another_number_format_are_refused(saved):
     path, _, _ = saved
     weights = path / "model.safetensors"
@@ -290,7 +306,7 @@ def test_what_killed_processes_have_left_is_removed(tmp_path, saved):
         (new / name / "model.safetensors").write_bytes(b"half")
     (new / ".snapshot_file.tmp-4").touch()
     (new / ".notes.tmp-5").mkdir()
-    handle = hold(str(new / ".snapshot_epoch_0.tmp-3"))
+    handle = lock_directory(str(new / ".snapshot_epoch_0.tmp-3"))
     with open_save_dir(str(new)):
         kept = [".notes.tmp-5", ".snapshot_epoch_0.tmp-3", ".snapshot_file.tmp-4"]
         assert sorted(os.listdir(new)) == kept

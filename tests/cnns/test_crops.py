@@ -168,7 +168,7 @@ def array_crops(picture: tuple[int, int], directory) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", PICTURES)
-@pytest.mark.parametrize("crops", [native_crops, array_crops])
+@pytest.mark.parametrize("crops", [pytest.param(native_crops, marks=pytest.mark.long), array_crops])
 def test_crops_follow_the_formula(tmp_path, crops, shape):
     picture = PICTURES[shape]
     windows, flipped = find_windows(crops(picture, tmp_path))

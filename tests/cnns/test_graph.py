@@ -94,8 +94,8 @@ class Counting(nn.Module):
         for start in range(0, self.num_examples, self.batch_size):
             row = np.arange(start, start + self.batch_size)
             record = (row % self.available).astype(np.int32)
-            counted = (row < self.num_examples).astype(np.int32)
-            yield global_tensor(counted), global_tensor(record), global_tensor(record % 4)
+            row_mask = (row < self.num_examples).astype(np.int32)
+            yield global_tensor(row_mask), global_tensor(record), global_tensor(record % 4)
 
     def forward(self, record, label):
         return record, label

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file, save_file
 import config
 import model_registry
 import of_cnn_train_val
+from cnns.checkpoint.external import read_external
 from cnns.checkpoint.find import find_resume
-from cnns.checkpoint.foreign import read
 from cnns.checkpoint.snapshot import check_files, read_description, read_weights
 from cnns.checkpoint.training import BUFFERS
-from cnns.checkpoint.weights import open_checkpoint, read_whole
+from cnns.checkpoint.weights import open_checkpoint, read_resumable
 from cnns.data.checks import check_shards
 from cnns.data.format import read_manifest
 from cnns.errors import RunError, UsageError, report
@@ -90,11 +90,11 @@ GOOD_STEPS = "System-Train-DynamicLossScale-TrainGraph-GoodStepCounter"
         (f"lacks '{STEP}'", without(STEP)),
         ("lacks 'System-Train-TrainStep', 6 in all", lambda arrays: {}),
         (
-            "has no use for 'model.more-momentum'",
+            "has the unexpected 'model.more-momentum'",
             lambda arrays: arrays | {"model.more-momentum": np.zeros(3, np.float32)},
         ),
         (
-            "has no use for 'model.fc.weight-m'",
+            "has the unexpected 'model.fc.weight-m'",
             lambda arrays: arrays | {"model.fc.weight-m": arrays[WEIGHT]},
         ),
         (
@@ -135,7 +135,7 @@ def test_half_precision_skips_steps_that_overflow():
     assert result.status == 0, result.stderr
     now = load_file("new/snapshot_last/training.safetensors")
     assert (now[STEP].item(), GOOD_STEPS in now) == (9, False)
-    read_whole("new/snapshot_last", read_description("new/snapshot_last"))
+    read_resumable("new/snapshot_last", read_description("new/snapshot_last"))
     save_file(state | {STEP: 7 * one}, path)
     refused("is of step 7")
 
@@ -256,7 +256,7 @@ def test_a_description_that_cannot_be_so(words, fields):
         ("not JSON", b"{"),
         ("not JSON", b"\xef\xbb\xbf{}"),
         ("not UTF-8", b'{"model": "\xff"}'),
-        ("'a' stands in it twice", b'{"a": 1, "b": 2, "a": 1}'),
+        ("it has 'a' twice", b'{"a": 1, "b": 2, "a": 1}'),
         ("NaN is not a number", b'{"step": NaN}'),
         ("-Infinity is not a number", b'{"step": -Infinity}'),
         ("'1e999' is too large", b'{"step": 1e999}'),
@@ -391,13 +391,13 @@ def test_hostile_safetensors_of_a_snapshot(data, name):
 def test_hostile_safetensors_of_others(data, capsys):
     Path("x.safetensors").write_bytes(data)
     try:
-        foreign = read("x.safetensors")
+        external = read_external("x.safetensors")
     except RunError as error:
         report(error)
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "\x1b" not in said
     else:
-        assert foreign.arrays["a"].dtype == np.float32
+        assert external.arrays["a"].dtype == np.float32
 
 
 # Fuzzing. A seed is what an earlier version wrote.
@@ -469,6 +469,7 @@ def one_line(error: Exception) -> None:
     assert not set("\x1b") & set(str(error)), str(error)
 
 
+@pytest.mark.long
 @FUZZ
 @given(mutated(DESCRIPTION))
 def test_any_description_is_read_or_refused(data):
@@ -487,6 +488,7 @@ def test_no_description_stands_in_the_way(data):
     assert found.path in ("run/snapshot_epoch_0", "run/snapshot_epoch_1")
 
 
+@pytest.mark.long
 @FUZZ
 @given(mutated(MANIFEST))
 def test_any_manifest_is_read_or_refused(data):
@@ -506,6 +508,7 @@ def test_any_text_is_parsed_or_refused(data):
         one_line(error)
 
 
+@pytest.mark.long
 @FUZZ
 @given(st.data())
 def test_any_safetensors_header_is_read_or_refused(data):
@@ -516,7 +519,7 @@ def test_any_safetensors_header_is_read_or_refused(data):
     changed = data.draw(mutated(json.loads(whole[8:end])))
     path.write_bytes(struct.pack("<Q", len(changed)) + changed + whole[end:])
     try:
-        read_whole(str(SNAPSHOT), read_description(str(SNAPSHOT)))
+        read_resumable(str(SNAPSHOT), read_description(str(SNAPSHOT)))
         read_weights(str(SNAPSHOT))
     except RunError as error:
         one_line(error)

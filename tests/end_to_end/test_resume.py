@@ -335,7 +335,7 @@ def test_damaged_snapshots_do_not_stand_in_the_way(run):
         (run / f"snapshot_{name}" / "model.safetensors").write_bytes(b"half")
     result = call(of_cnn_train_val.main, "--device=cpu", "--model_save_dir=run", "--resume=auto")
     assert result.status == 1
-    assert "none of the snapshots in run is whole" in result.stderr.splitlines()[-1]
+    assert "none of the snapshots in run is intact" in result.stderr.splitlines()[-1]
 
 
 def test_a_later_last_is_not_overwritten(run):
@@ -359,7 +359,7 @@ def test_where_there_is_nothing_to_go_on_from(run, tmp_path):
     about = read_description("run/snapshot_epoch_1")
     converted = Snapshot(about.model, about.num_classes, about.preprocessing)
     save_snapshot("converted", TINY.build(about.num_classes), converted)
-    refuse(2, "--resume=converted: it holds weights only, of no run", "--resume=converted")
+    refuse(2, "--resume=converted: it holds only weights, not a run", "--resume=converted")
 
 
 def test_best_is_kept_between_the_intervals(data, monkeypatch):

@@ -2,8 +2,8 @@
 
 That program read the stored plans and computed 20 steps of each with PyTorch; see there. Here plans
 compiled today are compared with the stored ones, and the stored results with what is claimed. Where
-a change to the networks or the graph is meant to change a plan, make plans and results anew by the
-commands at the top of golden/compute_plan.py.
+a change to the networks or the graph is meant to change a plan, regenerate plans and results with
+the commands at the top of golden/compute_plan.py.
 """
 
 import json

@@ -16,7 +16,7 @@ device that computes nothing; the rest needs torch and numpy (see make_golden.py
     venv-torch/bin/python tests/golden/compute_plan.py    # 10 to 20 minutes
 
 It reads plan_*.json.gz beside itself and writes plan_results.json. `compute_plan.py PART ...` does
-some parts anew and keeps the others; `--help` names them. ResNet-50, by hand:
+some parts again and keeps the others; `--help` names them. ResNet-50, by hand:
 
     python3 tests/fakecuda/dump_job.py DIRECTORY resnet50_float32 resnet50_fp16_all
     venv-torch/bin/python tests/golden/compute_plan.py --resnet50=DIRECTORY

@@ -304,7 +304,7 @@ def max_pool_2d(op):
     y = as_format(max_pool(op, channels_first(op.input("x"), layout)), layout)
     op.output("y", y)
     if op.gives("indice"):
-        op.output("indice", torch.zeros(y.shape, dtype=torch.int64))  # the gradient finds them anew
+        op.output("indice", torch.zeros(y.shape, dtype=torch.int64))  # the gradient recomputes them
 
 
 @computes("max_pool_2d_grad", "tf_max_pool_2d_grad")

@@ -5,8 +5,7 @@ import json
 import pytest
 
 import model_registry
-import of_cnn_train_val
-from small import MODELS, ROOT, call, write_parts
+from small import MODELS, call, write_parts
 from tools import benchmark
 
 pytestmark = pytest.mark.long
@@ -43,19 +42,3 @@ def test_inference_by_both_backends():
     found = report("--model=tiny", "--inference")["inference"]
     rates = found["oneflow_milliseconds_per_image"], found["onnxruntime_milliseconds_per_image"]
     assert min(*rates, found["onnxruntime_times_as_fast"]) > 0
-
-
-def test_several_processes(monkeypatch):
-    monkeypatch.setattr(of_cnn_train_val, "__file__", str(ROOT / "tests" / "train_small.py"))
-    found = report("--model=toy", "--num_processes=2")["processes"]
-    rates = found["one_process_samples_per_second"], found["several_processes_samples_per_second"]
-    assert found["speedup"] == pytest.approx(rates[1] / rates[0], abs=2e-3)
-    assert found["efficiency"] == pytest.approx(found["speedup"] / 2, abs=2e-3)
-    apart = found["apart_samples_per_second"]
-    share = found["share_of_time_in_communication"]
-    assert share == pytest.approx(1 - rates[1] / apart, abs=2e-3)
-
-
-def test_what_cannot_be_shared_out():
-    result = call(benchmark.main, *SMALL, "--num_processes=3")
-    assert result.status == 2 and "cannot be divided among 3" in result.stderr

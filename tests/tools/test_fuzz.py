@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,6 +28,8 @@ from tools.imagenet import index_archive
 from tools.jpeg_util import decode_jpeg, passed_through, upright_jpeg
 from tools.make_ofrecord import read_idx
 from tools.verify_ofrecord import Look, check_part, record_faults
+
+pytestmark = pytest.mark.long
 
 LOOK = Look(num_classes=10, decode=True, max_pixels=1_000_000)
 FLAG = "--train_data_dir"

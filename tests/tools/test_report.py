@@ -4,6 +4,7 @@ import base64
 import fcntl
 import os
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -64,11 +65,11 @@ def test_report_is_one_page_with_its_pictures(runs):
     result = call(tools.report.main, *runs, "--output=out")
     assert result.status == 0, result.stderr
     assert result.stdout.strip() == "out/report.html" and result.stderr == ""
-    page = open("out/report.html", encoding="utf-8").read()
+    page = Path("out/report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     names = ("loss", "accuracy", "learning_rate", "throughput")
     assert [base64.b64decode(p) for p in pictures] == [
-        open(f"out/{name}.png", "rb").read() for name in names
+        Path(f"out/{name}.png").read_bytes() for name in names
     ]
     assert not re.search(r'(src|href)="(?!data:)', page)  # needs no other file
     assert "<b>one" not in page and "&lt;b&gt;one $x$" in page

@@ -26,8 +26,8 @@ import model_registry
 import of_cnn_evaluate
 import of_cnn_inference
 import of_cnn_train_val
+from cnns.checkpoint.external import from_timm, read_external
 from cnns.checkpoint.find import restore
-from cnns.checkpoint.foreign import from_timm, read
 from cnns.checkpoint.snapshot import state_arrays
 from cnns.checkpoint.weights import open_checkpoint
 from cnns.errors import RunError, UsageError
@@ -256,7 +256,7 @@ def small_weights():
 
 
 def same(path, arrays) -> None:
-    found = read(str(path)).arrays
+    found = read_external(str(path)).arrays
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         assert found[name].dtype == np.float32
@@ -413,7 +413,7 @@ def spoiled(tmp_path, small_weights):
     )
     for cut in (0, 5, 1000, len(safe) - 1):
         yield f"cut{cut}.safetensors", safe[:cut], ""
-    yield "text.pth", b"some text that is long enough", "of no known format"
+    yield "text.pth", b"some text that is long enough", "not in a known format"
     yield "pickle.pkl", pickle.dumps({"a": 1}), "not a file of PyTorch"
 
     def lie(**changes):
@@ -433,7 +433,7 @@ def spoiled(tmp_path, small_weights):
 
     for i, (changes, words) in enumerate(
         [
-            ({"key": "../../../etc/passwd"}, "no number for a name"),
+            ({"key": "../../../etc/passwd"}, "not named by a number"),
             ({"key": "7"}, "data/7 is missing"),
             ({"count": 10**15, "shape": (10**15,)}, "larger than the file"),
             ({"count": 5, "shape": (5,)}, "has 16 bytes and should have 20"),
@@ -473,6 +473,7 @@ def spoiled(tmp_path, small_weights):
     yield "mixed.pth", mixed.read_bytes(), "x in it is not a tensor"
 
 
+@pytest.mark.long
 def test_damaged_files_and_files_that_lie(tmp_path, small_weights, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, data, words in spoiled(tmp_path, small_weights):
@@ -514,8 +515,8 @@ def read_spoiled(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     start = time.perf_counter()
     try:
-        foreign = read(str(path))
-        assert sum(array.nbytes for array in foreign.arrays.values()) <= 4 * len(data)
+        external = read_external(str(path))
+        assert sum(array.nbytes for array in external.arrays.values()) <= 4 * len(data)
     except RunError as error:
         assert path.name in str(error)
     assert time.perf_counter() - start < SECONDS
@@ -570,7 +571,7 @@ def test_an_archive_of_many_members(tmp_path):
     start = time.perf_counter()
     path.write_bytes(data[:at] + many + end)
     with pytest.raises(RunError, match="list of members has more than"):
-        read(str(path))
+        read_external(str(path))
     assert time.perf_counter() - start < SECONDS
 
 
@@ -588,7 +589,7 @@ def test_what_is_not_a_file_is_named(tmp_path, monkeypatch):
 def test_damaged_folders(tmp_path, small_weights):
     def refuse(words):
         with pytest.raises(RunError, match=words):
-            read(str(path))
+            read_external(str(path))
 
     path = tmp_path / "flow"
     flow.save(Tiny(4).state_dict(), str(path))
@@ -624,7 +625,7 @@ def test_damaged_folders(tmp_path, small_weights):
     path = tmp_path / "folder"
     variable(path / "fc.bias", small_weights["fc.bias"])
     variable(path / "fc.weight", small_weights["fc.weight"], meta=False)
-    refuse("some have none")
+    refuse("some do not")
 
 
 def test_an_auxiliary_classifier_may_be_missing(tmp_path, monkeypatch):
@@ -662,7 +663,7 @@ def test_a_mismatch_names_the_first_of_each_kind(tmp_path, small_weights):
         "1 missing, first bn1.weight; 1 unexpected, first x.a; 1 wrongly shaped, first bn1.b"
         in (str(caught.value))
     )
-    with pytest.raises(UsageError, match="tell of no network here"):
+    with pytest.raises(UsageError, match="match no network here"):
         restore(path, model=None, num_classes=None, models=model_registry.MODELS)
     with pytest.raises(UsageError, match="--num_classes=5, but .* has 4 classes$"):
         restore(path, model="tiny", num_classes=5, models=model_registry.MODELS)

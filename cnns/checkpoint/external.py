@@ -1,4 +1,4 @@
-"""Weights that others wrote: read, with the names and layouts of snapshots.
+"""Weights from elsewhere: read, with the names and layouts of snapshots.
 
 .safetensors                    of PyTorch, with torchvision's or timm's names
 .pth, .pt                       of PyTorch's torch.save, in its zip format and in the one before
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cnns.checkpoint.folders import PICKLE_NAME, has_variables, read_flow_save, read_variables
-from cnns.checkpoint.pickles import Refused, printable
+from cnns.checkpoint.pickles import Refused, excerpt
 from cnns.checkpoint.pytorch import OLD_PTH_MAGIC, read_old_pth, read_safetensors, read_zip_pth
 from cnns.errors import RunError, UsageError
 from cnns.inputs import check_ordinary
@@ -27,8 +27,8 @@ MAX_NAME = 1000  # characters
 
 
 @dataclass
-class Foreign:
-    """Weights of others, named as in torchvision where the names were known."""
+class ExternalWeights:
+    """Weights from elsewhere, named as in torchvision where the names were known."""
 
     kind: str  # what the file is, for the user
     arrays: dict[str, np.ndarray]
@@ -38,16 +38,16 @@ class Foreign:
     notices: list[str] = field(default_factory=list)
 
 
-def read(path: str, *, layout: str | None = None) -> Foreign:
+def read_external(path: str, *, layout: str | None = None) -> ExternalWeights:
     """Read the weights in the file or folder `path`, whatever their format.
 
     Args:
-        layout: of the convolutions of a 2020 folder that does not tell, OIHW or OHWI.
+        layout: of the convolutions, OIHW or OHWI, for a 2020 folder without shapes.
 
-    Raises RunError where it is damaged, of no known format, or more than data.
+    Raises RunError where it is damaged, in an unknown format, or holds more than data.
     """
     try:
-        foreign = read_folder(path) if os.path.isdir(path) else read_file(path)
+        external = read_folder(path) if os.path.isdir(path) else read_file(path)
     except Refused as error:
         way = "flow.save" if os.path.isdir(path) else "torch.save"
         raise RunError(
@@ -56,51 +56,51 @@ def read(path: str, *, layout: str | None = None) -> Foreign:
         ) from None
     except OSError as error:
         raise RunError(f"cannot read {error.filename or path}: {error.strerror}") from None
-    foreign.layout = layout
-    if any(len(name) > MAX_NAME for name in foreign.arrays):
+    external.layout = layout
+    if any(len(name) > MAX_NAME for name in external.arrays):
         raise RunError(f"{path} has a tensor with a name of more than {MAX_NAME} characters")
-    foreign.arrays = {
+    external.arrays = {
         name: array
-        for name, array in strip(foreign.arrays).items()
+        for name, array in strip(external.arrays).items()
         if not name.endswith("num_batches_tracked")
     }
-    if not foreign.from_2020:
-        foreign.arrays = from_timm(foreign.arrays)
-    for name, array in foreign.arrays.items():
+    if not external.from_2020:
+        external.arrays = from_timm(external.arrays)
+    for name, array in external.arrays.items():
         if array.dtype == np.float32 and not np.isfinite(array).all():
-            raise RunError(f"{path}: {printable(name)} is not finite; nothing can be done with it")
-    if not foreign.arrays:
+            raise RunError(f"{path}: {excerpt(name)} is not finite; use other weights")
+    if not external.arrays:
         raise RunError(f"{path} holds no weights")
-    return foreign
+    return external
 
 
-def read_folder(path: str) -> Foreign:
+def read_folder(path: str) -> ExternalWeights:
     if os.path.isfile(os.path.join(path, PICKLE_NAME)):
-        return Foreign("a folder of flow.save", read_flow_save(path))
+        return ExternalWeights("a folder of flow.save", read_flow_save(path))
     if has_variables(path):
         arrays, has_shapes = read_variables(path)
         renamed = from_2020(arrays)
         if not renamed:
-            return Foreign("a folder of OneFlow", arrays, flat=not has_shapes)
+            return ExternalWeights("a folder of OneFlow", arrays, flat=not has_shapes)
         kind = "a OneFlow folder of 2020"
-        return Foreign(kind, renamed, flat=not has_shapes, from_2020=True)
+        return ExternalWeights(kind, renamed, flat=not has_shapes, from_2020=True)
     raise RunError(
         f"{path} is not a snapshot, or only part of one: it holds no snapshot.json, and no weights "
         "in another known format either"
     )
 
 
-def read_file(path: str) -> Foreign:
+def read_file(path: str) -> ExternalWeights:
     check_ordinary(path)
     with open(path, "rb") as file:
         start = file.read(len(OLD_PTH_MAGIC))
     size = os.path.getsize(path)
     if start.startswith(ZIP_MAGIC):
-        return Foreign("a file of PyTorch", read_zip_pth(path))
+        return ExternalWeights("a file of PyTorch", read_zip_pth(path))
     if start == OLD_PTH_MAGIC:
-        return Foreign("a file of PyTorch before 1.6", read_old_pth(path))
+        return ExternalWeights("a file of PyTorch before 1.6", read_old_pth(path))
     if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
-        return Foreign("a safetensors file", read_safetensors(path))
+        return ExternalWeights("a safetensors file", read_safetensors(path))
     if path.endswith(".safetensors"):
         raise RunError(f"{path} is damaged or cut off: its safetensors header is not whole")
     if start[:1] == b"\x80":
@@ -109,8 +109,8 @@ def read_file(path: str) -> Foreign:
             "torch.save(model.state_dict(), PATH)"
         )
     raise RunError(
-        f"{path} is of no known format; a snapshot, .safetensors, .pth or a folder of OneFlow is "
-        "needed"
+        f"{path} is not in a known format; give a snapshot, .safetensors, .pth or a folder of "
+        "OneFlow"
     )
 
 
@@ -177,7 +177,7 @@ def from_timm(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     else:
         return arrays
     result = {rename(name): array for name, array in arrays.items()}
-    for name in ("classifier.0.weight", "classifier.3.weight"):  # there convolutions
+    for name in ("classifier.0.weight", "classifier.3.weight"):  # convolutions in timm
         if name in result and result[name].ndim == 4:
             result[name] = result[name].reshape(len(result[name]), -1)
     return result if len(result) == len(arrays) else arrays
@@ -222,21 +222,21 @@ def timm_mobilenetv2(name: str) -> str:
 AUXILIARY = "AuxLogits"  # Inception's second head
 
 
-def guess_model(foreign: Foreign, models: Models, *, path: str) -> str:
-    """The network that names and shapes tell of. Raises UsageError where they do not."""
-    if foreign.from_2020:
+def guess_model(external: ExternalWeights, models: Models, *, path: str) -> str:
+    """The network, by names and shapes of its weights. Raises UsageError where none matches."""
+    if external.from_2020:
         return "resnet50"
     for model, entry in models.items():
         if entry.signature is None:
             continue
         name, shape = entry.signature
-        array = foreign.arrays.get(name)
+        array = external.arrays.get(name)
         if array is not None and (
-            array.shape == shape or (foreign.flat and array.size == math.prod(shape))
+            array.shape == shape or (external.flat and array.size == math.prod(shape))
         ):
             return model
     raise UsageError(
-        f"{path} is {foreign.kind}, and its names tell of no network here; name it with --model"
+        f"{path} is {external.kind}, and its names match no network here; give --model"
     )
 
 
@@ -250,37 +250,37 @@ def is_auxiliary(name: str) -> bool:
     return name.startswith(f"{AUXILIARY}.")
 
 
-def count_classes(foreign: Foreign, last_layer: str, *, path: str) -> int:
+def count_classes(external: ExternalWeights, last_layer: str, *, path: str) -> int:
     """Rows of the last layer. Raises UsageError where there is none."""
-    array = foreign.arrays.get(f"{last_layer}.{'bias' if foreign.flat else 'weight'}")
+    array = external.arrays.get(f"{last_layer}.{'bias' if external.flat else 'weight'}")
     if array is None or not array.size or array.ndim == 0:
         raise UsageError(
-            f"{path} is {foreign.kind}, and it has no last layer ({last_layer}) to tell the number "
-            "of classes"
+            f"{path} is {external.kind}, and it lacks the last layer ({last_layer}), which gives "
+            "the number of classes"
         )
     return len(array)
 
 
-def fit(foreign: Foreign, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def fit(external: ExternalWeights, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """The arrays in the layout of snapshots, as far as they fit `shapes`; others as they are.
 
-    A folder of 2020 may hold convolutions as (O, H, W, I), which their shapes tell. Without `meta`
-    there are no shapes and both layouts have the same size: then it is (O, I, H, W) unless
-    `foreign.layout` says otherwise, and a notice says so. A fourth input channel of the stem, which
-    only ever saw zeros, is cut off.
+    A folder of 2020 may hold convolutions as (O, H, W, I), which their shapes show. Without `meta`
+    there are no shapes, and both layouts have the same size: (O, I, H, W) is then assumed, with a
+    notice, unless `external.layout` says otherwise. A fourth input channel of the stem, which has
+    only ever seen zeros, is cut off.
     """
-    if not (foreign.flat or foreign.from_2020):
-        return foreign.arrays
-    layout = foreign.layout if foreign.flat else find_layout(foreign.arrays, shapes)
+    if not (external.flat or external.from_2020):
+        return external.arrays
+    layout = external.layout if external.flat else find_layout(external.arrays, shapes)
     if layout is None:
         layout = LAYOUTS[0]
-        foreign.notices.append(
+        external.notices.append(
             "No meta files: the convolutions are taken as (O, I, H, W). If they are (O, H, W, I), "
             "of a run with --channel_last: tools/convert_snapshot.py SRC DST --layout=OHWI."
         )
     return {
-        name: fit_one(array, shapes[name], layout, flat=foreign.flat) if name in shapes else array
-        for name, array in foreign.arrays.items()
+        name: fit_one(array, shapes[name], layout, flat=external.flat) if name in shapes else array
+        for name, array in external.arrays.items()
     }
 
 
@@ -295,7 +295,7 @@ def stored_shape(shape: tuple[int, ...], layout: str, size: int) -> tuple[int, .
 
 
 def find_layout(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> str:
-    """OIHW or OHWI, as the shapes of all convolutions tell together."""
+    """OIHW or OHWI, by the shapes of all convolutions together."""
     votes = set()
     for name, array in arrays.items():
         shape = shapes.get(name, ())
