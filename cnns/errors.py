@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import TextIO
 
 # Control characters, and marks that reverse the direction of text.
@@ -94,6 +95,8 @@ def report(error: object) -> None:
 
 
 listeners: list[Callable[[str], None]] = []  # get each line that is said
+# What is entered around each line that is said: a progress bar steps aside.
+aside: list[Callable[[], AbstractContextManager]] = []
 
 
 def say(line: str, file: TextIO) -> None:
@@ -102,7 +105,10 @@ def say(line: str, file: TextIO) -> None:
     for listener in listeners:
         listener(line)
     try:
-        print(line, file=file, flush=True)
+        with ExitStack() as stack:
+            for enter in aside:
+                stack.enter_context(enter())
+            print(line, file=file, flush=True)
     except OSError as error:
         if error.errno != errno.EIO:
             raise

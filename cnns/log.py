@@ -3,14 +3,18 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import numpy as np
+from tqdm import tqdm
 
+from cnns import errors
 from cnns.errors import UsageError, printable, say
 
+TERMINAL_MARK = "CNNS_TERMINAL"  # in the environment of a process that draws through its parent
 RUN_AHEAD = 2  # steps; enough for the next to be there when one ends
 
 
@@ -65,6 +69,62 @@ def notice(text: str) -> None:
     """Print a line that is not a result to stderr, in the first process only."""
     if is_first_rank():
         say(text, sys.stderr)
+
+
+class Bar:
+    """The progress bar of a run on a terminal: epoch, loss, rate, time left of epoch and run.
+
+    Elsewhere nothing is drawn. With several processes the first one draws on its parent's terminal,
+    which says by TERMINAL_MARK that there is one.
+    """
+
+    def __init__(self, num_epochs: int, steps_per_epoch: int):
+        self.num_epochs, self.steps_per_epoch = num_epochs, steps_per_epoch
+        self.is_drawn = is_first_rank() and (sys.stderr.isatty() or TERMINAL_MARK in os.environ)
+        self.bar: tqdm | None = None
+        self.steps, self.start = 0, time.monotonic()  # of this process
+
+    @contextmanager
+    def epoch(self, epoch: int, iteration: int) -> Iterator[None]:
+        """Draw it below the lines of an epoch that stands at `iteration`."""
+        if not self.is_drawn:
+            yield
+            return
+        self.bar = tqdm(
+            desc=f"epoch {epoch + 1}/{self.num_epochs}",
+            total=self.steps_per_epoch,
+            initial=iteration,
+            unit="iter",
+            file=sys.stderr,
+            leave=False,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+        errors.aside.append(tqdm.external_write_mode)
+        try:
+            yield
+        finally:
+            errors.aside.remove(tqdm.external_write_mode)
+            self.bar.close()
+            self.bar = None
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps == 1:  # the first one compiles
+            self.start = time.monotonic()
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, *, step: int, loss: float, rate: float) -> None:
+        """Show figures of a line, and from the pace of this process how long the run will take."""
+        if self.bar is None:
+            return
+        left = "?"
+        if self.steps > 1:
+            pace = (time.monotonic() - self.start) / (self.steps - 1)
+            seconds = pace * (self.num_epochs * self.steps_per_epoch - step)
+            left = str(timedelta(seconds=round(seconds)))
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} samples/s, run {left} left")
 
 
 Log = Callable[[str], None]

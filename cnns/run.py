@@ -19,7 +19,7 @@ from cnns.errors import RunError
 from cnns.evaluation import Evaluator
 from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.interrupts import Interrupted, Interrupts
-from cnns.log import Log, Meter, notice, train_line, validation_line
+from cnns.log import Bar, Log, Meter, notice, train_line, validation_line
 from cnns.record import Record
 
 
@@ -118,6 +118,7 @@ class Run:
         self.parts, self.intervals, self.progress = parts, intervals, progress
         self.saver, self.log, self.record = saver, log, record
         self.meter = Meter(parts.batch_size)
+        self.bar = Bar(intervals.num_epochs, intervals.steps_per_epoch)
         self.interrupts = Interrupts()
         self.agreement = Agreement(self.interrupts, parts.device)
 
@@ -131,7 +132,8 @@ class Run:
         with self.interrupts:
             try:
                 while not self.is_over:
-                    self.train_epoch()
+                    with self.bar.epoch(progress.current_epoch, progress.iteration):
+                        self.train_epoch()
                     self.validate()
                     progress.epoch, progress.iteration = progress.current_epoch, 0
                     self.record.finish_epoch()
@@ -160,6 +162,7 @@ class Run:
             if not compiled:
                 self.meter.restart_clock()
             progress.iteration, progress.step = iteration, progress.step + 1
+            self.bar.step()
             end = iteration == intervals.steps_per_epoch
             save = intervals.save_steps is not None and iteration % intervals.save_steps == 0
             if iteration % intervals.print_steps == 0 or save or end:
@@ -206,6 +209,7 @@ class Run:
             self.refuse_loss(losses[bad[0]], back=len(losses) - 1 - bad[0])
         loss, step = sum(losses) / len(losses), self.progress.step
         self.log(train_line(epoch, iteration, loss, counts, seconds))
+        self.bar.show(step=step, loss=loss, rate=counts.samples / seconds)
         self.record.add(
             "train",
             epoch=epoch,

@@ -21,8 +21,11 @@ from small import ROOT
 from tools import (
     benchmark,
     convert_snapshot,
+    doctor,
     make_mini_imagenet,
     make_ofrecord,
+    report,
+    runs,
     verify_ofrecord,
     write_flags,
 )
@@ -37,6 +40,9 @@ PARSE = {
     "tools/make_mini_imagenet.py": make_mini_imagenet.make_parser().parse_args,
     "tools/convert_snapshot.py": convert_snapshot.make_parser().parse_args,
     "tools/benchmark.py": benchmark.make_parser().parse_args,
+    "tools/report.py": report.parse_args,
+    "tools/runs.py": runs.parse_args,
+    "tools/doctor.py": doctor.parse_args,
     "tests/golden/learning_curves.py": learning_curves.make_parser().parse_args,
 }
 WRAPPERS = {
