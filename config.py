@@ -393,8 +393,9 @@ COMMON_FLAGS = {
     "devices": DEVICE_FLAGS,
     "precision and kernels": PRECISION_FLAGS,
 }
-# Description and groups of each script's flags.
-SCRIPTS = {
+# Of each script: what it does, the groups of its flags, the page on it, and the flag of values that
+# stand without one.
+SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
     "train": (
         "Train a CNN with OneFlow and validate it after each epoch.",
         COMMON_FLAGS
@@ -408,6 +409,8 @@ SCRIPTS = {
             "run": RUN_FLAGS,
             "log": LOG_FLAGS,
         },
+        "training",
+        None,
     ),
     "evaluate": (
         "Score a snapshot on a validation set: every image exactly once.",
@@ -423,6 +426,8 @@ SCRIPTS = {
             },
             "log": LOG_FLAGS,
         },
+        "training",
+        None,
     ),
     "inference": (
         "Classify images.",
@@ -431,7 +436,9 @@ SCRIPTS = {
             "snapshot": SNAPSHOT_FLAGS,
             "backend": BACKEND_FLAGS,
             "images": image_path_flags(
-                "image files, directories of images, or - for paths on stdin", "cat.jpg"
+                "image files, directories of images with those below them, or - for paths on "
+                "stdin; the flag's name may be left out",
+                "cat.jpg",
             )
             | {
                 "max_pixels": Flag(
@@ -451,6 +458,8 @@ SCRIPTS = {
                 ),
             },
         },
+        "inference",
+        "image_path",
     ),
     "export": (
         "Export a snapshot to ONNX, and compare the file's answers with OneFlow's.",
@@ -464,13 +473,17 @@ SCRIPTS = {
                 "coffee.jpg",
             ),
         },
+        "onnx",
+        None,
     ),
 }
 
 
-def make_parser(script: str) -> FlagParser:
-    """The parser of a script, a key of SCRIPTS."""
-    return FlagParser(*SCRIPTS[script])
+def make_parser(script: str, doc: str | None = None) -> FlagParser:
+    """The parser of a script, a key of SCRIPTS; `doc` is its docstring, for the help."""
+    description, groups, page, rest = SCRIPTS[script]
+    epilog = f"Read on: docs/{page}.md, docs/flags.md (all flags), docs/errors.md."
+    return FlagParser(description, groups, rest=rest, doc=doc, epilog=epilog)
 
 
 # What the scripts hand on.

@@ -1,7 +1,7 @@
 """Score a snapshot, or an exported file, on a validation set: every image exactly once.
 
-python3 of_cnn_evaluate.py --val_data_dir=DIR/validation            # the newest snapshot
-python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --model_load_dir=SNAPSHOT
+python3 of_cnn_evaluate.py                                          # the newest run, its best
+python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --model_load_dir=RUN
 python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --backend=onnxruntime
 python3 of_cnn_evaluate.py --help
 """
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.make_parser("evaluate").read(argv)
+    args = config.make_parser("evaluate", __doc__).read(argv)
     config.check_backend_flags(args)
     if args.val_data_dir is None:
         raise UsageError("--val_data_dir is needed: the directory of the validation parts")

@@ -1,8 +1,8 @@
 """Classify images with a snapshot, or with a file that resnet_to_onnx.py has made.
 
-python3 of_cnn_inference.py --image_path data/cat.jpg               # the newest snapshot
-find photos -name '*.jpg' | python3 of_cnn_inference.py --image_path - --output=csv --batch_size=8
-python3 of_cnn_inference.py --image_path DIRECTORY --backend=onnxruntime --top_k=5
+python3 of_cnn_inference.py data/cat.jpg                            # the newest run, its best
+python3 of_cnn_inference.py DIRECTORY --backend=onnxruntime --top_k=5
+find photos -name '*.jpg' | python3 of_cnn_inference.py - --output=csv --batch_size=8
 python3 of_cnn_inference.py --help
 """
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.make_parser("inference").read(argv)
+    args = config.make_parser("inference", __doc__).read(argv)
     config.check_backend_flags(args)
     if config.num_processes(args) > 1:
         raise UsageError(

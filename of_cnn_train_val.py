@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     """The flags that were given, and no other."""
-    given = config.make_parser("train").parse_args(argv)
+    given = config.make_parser("train", __doc__).parse_args(argv)
     if getattr(given, "resume", "auto") != "auto":
         if "model_load_dir" in given:
             raise UsageError(

@@ -1,7 +1,8 @@
 """Export a network to ONNX, and prove that ONNX Runtime computes what OneFlow computes.
 
-python3 resnet_to_onnx.py                                    # the newest snapshot
+python3 resnet_to_onnx.py                                    # the newest run, its best
 python3 resnet_to_onnx.py --model_load_dir=SNAPSHOT --onnx_path=resnet.onnx --opset=17
+python3 resnet_to_onnx.py --check_only --image_path photos   # compares the file that is there
 python3 resnet_to_onnx.py --help
 
 The file takes `images` (batch, 3, H, W) float32, RGB, normalised, with any batch, and gives
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.make_parser("export").read(argv)
+    args = config.make_parser("export", __doc__).read(argv)
     for flag in ("external_data", "opset"):
         if args.check_only and getattr(args, flag) != config.EXPORT_FLAGS[flag].default:
             raise UsageError(f"--{flag} has no effect with --check_only; leave it out")

@@ -24,6 +24,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from cnns.data.images import Preprocessing, read_preprocessing
 from cnns.errors import RunError, UsageError
+from cnns.hints import path_hint
 from cnns.inputs import check_ordinary, is_within
 from cnns.jsonfile import INT64, anything, integer, listed, parse_json, record, refuse
 from cnns.places import ONNX_ROOT
@@ -58,7 +59,7 @@ def find_export(path: str | None) -> str:
         try:
             check_ordinary(path)
         except FileNotFoundError:
-            raise UsageError(f"--onnx_path: there is no file {path}; check the path") from None
+            raise UsageError(f"--onnx_path: there is no file {path}; {path_hint(path)}") from None
         except OSError as error:
             raise UsageError(f"--onnx_path: cannot read {path}: {error.strerror}") from None
         return path

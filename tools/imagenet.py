@@ -28,6 +28,7 @@ from cnns.data.images import (
     read_lines,
 )
 from cnns.errors import RunError, UsageError
+from cnns.hints import path_hint
 from cnns.inputs import Tree, check_ordinary, open_input
 from tools.jpeg_util import passed_through
 from tools.ofrecord_writer import Example, file_stamp, read_image
@@ -421,7 +422,9 @@ def find_sources(root: Path | None, **given: Path | None) -> dict[str, Path]:
     sources = {}
     for split, path in given.items():
         if path is not None and not path.exists():
-            raise UsageError(f"--{split}={path}: there is no such file or folder")
+            raise UsageError(
+                f"--{split}={path}: there is no such file or folder; {path_hint(path)}"
+            )
         if source := path or (root and find_source(root, split)):
             sources[split] = source
     if not sources:

@@ -19,14 +19,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cnns.environment  # noqa: F401  (first, see there)
+
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, MAX_PIXELS, read_classes
 from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.flags import Parser, add_switch, number
+from cnns.hints import path_hint
 from cnns.inputs import Tree, open_input, unpacked_limit
 from tools import cifar, imagenet
 from tools.imagenet import is_image_name, some
@@ -84,6 +87,9 @@ def subfolders(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except FileNotFoundError as error:
+        hint = path_hint(folder)
+        raise UsageError(f"--input={folder}: cannot be read: {error.strerror}; {hint}") from None
     except OSError as error:
         raise UsageError(f"--input={folder}: cannot be read: {error.strerror}") from None
 
@@ -540,7 +546,11 @@ def add_cifar_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def make_parser() -> Parser:
-    parser = Parser("Make OFRecord parts, as the training and evaluation scripts read them.")
+    parser = Parser(
+        "Make OFRecord parts, as the training and evaluation scripts read them.",
+        doc=__doc__,
+        epilog="Read on: JOB --help, tools/README.md, docs/data.md.",
+    )
     jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", title="jobs")
     for add_parser in (add_imagenet_parser, add_folder_parser, add_idx_parser, add_cifar_parser):
         add_parser(jobs)

@@ -30,6 +30,7 @@ from cnns.checkpoint.snapshot import (
 )
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, read_whole
 from cnns.errors import RunError, UsageError
+from cnns.hints import path_hint
 from cnns.inputs import check_ordinary
 from cnns.log import is_first_rank, notice
 from cnns.models.layers import Switches
@@ -189,7 +190,7 @@ def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | No
             check_ordinary(path)
         except FileNotFoundError:
             raise UsageError(
-                f"--model_load_dir: there is no file or directory {path}; check the path"
+                f"--model_load_dir: there is no file or directory {path}; {path_hint(path)}"
             ) from None
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror}") from None
@@ -260,7 +261,7 @@ def find_resume(
         return found
     path = current(os.path.normpath(resume))
     if not os.path.isdir(path):
-        raise UsageError(f"--resume: there is no directory {resume}; check the path")
+        raise UsageError(f"--resume: there is no directory {resume}; {path_hint(resume)}")
     if os.path.lexists(os.path.join(path, DESCRIPTION)):
         snapshot = read_description(path)
         check(snapshot, path)
