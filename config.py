@@ -20,7 +20,7 @@ from cnns.errors import UsageError
 from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path
 from cnns.log import notice
 from cnns.models.layers import Switches
-from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT
+from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT, VAL_DATA_DIR
 from model_registry import MODELS
 from optimizer_util import OPTIMIZERS, SCHEDULES
 
@@ -48,6 +48,10 @@ def rgb_std(text: str) -> tuple[float, ...]:
 
 def addresses(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def count_or_all(text: str) -> int:
+    return 0 if text == "all" else number(int, 0)(text)
 
 
 def optimizer_name(text: str) -> str:
@@ -222,7 +226,9 @@ VAL_DATA_FLAGS = {
     "val_batch_size_per_device": Flag(
         "validation images per device and step; the figures do not depend on it", COUNT, 50
     ),
-    "top_k": Flag("k of the second accuracy that is printed", COUNT, 5),
+    "top_k": Flag(
+        "k of the second accuracy that is printed, at most the number of classes less one", COUNT, 5
+    ),
 }
 OPTIMIZER_FLAGS = {
     "optimizer": Flag(
@@ -291,8 +297,8 @@ RUN_FLAGS = {
         aliases=("--num_epoch",),
     ),
     "model_load_dir": Flag(
-        "weights to start from: a snapshot, or weights from elsewhere (.safetensors, .pth, a "
-        "folder of OneFlow)",
+        "weights to start from: a snapshot, or the directory of a run, whose best is taken, else "
+        "its last, or weights from elsewhere (.safetensors, .pth, a folder of OneFlow)",
         path,
         otherwise="random ones",
         of="start",
@@ -327,9 +333,10 @@ RUN_FLAGS = {
     "save_last": Flag("keep the newest snapshot under the name `last` too", default=True),
     "keep_snapshots": Flag(
         "keep the newest so many snapshots of epochs and remove older ones; best, last and "
-        "initial_model always stay",
-        COUNT,
-        otherwise="nothing is removed",
+        "initial_model always stay; all, or 0: remove none",
+        count_or_all,
+        3,
+        metavar="COUNT|all",
     ),
     "loss_print_every_n_iter": Flag("iterations between lines", COUNT, 10),
     "seed": Flag(
@@ -344,11 +351,12 @@ LOG_FLAGS = {
 }
 SNAPSHOT_FLAGS = {
     "model_load_dir": Flag(
-        "snapshot to read, or weights from elsewhere (.safetensors, .pth, a folder of OneFlow)",
+        "snapshot to read, or the directory of a run, whose best is read, else its last, or "
+        "weights from elsewhere (.safetensors, .pth, a folder of OneFlow)",
         path,
-        otherwise=f"the published folder {PUBLISHED_FOLDER} where that exists, else the newest "
-        f"snapshot under {SNAPSHOT_ROOT}, of --model if that is given, else the weights that were "
-        "installed for it",
+        otherwise=f"the published folder {PUBLISHED_FOLDER} where that exists, else the best of "
+        f"the newest run under {SNAPSHOT_ROOT}, of --model if that is given, else the weights that "
+        "were installed for it",
         of="start",
     ),
 }
@@ -416,7 +424,13 @@ SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
         "Score a snapshot on a validation set: every image exactly once.",
         COMMON_FLAGS
         | {
-            "validation data": VAL_DATA_FLAGS,
+            "validation data": VAL_DATA_FLAGS
+            | {
+                "val_data_dir": replace(
+                    VAL_DATA_FLAGS["val_data_dir"],
+                    otherwise=f"that of the run that made the snapshot, else {VAL_DATA_DIR}",
+                )
+            },
             "snapshot": SNAPSHOT_FLAGS,
             "backend": BACKEND_FLAGS,
             "run": {

@@ -20,7 +20,7 @@ from threading import Thread
 import numpy as np
 
 import config
-from cnns.checkpoint.find import restore
+from cnns.checkpoint.find import compare_export, restore
 from cnns.data.images import Preprocessing, class_names, find_images, load_image
 from cnns.distributed import launch_script, place, takes_cuda
 from cnns.errors import RunError, UsageError, printable, report, run_main
@@ -80,6 +80,8 @@ def oneflow_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]
 
 def onnxruntime_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]:
     exported = ExportedModel(find_export(args.onnx_path))
+    if args.onnx_path is None:
+        compare_export(exported.path, run=exported.run)
     notice(f"Restoring model from {exported.path}.")
     return exported.probabilities, exported.preprocessing, list(exported.classes)
 

@@ -25,6 +25,7 @@ from oneflow import nn
 import config
 import ofrecord_util
 import optimizer_util
+from cnns.advice import check_disk, most_snapshots, snapshot_bytes
 from cnns.checkpoint.find import (
     find_resume,
     find_snapshot,
@@ -42,7 +43,7 @@ from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.distributed import choose_device, launch_script, place, set_communication, takes_cuda
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
-from cnns.graphs import DropoutMasks, TrainGraph
+from cnns.graphs import DropoutMasks, TrainGraph, limit_top_k
 from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, notice, open_log
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int | None:
     with open_save_dir(spec.flags["model_save_dir"], resumed=resumed) as save_dir:
         check_still_newest(spec)
         run = build_run(spec, save_dir=save_dir, log=log)
+        check_room(spec, run, save_dir=save_dir)
         announce(
             run,
             restored=spec.start.path if spec.start else None,
@@ -123,6 +125,10 @@ class RunSpec:
         return self.about.flags
 
     @property
+    def top_k(self) -> int:
+        return limit_top_k(self.flags["top_k"], self.about.num_classes)
+
+    @property
     def progress(self) -> Progress:
         """Where the run begins."""
         if self.resumed is None:
@@ -163,6 +169,9 @@ def make_spec(given: Namespace) -> RunSpec:
         rate = own.get(args.optimizer, config.LEARNING_RATE_PER_256[args.optimizer])
         args.learning_rate = rate * batch_size / 256
         notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
+    top_k = limit_top_k(args.top_k, about.num_classes)
+    if top_k < args.top_k:
+        notices.append(f"top_k is {top_k}, as there are {about.num_classes} classes.")
     plan = config.epochs_to_steps(
         num_examples=train_data.num_examples,
         global_batch_size=batch_size,
@@ -349,13 +358,27 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log) -> Run:
         print_steps=flags["loss_print_every_n_iter"],
         save_steps=flags["save_every_n_iter"],
         save_epochs=flags["save_epoch_interval"],
-        keep_snapshots=flags["keep_snapshots"],
+        keep_snapshots=flags["keep_snapshots"] or None,
         save_last=flags["save_last"],
     )
     last_good = spec.resumed.path if spec.resumed else None
     step = spec.progress.step
     saver = Saver(save_dir, spec.describe, log, last_good=last_good, saved_step=step)
     return Run(parts, intervals, spec.progress, saver, log)
+
+
+def check_room(spec: RunSpec, run: Run, *, save_dir: str) -> None:
+    """Raise UsageError where the disk cannot hold the snapshots of a run."""
+    weights, state = snapshot_bytes(run.parts.model, spec.flags)
+    count = most_snapshots(
+        num_epochs=run.intervals.num_epochs,
+        save_epochs=run.intervals.save_epochs,
+        keep=run.intervals.keep_snapshots,
+        validates=spec.val_data is not None,
+        saves_last=run.intervals.save_steps is not None,
+    )
+    save_init = spec.flags["save_init"]
+    check_disk(save_dir, count=count, weights=weights, state=state, save_init=save_init)
 
 
 def build_model(spec: RunSpec) -> nn.Module:
@@ -409,7 +432,7 @@ def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> Tra
         optimizer,
         spec.schedule.build(optimizer),
         label_smoothing=flags["label_smoothing"],
-        top_k=flags["top_k"],
+        top_k=spec.top_k,
         use_fp16=flags["use_fp16"],
         num_nodes=flags["num_nodes"],
     )
@@ -437,7 +460,7 @@ def build_evaluator(spec: RunSpec, model: nn.Module, log: Log) -> Evaluator | No
         preprocessing=spec.about.preprocessing,
         device=spec.device,
     )
-    return Evaluator(model, loader, top_k=flags["top_k"], use_fp16=flags["use_fp16"])
+    return Evaluator(model, loader, top_k=spec.top_k, use_fp16=flags["use_fp16"])
 
 
 if __name__ == "__main__":

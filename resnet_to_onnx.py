@@ -159,9 +159,11 @@ def convert(
     if opset > OWN_OPSET:
         model = version_converter.convert_version(model, opset)
     model.graph.name = snapshot.model
+    directory, name = os.path.split(os.path.abspath(snapshot_path))
     metadata = describe(
         model=snapshot.model,
-        snapshot=os.path.basename(os.path.abspath(snapshot_path)),
+        snapshot=name,
+        run=os.path.basename(directory) if name.startswith(PREFIX) else None,
         classes=class_names(snapshot.num_classes, snapshot.classes),
         preprocessing=snapshot.preprocessing,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import oneflow as flow
 from oneflow import nn
 
+from cnns.advice import Outlook, OverfittingWatch
 from cnns.checkpoint.find import link_snapshot, prune_snapshots
 from cnns.checkpoint.snapshot import EPOCH_NAME, PREFIX, Snapshot, save_snapshot
 from cnns.distributed import Agreement, average_statistics, wait_for_all
@@ -123,6 +124,8 @@ class Run:
         self.parts, self.intervals, self.progress = parts, intervals, progress
         self.saver, self.log = saver, log
         self.meter = Meter(parts.batch_size)
+        self.outlook = Outlook(intervals.num_epochs * intervals.steps_per_epoch)
+        self.watch = OverfittingWatch()
         self.interrupts = Interrupts()
         self.agreement = Agreement(self.interrupts, parts.device)
 
@@ -184,6 +187,8 @@ class Run:
         progress.metrics = counts.as_metrics()
         if progress.metrics["val_top_1"] > progress.best.get("val_top_1", -1.0):
             progress.best = {"epoch": epoch} | progress.metrics
+        best_epoch = progress.best.get("epoch", epoch)
+        self.watch.end_epoch(progress.metrics["val_top_1"], best_epoch=best_epoch)
 
     def print_line(self) -> None:
         """The line over the iterations since the last one. Raises RunError if they went wrong."""
@@ -201,6 +206,8 @@ class Run:
         if bad:
             self.refuse_loss(losses[bad[0]], back=len(losses) - 1 - bad[0])
         self.log(train_line(epoch, iteration, sum(losses) / len(losses), counts, seconds))
+        self.watch.add(counts)
+        self.outlook.add(self.progress.step, steps=len(losses), seconds=seconds)
 
     def refuse_loss(self, loss: float, *, back: int) -> None:
         """Raise RunError for the loss of the step that lies `back` steps before the newest."""
@@ -242,4 +249,10 @@ def announce(run: Run, *, restored: str | None, resumed: bool, save_init: bool) 
     if restored is None:
         run.log("Init model on demand.")
     if not run.is_over:
+        total = intervals.num_epochs * intervals.steps_per_epoch
+        left = f", {total - progress.step} of them left" if progress.step else ""
+        notice(
+            f"{intervals.num_epochs} epochs of {intervals.steps_per_epoch} iterations: {total} in "
+            f"all{left}."
+        )
         notice("Compiling the training graph; on a CPU this takes 5 to 30 seconds.")
