@@ -390,11 +390,13 @@ class Images:
         }
         return Example(data, label, change=was, more=more)
 
-    def fingerprint(self, i: int) -> bytes:
+    def fingerprint(self, i: int, *, with_time: bool = True) -> bytes:
         index, label = self.index, self.labels[i]
         if index.stamp:
-            return f"{label} {index.offsets[i]} {index.sizes[i]} {index.stamp}".encode()
-        return file_stamp(os.path.join(index.source, index.names[i]), label)
+            stamp = index.stamp if with_time else ""
+            return f"{label} {index.offsets[i]} {index.sizes[i]} {stamp}".encode()
+        path = os.path.join(index.source, index.names[i])
+        return file_stamp(path, label, with_time=with_time)
 
 
 # The sources.

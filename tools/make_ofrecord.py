@@ -40,8 +40,10 @@ from tools.ofrecord_writer import (
     check_output,
     default_num_parts,
     file_stamp,
+    identity_of_manifest,
     partial_name,
     read_image,
+    shareable,
     write_dataset,
 )
 
@@ -78,8 +80,9 @@ class ImageFiles:
         data, was = upright_jpeg(data, max_pixels=self.max_pixels)
         return Example(data, self.labels[i], change=was)
 
-    def fingerprint(self, i: int) -> bytes:
-        return file_stamp(os.path.join(self.root, self.paths[i]), self.labels[i])
+    def fingerprint(self, i: int, *, with_time: bool = True) -> bytes:
+        path = os.path.join(self.root, self.paths[i])
+        return file_stamp(path, self.labels[i], with_time=with_time)
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -246,7 +249,7 @@ class SmallImages:
         image = Image.fromarray(self.images[i])
         return Example(encode_jpeg(image, quality=100), int(self.labels[i]))
 
-    def fingerprint(self, i: int) -> bytes:
+    def fingerprint(self, i: int, *, with_time: bool = True) -> bytes:
         return hashlib.sha256(self.images[i].tobytes() + bytes((self.labels[i],))).digest()
 
 
@@ -384,7 +387,8 @@ def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
     outputs = [args.output / name for name in sources]
     if not any(partial_name(output).exists() for output in outputs):
         for output in outputs:  # now, as indexing an archive takes a while
-            check_output(output)
+            if identity_of_manifest(output) is None:
+                check_output(output)
     loaders, classes, notices = imagenet.load_images(
         sources,
         classes_path=args.classes or CLASSES_FILE,
@@ -421,7 +425,8 @@ def add_output_flags(parser: Parser, *, parts: str) -> None:
 
 
 DEFAULT_PARTS = (
-    "one per 10000 examples, rounded up, but at least 8 or, for small data, one per 64 examples"
+    "one per 10000 examples, rounded up to a multiple of 8, which 2, 4 and 8 processes can share; "
+    "for small data 4, 2 or 1, of 64 examples at least"
 )
 
 
@@ -449,7 +454,7 @@ def add_imagenet_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
         train="archive or folder, in place of what --input holds",
         validation="the same; without --input, only what is given is converted",
     )
-    add_output_flags(parser, parts=f"{IMAGENET_PARTS}, or one per example for tiny data")
+    add_output_flags(parser, parts=f"{IMAGENET_PARTS}, or fewer for tiny data")
     parser.add_argument(
         "--resize_shorter",
         type=number(int, 16),
@@ -471,7 +476,9 @@ def add_imagenet_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
         val_labels="lines of a label or a WordNet id, one for each flat validation image, in the "
         "order of their numbers; unless given, data/imagenet_val_labels.txt",
     )
-    parser.set_defaults(make=imagenet_job, choose_num_parts=lambda n: min(IMAGENET_PARTS, n))
+    parser.set_defaults(
+        make=imagenet_job, choose_num_parts=lambda n: shareable(min(IMAGENET_PARTS, n))
+    )
 
 
 def add_folder_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
