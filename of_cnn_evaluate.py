@@ -115,10 +115,11 @@ def open_data(args: Namespace, path: str) -> Dataset:
 
 def flags_of_run(exported: ExportedModel) -> dict:
     """The flags of the run that a file was exported from, where its snapshot is still there."""
-    path = os.path.join(SNAPSHOT_ROOT, exported.run or "", exported.snapshot)
-    if exported.run is None or not os.path.isdir(path):
+    names = exported.run or "", exported.snapshot
+    path = os.path.join(SNAPSHOT_ROOT, *names)
+    if not all(name and name == os.path.basename(name) for name in names):  # a path elsewhere
         return {}
-    return read_description(path).flags
+    return read_description(path).flags if os.path.isdir(path) else {}
 
 
 def own_val_data(flags: dict, *, path: str) -> str:

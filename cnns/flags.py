@@ -133,7 +133,10 @@ class Parser(argparse.ArgumentParser):
         )
         self.examples = examples(doc)
         text = "show the versions of the toolkit, OneFlow and Python, and exit"
-        self.add_argument("--version", action=ShowVersion, nargs=0, help=text)
+        nothing = argparse.SUPPRESS
+        self.add_argument(
+            "--version", action=ShowVersion, nargs=0, dest=nothing, default=nothing, help=text
+        )
 
     def format_help(self) -> str:
         return self.examples + super().format_help()
@@ -239,7 +242,7 @@ class FlagParser(Parser):
         ends = [*words[1:], ""]
         return [
             f"{word}=True" if word in switches and end.lower() not in BOOLEANS else word
-            for word, end in zip(words, ends, strict=True)
+            for word, end in zip(words, ends, strict=False)
         ]
 
     def parse_known_args(  # type: ignore[override]
