@@ -121,7 +121,9 @@ def test_snapshots_that_cannot_be_read(saved, tmp_path):
             restore(str(where), **flags, models=model_registry.MODELS)
 
     refuse(UsageError, "there is no file or directory", where=tmp_path / "none")
-    refuse(RunError, "holds no snapshot.json", where=tmp_path)
+    (tmp_path / "empty").mkdir()
+    refuse(RunError, "holds no snapshot.json", where=tmp_path / "empty")
+    os.rmdir(tmp_path / "empty")
     refuse(UsageError, "--num_classes=5", num_classes=5)
     refuse(UsageError, "--model=resnet50", model="resnet50")
     refuse(UsageError, "--resize_shorter=16", resize_shorter=16)

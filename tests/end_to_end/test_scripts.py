@@ -130,10 +130,11 @@ def test_train_evaluate_classify(kind, data, arrays, tmp_path):
     assert last.num_classes == NUM_CLASSES
     assert f"{last.metrics['val_top_1']:.6f}" == figures[-1][0]
 
-    for batch_size in (1, 4, 50):
+    best = read_description(str(run / "snapshot_best"))
+    for batch_size, own in ((1, []), (4, [f"--model_load_dir={run}"]), (50, ["--val_data_dir"])):
         result = call(
             of_cnn_evaluate.main,
-            f"--val_data_dir={val_dir}",
+            *(f"--val_data_dir={val_dir}" if flag == "--val_data_dir" else flag for flag in own),
             f"--val_batch_size_per_device={batch_size}",
             "--num_epochs=3",
             "--top_k=2",
@@ -141,9 +142,11 @@ def test_train_evaluate_classify(kind, data, arrays, tmp_path):
         )
         assert result.status == 0, result.stderr
         restoring, loading = result.stdout.splitlines()[:2]
-        assert restoring.startswith(f"Restoring model from output/snapshots/{run.name}/snapshot_")
+        assert restoring.endswith(f"output/snapshots/{run.name}/snapshot_best.")
         assert loading == f"Loading data from {val_dir}"
-        assert validation_figures(result.stdout) == figures[-1:] * 3
+        assert validation_figures(result.stdout) == [figures[best.epoch]] * 3
+        said = f"Validation data: {val_dir}, of the run that made " in result.stderr
+        assert said != ("--val_data_dir" in own)
 
     rng = np.random.default_rng(2)
     for label in range(NUM_CLASSES):
