@@ -25,6 +25,7 @@ from cnns.errors import UsageError, run_main
 from cnns.evaluation import ArrayEvaluator, Evaluator
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import limit_top_k
+from cnns.inputs import is_within
 from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
 from cnns.log import notice, open_log, validation_line
@@ -117,9 +118,9 @@ def flags_of_run(exported: ExportedModel) -> dict:
     """The flags of the run that a file was exported from, where its snapshot is still there."""
     names = exported.run or "", exported.snapshot
     path = os.path.join(SNAPSHOT_ROOT, *names)
-    if not all(name and name == os.path.basename(name) for name in names):  # a path elsewhere
+    if not os.path.isdir(path) or not is_within(path, SNAPSHOT_ROOT) or exported.run is None:
         return {}
-    return read_description(path).flags if os.path.isdir(path) else {}
+    return read_description(path).flags
 
 
 def own_val_data(flags: dict, *, path: str) -> str:

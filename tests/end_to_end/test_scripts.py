@@ -2,6 +2,7 @@
 
 import os
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import optimizer_util
 from cnns.checkpoint.snapshot import read_description
 from cnns.data import checks
 from cnns.data.crops import Augmentation
+from cnns.errors import UsageError
 from small import (
     LINE,
     TINY,
@@ -161,6 +163,20 @@ def test_train_evaluate_classify(kind, data, arrays, tmp_path):
         probability, name = line.split(" ", 1)
         assert name == f"{prefix}{label}"
         assert 0.25 < float(probability) <= 1
+
+
+def test_evaluation_of_a_run_that_had_no_validation_data_asks_for_some():
+    with pytest.raises(UsageError, match="--val_data_dir is needed: .*; run does not name one"):
+        of_cnn_evaluate.own_val_data({"val_data_dir": None}, path="run")
+    os.makedirs("data/imagenet/ofrecord/validation")
+    assert of_cnn_evaluate.own_val_data({}, path="run") == "data/imagenet/ofrecord/validation"
+    assert of_cnn_evaluate.own_val_data({"val_data_dir": "x.npz"}, path="run") == "x.npz"
+    # An exported file may name any directory; only snapshots under output/snapshots are read.
+    os.makedirs("output/snapshots")
+    os.makedirs("elsewhere/snapshot_best")
+    for run, name in ((None, "snapshot_best"), ("gone", "x"), ("../../elsewhere", "snapshot_best")):
+        exported = Namespace(run=run, snapshot=name)
+        assert of_cnn_evaluate.flags_of_run(exported) == {}
 
 
 def test_evaluation_of_the_first_images_only(data):
