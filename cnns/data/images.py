@@ -313,6 +313,8 @@ def read_lines(path: Path, what: str) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        if isinstance(error, FileNotFoundError):
+            reason += f"; {path_hint(path)}"
         raise UsageError(f"{path}: cannot read the {what}: {reason}") from None
 
 
