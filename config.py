@@ -20,7 +20,7 @@ from cnns.errors import UsageError
 from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path
 from cnns.log import notice
 from cnns.models.layers import Switches
-from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT
+from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT, VAL_DATA_DIR
 from cnns.resume import num_processes
 from model_registry import MODELS
 from optimizer_util import OPTIMIZERS, SCHEDULES
@@ -49,6 +49,10 @@ def rgb_std(text: str) -> tuple[float, ...]:
 
 def addresses(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def count_or_all(text: str) -> int:
+    return 0 if text == "all" else number(int, 0)(text)
 
 
 def optimizer_name(text: str) -> str:
@@ -223,7 +227,9 @@ VAL_DATA_FLAGS = {
     "val_batch_size_per_device": Flag(
         "validation images per device and step; the figures do not depend on it", COUNT, 50
     ),
-    "top_k": Flag("k of the second accuracy that is printed", COUNT, 5),
+    "top_k": Flag(
+        "k of the second accuracy that is printed, at most the number of classes less one", COUNT, 5
+    ),
 }
 OPTIMIZER_FLAGS = {
     "optimizer": Flag(
@@ -292,8 +298,8 @@ RUN_FLAGS = {
         aliases=("--num_epoch",),
     ),
     "model_load_dir": Flag(
-        "weights to start from: a snapshot, or weights from elsewhere (.safetensors, .pth, a "
-        "folder of OneFlow)",
+        "weights to start from: a snapshot, or the directory of a run, whose best is taken, else "
+        "its last, or weights from elsewhere (.safetensors, .pth, a folder of OneFlow)",
         path,
         otherwise="random ones",
         of="start",
@@ -328,9 +334,10 @@ RUN_FLAGS = {
     "save_last": Flag("keep the newest snapshot under the name `last` too", default=True),
     "keep_snapshots": Flag(
         "keep the newest so many snapshots of epochs and remove older ones; best, last and "
-        "initial_model always stay",
-        COUNT,
-        otherwise="nothing is removed",
+        "initial_model always stay; all, or 0: remove none",
+        count_or_all,
+        3,
+        metavar="COUNT|all",
     ),
     "loss_print_every_n_iter": Flag("iterations between lines", COUNT, 10),
     "seed": Flag(
@@ -360,11 +367,12 @@ CONFIG_FLAGS = {
 }
 SNAPSHOT_FLAGS = {
     "model_load_dir": Flag(
-        "snapshot to read, or weights from elsewhere (.safetensors, .pth, a folder of OneFlow)",
+        "snapshot to read, or the directory of a run, whose best is read, else its last, or "
+        "weights from elsewhere (.safetensors, .pth, a folder of OneFlow)",
         path,
-        otherwise=f"the published folder {PUBLISHED_FOLDER} where that exists, else the newest "
-        f"snapshot under {SNAPSHOT_ROOT}, of --model if that is given, else the weights that were "
-        "installed for it",
+        otherwise=f"the published folder {PUBLISHED_FOLDER} where that exists, else the best of "
+        f"the newest run under {SNAPSHOT_ROOT}, of --model if that is given, else the weights that "
+        "were installed for it",
         of="start",
     ),
 }
@@ -409,8 +417,9 @@ COMMON_FLAGS = {
     "devices": DEVICE_FLAGS,
     "precision and kernels": PRECISION_FLAGS,
 }
-# Description and groups of each script's flags.
-SCRIPTS = {
+# Of each script: what it does, the groups of its flags, the page on it, and the flag of values that
+# stand without one.
+SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
     "train": (
         "Train a CNN with OneFlow and validate it after each epoch.",
         COMMON_FLAGS
@@ -425,12 +434,20 @@ SCRIPTS = {
             "run": RUN_FLAGS,
             "log": LOG_FLAGS | RECORD_FLAGS,
         },
+        "training",
+        None,
     ),
     "evaluate": (
         "Score a snapshot on a validation set: every image exactly once.",
         COMMON_FLAGS
         | {
-            "validation data": VAL_DATA_FLAGS,
+            "validation data": VAL_DATA_FLAGS
+            | {
+                "val_data_dir": replace(
+                    VAL_DATA_FLAGS["val_data_dir"],
+                    otherwise=f"that of the run that made the snapshot, else {VAL_DATA_DIR}",
+                )
+            },
             "snapshot": SNAPSHOT_FLAGS,
             "backend": BACKEND_FLAGS,
             "run": {
@@ -440,6 +457,8 @@ SCRIPTS = {
             },
             "log": LOG_FLAGS,
         },
+        "training",
+        None,
     ),
     "inference": (
         "Classify images.",
@@ -448,7 +467,9 @@ SCRIPTS = {
             "snapshot": SNAPSHOT_FLAGS,
             "backend": BACKEND_FLAGS,
             "images": image_path_flags(
-                "image files, directories of images, or - for paths on stdin", "cat.jpg"
+                "image files, directories of images with those below them, or - for paths on "
+                "stdin; the flag's name may be left out",
+                "cat.jpg",
             )
             | {
                 "max_pixels": Flag(
@@ -468,6 +489,8 @@ SCRIPTS = {
                 ),
             },
         },
+        "inference",
+        "image_path",
     ),
     "export": (
         "Export a snapshot to ONNX, and compare the file's answers with OneFlow's.",
@@ -481,13 +504,17 @@ SCRIPTS = {
                 "coffee.jpg",
             ),
         },
+        "onnx",
+        None,
     ),
 }
 
 
-def make_parser(script: str) -> FlagParser:
-    """The parser of a script, a key of SCRIPTS."""
-    return FlagParser(*SCRIPTS[script])
+def make_parser(script: str, doc: str | None = None) -> FlagParser:
+    """The parser of a script, a key of SCRIPTS; `doc` is its docstring, for the help."""
+    description, groups, page, rest = SCRIPTS[script]
+    epilog = f"Read on: docs/{page}.md, docs/flags.md (all flags), docs/errors.md."
+    return FlagParser(description, groups, rest=rest, doc=doc, epilog=epilog)
 
 
 # Arguments made from flags.

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Scores a snapshot on DATA_ROOT/validation, three times over:
+# Scores the best snapshot of the newest run on its own validation data, or what is named:
 #   sh evaluate.sh
 #   MODEL_LOAD_DIR=output/snapshots/mine/snapshot_last DATA_ROOT=data/imagenet/ofrecord sh evaluate.sh
 # Flags are those of of_cnn_evaluate.py; yours come last and win.
@@ -7,8 +7,8 @@ set -eu
 cd "$(dirname "$0")"
 . ./env.sh
 
-exec "$python" of_cnn_evaluate.py --num_epochs=3 \
+exec "$python" of_cnn_evaluate.py \
     ${NUM_NODES:+"--num_nodes=$NUM_NODES"} ${NODE_IPS:+"--node_ips=$NODE_IPS"} \
     ${GPU_NUM_PER_NODE:+"--gpu_num_per_node=$GPU_NUM_PER_NODE"} ${USE_FP16:+"--use_fp16=$USE_FP16"} \
     ${MODEL_LOAD_DIR:+"--model_load_dir=$MODEL_LOAD_DIR"} \
-    "--val_data_dir=${DATA_ROOT:-data/imagenet/ofrecord}/validation" "$@"
+    ${DATA_ROOT:+"--val_data_dir=$DATA_ROOT/validation"} "$@"

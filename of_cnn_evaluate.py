@@ -1,7 +1,7 @@
 """Score a snapshot, or an exported file, on a validation set: every image exactly once.
 
-python3 of_cnn_evaluate.py --val_data_dir=DIR/validation            # the newest snapshot
-python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --model_load_dir=SNAPSHOT
+python3 of_cnn_evaluate.py                                          # the newest run, its best
+python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --model_load_dir=RUN
 python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --backend=onnxruntime
 python3 of_cnn_evaluate.py --help
 """
@@ -9,23 +9,27 @@ python3 of_cnn_evaluate.py --help
 import cnns.startup  # noqa: F401  (first, see there)
 
 import io
+import os
 import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
 
 import config
 import ofrecord_util
-from cnns.checkpoint.find import restore
-from cnns.checkpoint.snapshot import checksum, versions
+from cnns.checkpoint.find import compare_export, restore
+from cnns.checkpoint.snapshot import checksum, read_description, versions
 from cnns.data.datasets import open_val_dataset
 from cnns.data.kinds import Dataset
 from cnns.distributed import launch_script, place, takes_cuda
 from cnns.errors import UsageError, run_main
 from cnns.evaluation import ArrayEvaluator, Evaluator
 from cnns.export import ExportedModel, find_export
+from cnns.graphs import limit_top_k
+from cnns.inputs import is_within
 from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
 from cnns.log import notice, open_log, validation_line
+from cnns.places import SNAPSHOT_ROOT, VAL_DATA_DIR
 from cnns.resume import num_processes
 
 
@@ -47,12 +51,15 @@ def main(argv: list[str] | None = None) -> int | None:
         preprocessing=about.preprocessing,
         device=device,
     )
+    top_k = limit_top_k(args.top_k, about.num_classes)
+    if top_k < args.top_k:
+        notice(f"top_k is {top_k}, as there are {about.num_classes} classes.")
     evaluator: Evaluator
     if args.backend == "onnxruntime":
-        evaluator = ArrayEvaluator(model.logits, loader, top_k=args.top_k)
+        evaluator = ArrayEvaluator(model.logits, loader, top_k=top_k)
     else:
         model = place(model, device)
-        evaluator = Evaluator(model, loader, top_k=args.top_k, use_fp16=args.use_fp16)
+        evaluator = Evaluator(model, loader, top_k=top_k, use_fp16=args.use_fp16)
     for _ in range(args.num_epochs):
         counts, seconds = evaluator.round()
         # Always epoch 0, as OneFlow-Benchmark prints it: the field is the epoch of training.
@@ -62,10 +69,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.make_parser("evaluate").read(argv)
+    args = config.make_parser("evaluate", __doc__).read(argv)
     config.check_backend_flags(args)
-    if args.val_data_dir is None:
-        raise UsageError("--val_data_dir is needed: the directory of the validation parts")
     return args
 
 
@@ -89,15 +94,49 @@ def prepare(args: Namespace) -> tuple[str, Dataset, tuple]:
     """
     of_oneflow = args.backend == "oneflow"
     device = config.take_device(args) if of_oneflow else "cpu"
-    data = open_val_dataset(
-        args.val_data_dir, part_num=args.val_data_part_num, num_examples=args.num_val_examples
-    )
+    if args.val_data_dir is not None:  # before the network is read, which takes a while
+        data = open_data(args, args.val_data_dir)
     if of_oneflow:
         network: tuple = restore(**config.restore_flags(args), switches=config.switches(args))
+        flags = network[1].flags
     else:
         exported = ExportedModel(find_export(args.onnx_path))
+        if args.onnx_path is None:
+            compare_export(exported.path, run=exported.run)
         network = exported, exported, exported.path
+        flags = flags_of_run(exported)
+    if args.val_data_dir is None:
+        data = open_data(args, own_val_data(flags, path=network[2]))
     return device, data.for_network(network[1].num_classes), network
+
+
+def open_data(args: Namespace, path: str) -> Dataset:
+    return open_val_dataset(
+        path, part_num=args.val_data_part_num, num_examples=args.num_val_examples
+    )
+
+
+def flags_of_run(exported: ExportedModel) -> dict:
+    """The flags of the run that a file was exported from, where its snapshot is still there."""
+    names = exported.run or "", exported.snapshot
+    path = os.path.join(SNAPSHOT_ROOT, *names)
+    if not os.path.isdir(path) or not is_within(path, SNAPSHOT_ROOT) or exported.run is None:
+        return {}
+    return read_description(path).flags
+
+
+def own_val_data(flags: dict, *, path: str) -> str:
+    """The validation data of the run that left `flags`. Raises UsageError where it had none."""
+    own = flags.get("val_data_dir")
+    if isinstance(own, str):
+        notice(f"Validation data: {own}, of the run that made {path} (--val_data_dir).")
+        return own
+    if os.path.isdir(VAL_DATA_DIR):
+        notice(f"Validation data: {VAL_DATA_DIR} (--val_data_dir).")
+        return VAL_DATA_DIR
+    raise UsageError(
+        f"--val_data_dir is needed: the directory of the validation parts; {path} does not name one"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Classify images with a snapshot, or with a file that resnet_to_onnx.py has exported.
 
-python3 of_cnn_inference.py --image_path data/cat.jpg               # the newest snapshot
-find photos -name '*.jpg' | python3 of_cnn_inference.py --image_path - --output=csv --batch_size=8
-python3 of_cnn_inference.py --image_path DIRECTORY --backend=onnxruntime --top_k=5
+python3 of_cnn_inference.py data/cat.jpg                            # the newest run, its best
+python3 of_cnn_inference.py DIRECTORY --backend=onnxruntime --top_k=5
+find photos -name '*.jpg' | python3 of_cnn_inference.py - --output=csv --batch_size=8
 python3 of_cnn_inference.py --help
 """
 
@@ -20,7 +20,7 @@ from threading import Thread
 import numpy as np
 
 import config
-from cnns.checkpoint.find import restore
+from cnns.checkpoint.find import compare_export, restore
 from cnns.data.images import Preprocessing, class_names, find_images, load_image
 from cnns.distributed import launch_script, place, takes_cuda
 from cnns.errors import RunError, UsageError, printable, report, run_main
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.make_parser("inference").read(argv)
+    args = config.make_parser("inference", __doc__).read(argv)
     config.check_backend_flags(args)
     if num_processes(vars(args)) > 1:
         raise UsageError(
@@ -80,6 +80,8 @@ def oneflow_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]
 
 def onnxruntime_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]:
     exported = ExportedModel(find_export(args.onnx_path))
+    if args.onnx_path is None:
+        compare_export(exported.path, run=exported.run)
     notice(f"Restoring model from {exported.path}.")
     return exported.probabilities, exported.preprocessing, list(exported.classes)
 

@@ -25,6 +25,7 @@ from oneflow import nn
 import config
 import ofrecord_util
 import optimizer_util
+from cnns.advice import check_disk, most_snapshots, snapshot_bytes
 from cnns.checkpoint.find import find_resume, find_snapshot, list_snapshots, open_save_dir, position
 from cnns.checkpoint.snapshot import Progress, Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
@@ -45,7 +46,7 @@ from cnns.distributed import (
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
 from cnns.flags import CONFIGURED
-from cnns.graphs import DropoutMasks, TrainGraph
+from cnns.graphs import DropoutMasks, TrainGraph, limit_top_k
 from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, is_first_rank, notice, open_log
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int | None:
             notice(text)
         check_still_newest(spec)
         run = build_run(spec, save_dir=save_dir, log=log, record=record)
+        check_room(spec, run, save_dir=save_dir)
         announce(
             run,
             restored=spec.start.path if spec.start else None,
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     """The flags that were given, and no other."""
-    parser = config.make_parser("train")
+    parser = config.make_parser("train", __doc__)
     given = parser.parse_args(argv)
     if "config" in given:
         setattr(given, CONFIGURED, read_config(given.config, parser.flags))
@@ -127,6 +129,10 @@ class RunSpec:
     @property
     def flags(self) -> dict[str, Any]:
         return self.about.flags
+
+    @property
+    def top_k(self) -> int:
+        return limit_top_k(self.flags["top_k"], self.about.num_classes)
 
     @property
     def progress(self) -> Progress:
@@ -169,6 +175,9 @@ def make_spec(given: Namespace) -> RunSpec:
         rate = own.get(args.optimizer, config.LEARNING_RATE_PER_256[args.optimizer])
         args.learning_rate = rate * batch_size / 256
         notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
+    top_k = limit_top_k(args.top_k, about.num_classes)
+    if top_k < args.top_k:
+        notices.append(f"top_k is {top_k}, as there are {about.num_classes} classes.")
     plan = config.epochs_to_steps(
         num_examples=train_data.num_examples,
         global_batch_size=batch_size,
@@ -388,13 +397,27 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log, record: Record | None =
         print_steps=flags["loss_print_every_n_iter"],
         save_steps=flags["save_every_n_iter"],
         save_epochs=flags["save_epoch_interval"],
-        keep_snapshots=flags["keep_snapshots"],
+        keep_snapshots=flags["keep_snapshots"] or None,
         save_last=flags["save_last"],
     )
     last_good = spec.resumed.path if spec.resumed else None
     step = spec.progress.step
     saver = Saver(save_dir, spec.describe, log, last_good=last_good, saved_step=step)
     return Run(parts, intervals, spec.progress, saver, log, record or Record())
+
+
+def check_room(spec: RunSpec, run: Run, *, save_dir: str) -> None:
+    """Raise UsageError where the disk cannot hold the snapshots of a run."""
+    weights, state = snapshot_bytes(run.parts.model, spec.flags)
+    count = most_snapshots(
+        num_epochs=run.intervals.num_epochs,
+        save_epochs=run.intervals.save_epochs,
+        keep=run.intervals.keep_snapshots,
+        validates=spec.val_data is not None,
+        saves_last=run.intervals.save_steps is not None,
+    )
+    save_init = spec.flags["save_init"]
+    check_disk(save_dir, count=count, weights=weights, state=state, save_init=save_init)
 
 
 def build_model(spec: RunSpec) -> nn.Module:
@@ -448,7 +471,7 @@ def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> Tra
         optimizer,
         spec.schedule.build(optimizer),
         label_smoothing=flags["label_smoothing"],
-        top_k=flags["top_k"],
+        top_k=spec.top_k,
         use_fp16=flags["use_fp16"],
         num_nodes=flags["num_nodes"],
     )
@@ -476,7 +499,7 @@ def build_evaluator(spec: RunSpec, model: nn.Module, log: Log) -> Evaluator | No
         preprocessing=spec.about.preprocessing,
         device=spec.device,
     )
-    return Evaluator(model, loader, top_k=flags["top_k"], use_fp16=flags["use_fp16"])
+    return Evaluator(model, loader, top_k=spec.top_k, use_fp16=flags["use_fp16"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Export a network to ONNX, and check that ONNX Runtime computes what OneFlow computes.
 
-python3 resnet_to_onnx.py                                    # the newest snapshot
+python3 resnet_to_onnx.py                                    # the newest run, its best
 python3 resnet_to_onnx.py --model_load_dir=SNAPSHOT --onnx_path=resnet.onnx --opset=17
+python3 resnet_to_onnx.py --check_only --image_path photos   # compares the file that is there
 python3 resnet_to_onnx.py --help
 
 The file takes `images` (batch, 3, H, W) float32, RGB, normalised, of any batch size, and gives
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.make_parser("export").read(argv)
+    args = config.make_parser("export", __doc__).read(argv)
     for flag in ("external_data", "opset"):
         if args.check_only and getattr(args, flag) != config.EXPORT_FLAGS[flag].default:
             raise UsageError(f"--{flag} has no effect with --check_only; leave it out")
@@ -164,9 +165,11 @@ def convert(
     if opset > OWN_OPSET:
         model = version_converter.convert_version(model, opset)
     model.graph.name = snapshot.model
+    directory, name = os.path.split(os.path.abspath(snapshot_path))
     metadata = describe(
         model=snapshot.model,
-        snapshot=os.path.basename(os.path.abspath(snapshot_path)),
+        snapshot=name,
+        run=os.path.basename(directory) if name.startswith(PREFIX) else None,
         classes=class_names(snapshot.num_classes, snapshot.classes),
         preprocessing=snapshot.preprocessing,
     )

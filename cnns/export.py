@@ -6,6 +6,7 @@ A file of resnet_to_onnx.py takes `images` (batch, 3, H, W) float32, RGB, normal
     format_version  1
     model           name in the table of models
     snapshot        name of the snapshot that it was made from
+    run             name of the directory of that, if it is of a run
     classes         names of the classes, in the order of the logits
     image_size, resize_shorter, rgb_mean, rgb_std, interpolation   of cnns.data.images.Preprocessing
 """
@@ -24,6 +25,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from cnns.data.images import Preprocessing, read_preprocessing
 from cnns.errors import RunError, UsageError
+from cnns.hints import path_hint
 from cnns.inputs import check_ordinary, is_within
 from cnns.jsonfile import INT64, anything, integer, listed, parse_json, record, refuse
 from cnns.places import ONNX_ROOT
@@ -34,7 +36,14 @@ DATA_SUFFIX = ".data"  # of the file with the weights, where they are kept apart
 MAX_BYTES = 2**31 - 1  # of a file without the one of its weights; protobuf reads no more
 MAX_NAME = 1000  # characters
 MAX_FAULT = 300  # characters of what another library says
-DESCRIBED = ("format_version", "model", "snapshot", "classes", *Preprocessing.__annotations__)
+DESCRIBED = (
+    "format_version",
+    "model",
+    "snapshot",
+    "run",
+    "classes",
+    *Preprocessing.__annotations__,
+)
 ERRORS = (
     native.EPFail,
     native.Fail,
@@ -58,7 +67,7 @@ def find_export(path: str | None) -> str:
         try:
             check_ordinary(path)
         except FileNotFoundError:
-            raise UsageError(f"--onnx_path: there is no file {path}; check the path") from None
+            raise UsageError(f"--onnx_path: there is no file {path}; {path_hint(path)}") from None
         except OSError as error:
             raise UsageError(f"--onnx_path: cannot read {path}: {error.strerror}") from None
         return path
@@ -87,13 +96,19 @@ def is_utf_8(path: str) -> bool:
 
 
 def describe(
-    *, model: str, snapshot: str, classes: list[str], preprocessing: Preprocessing
+    *,
+    model: str,
+    snapshot: str,
+    classes: list[str],
+    preprocessing: Preprocessing,
+    run: str | None = None,
 ) -> dict[str, str]:
     """The metadata of a file."""
     fields = {
         "format_version": FORMAT_VERSION,
         "model": model,
         "snapshot": snapshot,
+        **({"run": run} if run else {}),
         "classes": classes,
         **vars(preprocessing),
     }
@@ -114,6 +129,7 @@ ABOUT = record(
         "snapshot": name,
         "classes": listed(name, low=1),
     },
+    {"run": name},
     others=anything,  # read_preprocessing checks the rest
 )
 
@@ -123,6 +139,8 @@ class About:
     """The metadata of a file."""
 
     model: str
+    snapshot: str
+    run: str | None
     classes: tuple[str, ...]
     preprocessing: Preprocessing
 
@@ -140,7 +158,13 @@ def read_about(texts: dict[str, str], *, path: str) -> About:
             f"{path} is of format {version}, and this version reads {FORMAT_VERSION}; export it "
             "again"
         )
-    return About(about["model"], tuple(about["classes"]), read_preprocessing(about))
+    return About(
+        about["model"],
+        about["snapshot"],
+        about.get("run"),
+        tuple(about["classes"]),
+        read_preprocessing(about),
+    )
 
 
 def read_structure(path: str) -> onnx.ModelProto:
@@ -222,6 +246,7 @@ class ExportedModel:
             about = read_about(texts, path=path)
             del structure
             self.model, self.classes = about.model, about.classes
+            self.snapshot, self.run = about.snapshot, about.run
             self.preprocessing = about.preprocessing
             self.session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"]

@@ -5,14 +5,23 @@ OneFlow.
 """
 
 import argparse
+import importlib.metadata
 import math
 import os
+import platform
+import re
+import sys
+import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import cnns
 from cnns.errors import UsageError, printable
+from cnns.hints import FOREIGN, NOT_NEEDED, nearest, nearest_flag
+
+LOOKS_LIKE_A_FLAG = re.compile(r"-[A-Za-z-][^\s=]*(=|$)")
 
 
 @dataclass(frozen=True)
@@ -90,17 +99,100 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser without abbreviations whose errors are one line, exit status 2."""
+class ShowVersion(argparse.Action):
+    """Prints the versions of the toolkit, of OneFlow, which is not loaded for it, and of Python."""
 
-    def __init__(self, description: str, **options: Any):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            oneflow = importlib.metadata.version("oneflow")
+        except importlib.metadata.PackageNotFoundError:
+            oneflow = "not installed"
+        script, python = os.path.basename(sys.argv[0]), platform.python_version()
+        print(f"{script} {cnns.__version__} (OneFlow {oneflow}, Python {python})")
+        parser.exit()
+
+
+def examples(doc: str | None) -> str:
+    """The commands in a script's docstring, its second paragraph, for the top of its help."""
+    paragraphs = (doc or "").split("\n\n")
+    lines = textwrap.dedent("".join(paragraphs[1:2])).strip().splitlines()
+    shown = "\n".join(f"  {line}" for line in lines if not line.endswith(" --help"))
+    return f"Examples:\n{shown}\n\n" if shown else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser without abbreviations whose errors are one line, exit status 2.
+
+    Dashes within the names of flags are taken as underscores. What is not known gets a hint at what
+    comes nearest. `doc` is the script's docstring: its commands stand at the top of the help.
+    """
+
+    def __init__(self, description: str, *, doc: str | None = None, **options: Any):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options
         )
+        self.examples = examples(doc)
+        text = "show the versions of the toolkit, OneFlow and Python, and exit"
+        nothing = argparse.SUPPRESS
+        self.add_argument(
+            "--version", action=ShowVersion, nargs=0, dest=nothing, default=nothing, help=text
+        )
+
+    def format_help(self) -> str:
+        return self.examples + super().format_help()
 
     def error(self, message: str) -> NoReturn:
         script = os.path.basename(self.prog)
         self.exit(2, f"{script}: error: {printable(message)} (--help lists the flags)\n")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Namespace | None = None
+    ) -> tuple[Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(self.with_known_flags(words), namespace)
+
+    def with_known_flags(self, words: list[str]) -> list[str]:
+        """The words of a command with underscores in flags. Ends where flags are not known."""
+        known, unknown, found = self._option_string_actions, [], []
+        for i, word in enumerate(words):
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                found += words[i:]  # values, or what is for the parser of a job
+                break
+            name, equals, value = word.partition("=")
+            if name not in known and LOOKS_LIKE_A_FLAG.match(word):
+                spelled = f"--{name[2:].replace('-', '_')}" if name[:2] == "--" else name
+                if spelled not in known:
+                    unknown.append(word + self.hint(name.strip("-").replace("-", "_")))
+                word = spelled + equals + value
+            found.append(word)
+        if unknown:
+            self.error(f"unrecognized arguments: {'; '.join(unknown)}")
+        return found
+
+    def hint(self, name: str) -> str:
+        """What a flag that is not known, without dashes in front, may have been meant to be."""
+        actions = {
+            option.removeprefix("--"): action
+            for option, action in self._option_string_actions.items()
+            if option.startswith("--")
+        }
+        near = nearest_flag(name, actions)
+        if name in NOT_NEEDED and near not in FOREIGN.get(name, ()):
+            return f": {NOT_NEEDED[name]}"
+        if near is None:
+            return ""
+        text = (actions[near].help or "").partition(";")[0].replace("%%", "%")
+        return f": did you mean --{near} ({text})?"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        choices = ", ".join(map(repr, action.choices))
+        near = nearest(str(value), map(str, action.choices))
+        hint = f", did you mean {near!r}?" if near else ""
+        raise argparse.ArgumentError(
+            action, f"invalid choice: {value!r}{hint} (choose from {choices})"
+        )
 
 
 def add_switch(
@@ -121,14 +213,50 @@ class FlagParser(Parser):
     Parsing gives only the flags on the command line; `complete` adds the defaults.
     """
 
-    def __init__(self, description: str, groups: Mapping[str, Mapping[str, Flag]]):
-        super().__init__(description, argument_default=argparse.SUPPRESS)
-        self.groups = groups
+    def __init__(
+        self,
+        description: str,
+        groups: Mapping[str, Mapping[str, Flag]],
+        *,
+        rest: str | None = None,
+        **options: Any,
+    ):
+        """`rest` is the flag that values without a flag belong to."""
+        values = f" [{rest.upper()} ...]" if rest else ""
+        super().__init__(
+            description,
+            argument_default=argparse.SUPPRESS,
+            usage=f"%(prog)s{values} [--FLAG[=VALUE] ...]",
+            **options,
+        )
+        self.groups, self.rest = groups, rest
         self.flags = {name: flag for flags in groups.values() for name, flag in flags.items()}
         for title, flags in groups.items():
             group = self.add_argument_group(title)
             for name, flag in flags.items():
                 flag.add_to(group, name)
+
+    def with_known_flags(self, words: list[str]) -> list[str]:
+        words = super().with_known_flags(words)
+        if self.rest is None:
+            return words
+        # A value behind a switch is the switch's only where it can be: `--use_fp16 cat.jpg`.
+        switches = {f"--{name}" for name, flag in self.flags.items() if flag.is_switch}
+        ends = [*words[1:], ""]
+        return [
+            f"{word}=True" if word in switches and end.lower() not in BOOLEANS else word
+            for word, end in zip(words, ends, strict=False)
+        ]
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Namespace | None = None
+    ) -> tuple[Namespace, list[str]]:
+        given, values = super().parse_known_args(args, namespace)
+        if self.rest is None or not values:
+            return given, values
+        values = [value for value in values if value != "--"]
+        setattr(given, self.rest, [*getattr(given, self.rest, []), *values])
+        return given, []
 
     def complete(
         self, given: Namespace, inherited: Mapping[str, object] | None = None
@@ -167,10 +295,12 @@ class FlagParser(Parser):
 # Types of values.
 
 
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
 def boolean(text: str) -> bool:
-    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     try:
-        return values[text.lower()]
+        return BOOLEANS[text.lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False") from None
 

@@ -65,6 +65,11 @@ def in_float32(logits: flow.Tensor) -> flow.Tensor:
     return flow._C.amp_black_identity(logits)
 
 
+def limit_top_k(top_k: int, num_classes: int) -> int:
+    """k of the second accuracy: less than all classes, with which every answer would be right."""
+    return min(top_k, max(1, num_classes - 1))
+
+
 def score(
     logits: flow.Tensor, label: flow.Tensor, row_mask: flow.Tensor, *, top_k: int
 ) -> tuple[flow.Tensor, flow.Tensor, flow.Tensor, flow.Tensor]:

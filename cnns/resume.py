@@ -10,7 +10,14 @@ from cnns.errors import RunError, UsageError
 from cnns.flags import Flag, FlagParser
 from cnns.jsonfile import brief
 
+# What flags were in snapshots of earlier versions that say null.
+EARLIER = {"keep_snapshots": 0}
 MAX_NAMES = 10  # of flags, in one line
+
+
+def as_now(flags: Mapping[str, object]) -> dict[str, object]:
+    """The flags in a snapshot, which an earlier version may have written, as this one has them."""
+    return {k: EARLIER.get(k) if v is None else v for k, v in flags.items()}
 
 
 def from_json(value: object) -> object:
@@ -20,7 +27,7 @@ def from_json(value: object) -> object:
 
 def check_flags(snapshot: Snapshot, path: str, *, parser: FlagParser) -> None:
     """Raise RunError where a flag in the snapshot `path` has a value that it does not take."""
-    for name, value in snapshot.flags.items():
+    for name, value in as_now(snapshot.flags).items():
         if name in parser.flags and not takes(parser.flags[name], value):
             raise RunError(
                 f"{os.path.join(path, DESCRIPTION)} is damaged: --{name} is {brief(value)}, which "
@@ -56,6 +63,7 @@ def inherited_flags(
     flags: Mapping[str, object], parser: FlagParser, *, device: str
 ) -> dict[str, object]:
     """Of the flags in a snapshot, those that a resumed run inherits; on a CPU none of CUDA's."""
+    flags = as_now(flags)
     known = {name: parser.flags[name] for name in flags if name in parser.flags}
     return {
         name: from_json(flags[name])
@@ -85,6 +93,7 @@ def compare_flags(
             f"--train_data_dir: {path} is of a run on {was}, and this would be {now}; start a new "
             f"run from the weights with --model_load_dir={path}"
         )
+    flags = as_now(flags)
     notices = unknown_flags(flags, parser, path=path)
     for name, flag in parser.flags.items():
         value, before = getattr(args, name), from_json(flags.get(name))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import oneflow as flow
 from oneflow import nn
 
+from cnns.advice import Outlook, OverfittingWatch
 from cnns.checkpoint.find import link_snapshot, prune_snapshots
 from cnns.checkpoint.snapshot import EPOCH_NAME, PREFIX, Progress, Snapshot, save_snapshot
 from cnns.distributed import Agreement, average_statistics, wait_for_all
@@ -119,6 +120,8 @@ class Run:
         self.saver, self.log, self.record = saver, log, record
         self.meter = Meter(parts.batch_size)
         self.bar = Bar(intervals.num_epochs, intervals.steps_per_epoch)
+        self.outlook = Outlook(intervals.num_epochs * intervals.steps_per_epoch)
+        self.watch = OverfittingWatch()
         self.interrupts = Interrupts()
         self.agreement = Agreement(self.interrupts, parts.device)
 
@@ -191,6 +194,8 @@ class Run:
         progress.metrics = counts.as_metrics()
         if progress.metrics["val_top_1"] > progress.best.get("val_top_1", -1.0):
             progress.best = {"epoch": epoch} | progress.metrics
+        best_epoch = progress.best.get("epoch", epoch)
+        self.watch.end_epoch(progress.metrics["val_top_1"], best_epoch=best_epoch)
 
     def print_line(self) -> None:
         """Print the iterations since the last line. Raises RunError for bad labels or losses."""
@@ -210,6 +215,8 @@ class Run:
         loss, step = sum(losses) / len(losses), self.progress.step
         self.log(train_line(epoch, iteration, loss, counts, seconds))
         self.bar.show(step=step, loss=loss, rate=counts.samples / seconds)
+        self.watch.add(counts)
+        self.outlook.add(step, steps=len(losses), seconds=seconds)
         self.record.add(
             "train",
             epoch=epoch,
@@ -261,4 +268,10 @@ def announce(run: Run, *, restored: str | None, resumed: bool, save_init: bool) 
     if restored is None:
         run.log("Init model on demand.")
     if not run.is_over:
+        total = intervals.num_epochs * intervals.steps_per_epoch
+        left = f", {total - progress.step} of them left" if progress.step else ""
+        notice(
+            f"{intervals.num_epochs} epochs of {intervals.steps_per_epoch} iterations: {total} in "
+            f"all{left}."
+        )
         notice("Compiling the training graph; on a CPU this takes 5 to 30 seconds.")

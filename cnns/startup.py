@@ -13,6 +13,8 @@
   own is put back, so that Ctrl-C is an exception that clean-up can follow.
 """
 
+import cnns.environment  # noqa: F401  (before all else, see there)
+
 import os
 import resource
 import signal

@@ -494,8 +494,6 @@ def test_shells_parse(shell, name):
             {},
             [
                 "of_cnn_evaluate.py",
-                "--num_epochs=3",
-                "--val_data_dir=data/imagenet/ofrecord/validation",
             ],
         ),
         (
@@ -503,12 +501,11 @@ def test_shells_parse(shell, name):
             {"MODEL_LOAD_DIR": "my model", "DATA_ROOT": "my data"},
             [
                 "of_cnn_evaluate.py",
-                "--num_epochs=3",
                 "--model_load_dir=my model",
                 "--val_data_dir=my data/validation",
             ],
         ),
-        ("inference.sh", {}, ["of_cnn_inference.py", "--image_path=data/cat.jpg"]),
+        ("inference.sh", {}, ["of_cnn_inference.py"]),
         (
             "inference.sh",
             {"MODEL_LOAD_DIR": "my model", "IMAGE_PATH": "my cat.jpg"},

@@ -231,6 +231,32 @@ def test_links_of_a_folder_and_large_pictures_are_named_and_the_rest_is_classifi
     assert "3 of 4 files could not be read" in lines[3]
 
 
+def test_a_folder_is_read_with_those_below_it_and_what_is_skipped_is_named(tmp_path):
+    """Paths stand without a flag, beside others."""
+    picture = Image.fromarray(solid(0, 5, np.random.default_rng(0), size=50))
+    names = ("b.png", "a/z.png", "a/deep/y.png", "c/x.png", ".hidden/w.png")
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "in" / name)
+    (tmp_path / "in" / "a" / "notes.txt").write_text("x")
+    (tmp_path / "out").mkdir()
+    picture.save(tmp_path / "out" / "v.png")
+    (tmp_path / "in" / "a" / "loop").symlink_to("..")
+    (tmp_path / "in" / "d").symlink_to("c")
+    (tmp_path / "in" / "e").symlink_to("../out")
+    root = str(tmp_path / "in")
+    result = classify(root, "--backend=onnxruntime", FILES[0])
+    expected = [os.path.join(root, name) for name in (names[0], names[1], names[2], names[3])]
+    assert sorted(result.stdout.splitlines()[::2]) == sorted([*expected, FILES[0]])
+    assert result.status == 1
+    assert f"Left out, not named like images (1): {root}/a/notes.txt." in result.stderr
+    lines = [line for line in result.stderr.splitlines() if ": error: " in line]
+    assert f"{root}/d is the same directory as {root}/c" in lines[0]
+    assert f"{root}/e is a link to {tmp_path}/out; give that to have it read" in lines[1]
+    assert f"{root}/a/loop is the same directory as {root}" in lines[2]
+    assert "3 of 8 files could not be read" in lines[3] and len(lines) == 4
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -114,6 +114,7 @@ def test_the_newest_snapshot_is_exported_and_equal():
         "format_version": 1,
         "model": "tiny",
         "snapshot": "snapshot_epoch_0",
+        "run": "run",
         "classes": list(NAMES),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in fields},
     }

@@ -79,7 +79,9 @@ def make_parser() -> Parser:
         "same graph; or, with --train_data_dir, the loader alone; or, with --conversion, how fast "
         "an archive of photographs becomes OFRecord parts, against a plain copy of its bytes; or, "
         "with --inference, how fast a network classifies by OneFlow and by ONNX Runtime. "
-        "Prints JSON."
+        "Prints JSON.",
+        doc=__doc__,
+        epilog="Read on: docs/measured.md.",
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
     parser.add_argument(

@@ -1,6 +1,8 @@
 """Write weights of any known format as a snapshot.
 
 python3 tools/convert_snapshot.py resnet50.pth output/snapshots/snapshot_resnet50
+python3 tools/convert_snapshot.py weights.safetensors output/weights --model=mobilenetv2
+python3 tools/convert_snapshot.py resnet_v15_of_best_model_val_top1_77318 output/published
 python3 tools/convert_snapshot.py --help
 """
 
@@ -24,7 +26,11 @@ from cnns.log import notice
 
 
 def make_parser() -> Parser:
-    parser = Parser("Write weights of any known format as a snapshot: model.safetensors and JSON.")
+    parser = Parser(
+        "Write weights of any known format as a snapshot: model.safetensors and JSON.",
+        doc=__doc__,
+        epilog="Read on: docs/weights.md.",
+    )
     parser.add_argument("source", metavar="SRC", help="snapshot, .safetensors, .pth or a folder")
     parser.add_argument("target", metavar="DST", help="directory to make")
     parser.add_argument(

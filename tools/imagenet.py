@@ -28,6 +28,7 @@ from cnns.data.images import (
     read_lines,
 )
 from cnns.errors import RunError, UsageError
+from cnns.hints import path_hint
 from cnns.inputs import Tree, check_ordinary, open_input
 from tools.jpeg_util import passed_through
 from tools.ofrecord_writer import Example, file_stamp, read_image
@@ -389,11 +390,13 @@ class Images:
         }
         return Example(data, label, change=was, more=more)
 
-    def fingerprint(self, i: int) -> bytes:
+    def fingerprint(self, i: int, *, with_time: bool = True) -> bytes:
         index, label = self.index, self.labels[i]
         if index.stamp:
-            return f"{label} {index.offsets[i]} {index.sizes[i]} {index.stamp}".encode()
-        return file_stamp(os.path.join(index.source, index.names[i]), label)
+            stamp = index.stamp if with_time else ""
+            return f"{label} {index.offsets[i]} {index.sizes[i]} {stamp}".encode()
+        path = os.path.join(index.source, index.names[i])
+        return file_stamp(path, label, with_time=with_time)
 
 
 # The sources.
@@ -421,7 +424,9 @@ def find_sources(root: Path | None, **given: Path | None) -> dict[str, Path]:
     sources = {}
     for split, path in given.items():
         if path is not None and not path.exists():
-            raise UsageError(f"--{split}={path}: there is no such file or folder")
+            raise UsageError(
+                f"--{split}={path}: there is no such file or folder; {path_hint(path)}"
+            )
         if source := path or (root and find_source(root, split)):
             sources[split] = source
     if not sources:

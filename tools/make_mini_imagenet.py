@@ -1,6 +1,7 @@
 """Make a tiny data set of ImageNet's shape from the two demo photographs in data/.
 
 python3 tools/make_mini_imagenet.py
+python3 tools/make_mini_imagenet.py --num_examples=200 --output=data/mini
 """
 
 import itertools
@@ -9,9 +10,11 @@ import signal
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cnns.environment  # noqa: F401  (first, see there)
+
+from PIL import Image
 
 from cnns.data.images import CLASSES_FILE, read_classes, read_picture
 from cnns.errors import run_main
@@ -56,7 +59,9 @@ def make_parser() -> Parser:
     parser = Parser(
         "Make a tiny data set of ImageNet's shape: random crops of the two photographs in data/, "
         "with their ImageNet labels (281 tabby, 967 espresso) among 1000 classes, one part each in "
-        "<output>/train and <output>/validation. No crop of one is in the other."
+        "<output>/train and <output>/validation. No crop of one is in the other.",
+        doc=__doc__,
+        epilog="Read on: tools/README.md, docs/training.md.",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("data/imagenet/ofrecord"), help="directory"

@@ -19,14 +19,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cnns.environment  # noqa: F401  (first, see there)
+
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, MAX_PIXELS, read_classes
 from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.flags import Parser, add_switch, number
+from cnns.hints import path_hint
 from cnns.inputs import Tree, open_input, unpacked_limit
 from tools import cifar, imagenet
 from tools.imagenet import is_image_name, some
@@ -37,8 +40,10 @@ from tools.ofrecord_writer import (
     check_output,
     default_num_parts,
     file_stamp,
+    identity_of_manifest,
     partial_name,
     read_image,
+    shareable,
     write_dataset,
 )
 
@@ -75,8 +80,9 @@ class ImageFiles:
         data, was = upright_jpeg(data, max_pixels=self.max_pixels)
         return Example(data, self.labels[i], change=was)
 
-    def fingerprint(self, i: int) -> bytes:
-        return file_stamp(os.path.join(self.root, self.paths[i]), self.labels[i])
+    def fingerprint(self, i: int, *, with_time: bool = True) -> bytes:
+        path = os.path.join(self.root, self.paths[i])
+        return file_stamp(path, self.labels[i], with_time=with_time)
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -84,6 +90,9 @@ def subfolders(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except FileNotFoundError as error:
+        hint = path_hint(folder)
+        raise UsageError(f"--input={folder}: cannot be read: {error.strerror}; {hint}") from None
     except OSError as error:
         raise UsageError(f"--input={folder}: cannot be read: {error.strerror}") from None
 
@@ -240,7 +249,7 @@ class SmallImages:
         image = Image.fromarray(self.images[i])
         return Example(encode_jpeg(image, quality=100), int(self.labels[i]))
 
-    def fingerprint(self, i: int) -> bytes:
+    def fingerprint(self, i: int, *, with_time: bool = True) -> bytes:
         return hashlib.sha256(self.images[i].tobytes() + bytes((self.labels[i],))).digest()
 
 
@@ -378,7 +387,8 @@ def imagenet_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
     outputs = [args.output / name for name in sources]
     if not any(partial_name(output).exists() for output in outputs):
         for output in outputs:  # now, as indexing an archive takes a while
-            check_output(output)
+            if identity_of_manifest(output) is None:
+                check_output(output)
     loaders, classes, notices = imagenet.load_images(
         sources,
         classes_path=args.classes or CLASSES_FILE,
@@ -415,7 +425,8 @@ def add_output_flags(parser: Parser, *, parts: str) -> None:
 
 
 DEFAULT_PARTS = (
-    "one per 10000 examples, rounded up, but at least 8 or, for small data, one per 64 examples"
+    "one per 10000 examples, rounded up to a multiple of 8, which 2, 4 and 8 processes can share; "
+    "for small data 4, 2 or 1, of 64 examples at least"
 )
 
 
@@ -443,7 +454,7 @@ def add_imagenet_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
         train="archive or folder, in place of what --input holds",
         validation="the same; without --input, only what is given is converted",
     )
-    add_output_flags(parser, parts=f"{IMAGENET_PARTS}, or one per example for tiny data")
+    add_output_flags(parser, parts=f"{IMAGENET_PARTS}, or fewer for tiny data")
     parser.add_argument(
         "--resize_shorter",
         type=number(int, 16),
@@ -465,7 +476,9 @@ def add_imagenet_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
         val_labels="lines of a label or a WordNet id, one for each flat validation image, in the "
         "order of their numbers; unless given, data/imagenet_val_labels.txt",
     )
-    parser.set_defaults(make=imagenet_job, choose_num_parts=lambda n: min(IMAGENET_PARTS, n))
+    parser.set_defaults(
+        make=imagenet_job, choose_num_parts=lambda n: shareable(min(IMAGENET_PARTS, n))
+    )
 
 
 def add_folder_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
@@ -540,7 +553,11 @@ def add_cifar_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def make_parser() -> Parser:
-    parser = Parser("Make OFRecord parts, as the training and evaluation scripts read them.")
+    parser = Parser(
+        "Make OFRecord parts, as the training and evaluation scripts read them.",
+        doc=__doc__,
+        epilog="Read on: JOB --help, tools/README.md, docs/data.md.",
+    )
     jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", title="jobs")
     for add_parser in (add_imagenet_parser, add_folder_parser, add_idx_parser, add_cifar_parser):
         add_parser(jobs)

@@ -63,7 +63,8 @@ class Split:
 
     `load(i)` returns the Example called `names[i]` or raises BadImage. It is called once for each
     i, in no particular order, and must give the same bytes every time. It may have a method
-    `fingerprint(i)`: bytes that change when the source of the i-th example changes.
+    `fingerprint(i, with_time=True)`: bytes that change when the source of the i-th example changes;
+    without its time they are the same for equal copies of it.
     """
 
     output: Path
@@ -92,13 +93,13 @@ def read_image(path: str) -> bytes:
         raise BadImage(error.strerror) from None
 
 
-def file_stamp(path: str, label: int) -> bytes:
+def file_stamp(path: str, label: int, *, with_time: bool = True) -> bytes:
     """Bytes that change when an image file or its label changes."""
     try:
         state = os.stat(path)
     except OSError:
         return f"{label} missing".encode()
-    return f"{label} {state.st_size} {state.st_mtime_ns}".encode()
+    return f"{label} {state.st_size} {state.st_mtime_ns if with_time else ''}".encode()
 
 
 def write_part(path: Path, messages: Iterable[bytes]) -> dict:
@@ -222,6 +223,42 @@ def identity_of_manifest(directory: Path) -> dict | None:
         return None
 
 
+def is_made(split: Split, identity: dict, made_by: dict) -> bool:
+    """Whether the output of a split is there, made of the same input with the same arguments."""
+    if identity_of_manifest(split.output) != identity:
+        return False
+    before = (read_manifest(split.output) or {})["made_by"]
+    skip_bad = [(each.get("arguments") or {}).get("skip_bad") for each in (before, made_by)]
+    return skip_bad[0] == skip_bad[1] and before.get("input") == input_digest(split)
+
+
+def digest_of(split: Split, positions: Iterable[int], **options: bool) -> str:
+    """A digest of the names of some examples and of what `load.fingerprint` says of them."""
+    fingerprint = getattr(split.load, "fingerprint", lambda i, **_: b"")
+    digest = hashlib.sha256()
+    for i in positions:
+        name = split.names[i].encode("utf-8", "surrogateescape")
+        digest.update(name + b"\0" + fingerprint(i, **options))
+    return digest.hexdigest()
+
+
+def input_digest(split: Split) -> str:
+    """Of all examples: what a manifest says about its input. The same for equal copies of it."""
+    return digest_of(split, range(len(split.names)), with_time=False)
+
+
+def begun_parts(output: Path) -> int | None:
+    """The number of parts of an output that is there, or that a run has begun."""
+    made = identity_of_manifest(output)
+    if made is None:
+        try:
+            made, _ = read_journal(partial_name(output) / JOURNAL)
+        except (OSError, ValueError):
+            return None
+    count = made.get("number of parts") if isinstance(made, dict) else None
+    return count if isinstance(count, int) else None
+
+
 def lock(handle: int, directory: Path) -> None:
     """Lock an open directory. Raises UsageError while another run holds it.
 
@@ -332,11 +369,18 @@ class Unfinished:
 
 
 def default_num_parts(num_examples: int) -> int:
-    """One part per 10,000 examples, rounded up, but at least 8, so that 8 devices get one each.
+    """A multiple of 8, of parts of up to 10,000 examples: 2, 4 and 8 processes can share them.
 
-    Small data make fewer parts, of 64 examples at least.
+    Small data make 4, 2 or 1, of 64 examples at least.
     """
-    return max(-(-num_examples // 10_000), min(8, num_examples // 64), 1)
+    if num_examples < 8 * 64:
+        return shareable(num_examples // 64)
+    return 8 * -(-num_examples // 80_000)
+
+
+def shareable(limit: int) -> int:
+    """The largest number of parts up to `limit` that 2, 4 and 8 processes can share, if any can."""
+    return limit // 8 * 8 or next((count for count in (4, 2) if count <= limit), 1)
 
 
 def shuffled_parts(num_examples: int, num_parts: int, seed: int) -> list[np.ndarray]:
@@ -359,7 +403,7 @@ class PartTask:
 
     def __call__(self, advance: Advance) -> tuple[PartReport, str]:
         """Its report, and KEPT, or why the part of an earlier run was made again."""
-        source, why = self.source_digest(), ""
+        source, why = digest_of(self.split, self.positions), ""
         if self.earlier:
             why = self.why_not_kept(self.earlier, source)
             if not why:
@@ -382,14 +426,6 @@ class PartTask:
                     report.changes.append((name, example.change))
                 yield encode_record(example.encoded, example.label, **example.more)
             advance(1)
-
-    def source_digest(self) -> str:
-        fingerprint = getattr(self.split.load, "fingerprint", lambda i: b"")
-        digest = hashlib.sha256()
-        for i in self.positions:
-            name = self.split.names[i].encode("utf-8", "surrogateescape")
-            digest.update(name + b"\0" + fingerprint(i))
-        return digest.hexdigest()
 
     def why_not_kept(self, earlier: PartReport, source: str) -> str:
         if source != earlier.source:
@@ -463,14 +499,18 @@ def default_num_workers(num_examples: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), num_examples // 1000))
 
 
-def left_to_make(splits: Sequence[Split], identities: dict[Path, dict]) -> list[Split]:
-    """The splits without those that a run had finished before it was killed."""
+def left_to_make(
+    splits: Sequence[Split], identities: dict[Path, dict], made_by: dict
+) -> list[Split]:
+    """The splits without those that this command has made before of the same input."""
     unfinished = [split for split in splits if partial_name(split.output).exists()]
     left = []
     for split in splits:
-        made = identity_of_manifest(split.output) == identities[split.output]
-        if unfinished and made and split not in unfinished:
-            print(f"note: {split.output}: was made by this command before", file=sys.stderr)
+        identity = identities[split.output]
+        if split not in unfinished and is_made(split, identity, made_by):
+            print(
+                f"note: {split.output}: is complete; this command made it before", file=sys.stderr
+            )
         else:
             left.append(split)
     return left
@@ -503,16 +543,18 @@ def write_dataset(
                 f"--num_parts={num_parts}: {split.output} has {len(split.names)} examples, "
                 "and a part needs one at least"
             )
-        count = num_parts or choose_num_parts(len(split.names))
+        begun = begun_parts(split.output)
+        fits = begun is not None and 0 < begun <= len(split.names)
+        count = num_parts or (begun if fits else None) or choose_num_parts(len(split.names))
         identities[split.output] = identity_of(made_by, classes, count)
     try:
-        splits = left_to_make(splits, identities)
-        for split in splits:
+        left = left_to_make(splits, identities, made_by)
+        for split in left:
             check_output(split.output)
-        num_examples = sum(len(split.names) for split in splits)
+        num_examples = sum(len(split.names) for split in left)
         with contextlib.ExitStack() as stack:
             places = [
-                stack.enter_context(unfinished(split, identities[split.output])) for split in splits
+                stack.enter_context(unfinished(split, identities[split.output])) for split in left
             ]
             with Progress(num_examples) as progress:
                 for place in places:
@@ -531,7 +573,9 @@ def write_dataset(
                         place.directory,
                         parts=[part.info for part in place.reports],
                         classes=classes,
-                        made_by=made_by | report_of(place.reports, place.split.list_changes),
+                        made_by=made_by
+                        | {"input": input_digest(place.split)}
+                        | report_of(place.reports, place.split.list_changes),
                     )
             for place in places:
                 place.finish()

@@ -1,6 +1,7 @@
 """Check OFRecord directories, of this toolkit or of others, and list every fault.
 
 python3 tools/verify_ofrecord.py data/imagenet/ofrecord
+python3 tools/verify_ofrecord.py --num_workers=8 data/photos/train data/photos/validation
 python3 tools/verify_ofrecord.py --decode --num_classes=1000 /data/others/train
 """
 
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cnns.environment  # noqa: F401  (first, see there)
 
 from cnns.data.format import (
     LENGTH,
@@ -35,6 +38,7 @@ from cnns.data.images import BadImage
 from cnns.data.jpeg import walk_jpeg
 from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.flags import Parser, add_switch, number
+from cnns.hints import path_hint
 from cnns.inputs import open_input
 from tools.jpeg_util import add_max_pixels, decode_jpeg
 from tools.ofrecord_writer import BLOCK_BYTES, default_num_workers
@@ -210,7 +214,7 @@ def find_directories(paths: list[Path]) -> list[Path]:
     found = []
     for path in paths:
         if not path.is_dir():
-            raise UsageError(f"{path}: there is no such directory")
+            raise UsageError(f"{path}: there is no such directory; {path_hint(path)}")
         if list_parts(path) or (path / MANIFEST).exists():
             found.append(path)
             continue
@@ -279,7 +283,9 @@ def make_parser() -> Parser:
     parser = Parser(
         "Check directories of OFRecord parts, without OneFlow: framing, messages, labels, images, "
         "and sizes and checksums where there is a manifest. Each fault is a line with part, record "
-        "number (from 0) and byte; exit status 1 if there is one."
+        "number (from 0) and byte; exit status 1 if there is one.",
+        doc=__doc__,
+        epilog="Read on: tools/README.md, docs/ofrecord.md.",
     )
     parser.add_argument(
         "directories",

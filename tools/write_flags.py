@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cnns.startup  # noqa: F401  (before oneflow, see there)
 
 import config
-from cnns.flags import Flag, FlagParser
+from cnns.flags import Flag, FlagParser, Parser
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 
@@ -66,7 +66,8 @@ def make_page(page: str, parsers: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    Parser("Write the tables of docs/flags.md.", doc=__doc__).parse_args(argv)
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(make_page(page, make_parsers()), encoding="utf-8")
 

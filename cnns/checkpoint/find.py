@@ -4,7 +4,7 @@ import glob
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from cnns.checkpoint.snapshot import (
 )
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, read_resumable
 from cnns.errors import RunError, UsageError
+from cnns.hints import path_hint
 from cnns.inputs import check_ordinary
 from cnns.log import is_first_rank, notice
 from cnns.models.layers import Switches
@@ -168,36 +169,30 @@ def prune_snapshots(save_dir: str, keep: int) -> None:
 def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | None = None) -> str:
     """The weights to read: those named, else the first of these that exists and is of `model`:
 
-    the published folder in the working directory, the newest snapshot under SNAPSHOT_ROOT, and,
-    where `model` is given, the weights that were installed for it.
+    the published folder in the working directory, the best of the newest run under SNAPSHOT_ROOT,
+    and, where `model` is given, the weights that were installed with it. Where the directory of a
+    run is named, its best is meant.
 
     Raises UsageError where there is none, with the ways to get one.
     """
     if model_load_dir is not None:
         path = existing_path(model_load_dir)
         if os.path.isdir(path):
-            return path
+            return find_in_run(path) or path
         try:
             check_ordinary(path)
         except FileNotFoundError:
             raise UsageError(
-                f"--model_load_dir: there is no file or directory {path}; check the path"
+                f"--model_load_dir: there is no file or directory {path}; {path_hint(path)}"
             ) from None
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror}") from None
         return path
     if model in (None, "resnet50") and os.path.isdir(PUBLISHED_FOLDER):
         return PUBLISHED_FOLDER
-    found = []
-    pattern = os.path.join(SNAPSHOT_ROOT, "**", f"{PREFIX}*", DESCRIPTION)
-    for description in glob.iglob(pattern, recursive=True):  # not in hidden directories
-        path = os.path.dirname(description)
-        if model is None or is_snapshot_of(path, model):
-            # `last` shares its files with an epoch's snapshot, whose name says more.
-            is_epoch = EPOCH_NAME.fullmatch(os.path.basename(path)) is not None
-            found.append((os.stat(description).st_mtime_ns, is_epoch, path))
-    if found:
-        return max(found)[-1]
+    newest = find_newest(model)
+    if newest is not None:
+        return newest
     installed = None if model is None else models[model].installed_weights()
     if installed is not None:
         return installed
@@ -210,8 +205,57 @@ def find_snapshot(model_load_dir: str | None, *, models: Models, model: str | No
     )
 
 
+def find_newest(model: str | None = None) -> str | None:
+    """The best snapshot of the run under SNAPSHOT_ROOT, of `model` if given, that saved last."""
+    found = []
+    pattern = os.path.join(SNAPSHOT_ROOT, "**", f"{PREFIX}*", DESCRIPTION)
+    for description in glob.iglob(pattern, recursive=True):  # not in hidden directories
+        path = os.path.dirname(description)
+        if model is None or is_snapshot_of(path, model):
+            # `last` shares its files with an epoch's snapshot, whose name says more.
+            found.append((os.stat(description).st_mtime_ns, is_epoch(path), path))
+    if not found:
+        return None
+    path = max(found)[-1]
+    run = os.path.dirname(path)
+    # Right below SNAPSHOT_ROOT are converted weights, which have nothing to do with one another.
+    return path if os.path.samefile(run, SNAPSHOT_ROOT) else find_in_run(run) or path
+
+
+def find_in_run(directory: str) -> str | None:
+    """The best snapshot in the directory of a run, else the one that got furthest, if any."""
+    if os.path.lexists(os.path.join(directory, DESCRIPTION)):  # itself a snapshot
+        return None
+    best = existing_path(os.path.join(directory, f"{PREFIX}best"))
+    if os.path.isfile(os.path.join(best, DESCRIPTION)):
+        return best
+    found = []
+    for path, _ in list_snapshots(directory):
+        with suppress(RunError):  # damaged
+            found.append((position(read_description(path)), is_epoch(path), path))
+    return max(found)[-1] if found else None
+
+
+def is_epoch(path: str) -> bool:
+    """Whether a snapshot has the name of an epoch, and not that of its twin, `last` or `best`."""
+    return EPOCH_NAME.fullmatch(os.path.basename(path)) is not None
+
+
+def compare_export(path: str, *, run: str | None) -> None:
+    """Notice where an exported file, of `run`, is not of the newest run, or older than its best."""
+    newest = find_newest()
+    if newest is None:
+        return
+    of = os.path.dirname(newest)
+    if os.path.basename(of) != run:
+        made_from = f"of the run {run}" if run else "not of a run"
+        notice(f"{path} is {made_from}; the newest is {of}: resnet_to_onnx.py exports it.")
+    elif os.stat(path).st_mtime_ns < os.stat(os.path.join(newest, DESCRIPTION)).st_mtime_ns:
+        notice(f"{path} is older than {newest}: resnet_to_onnx.py exports it.")
+
+
 def is_snapshot_of(path: str, model: str) -> bool:
-    """Whether a snapshot is of this network; False for a damaged one."""
+    """Whether a snapshot says that it is of this network. A damaged one says nothing."""
     try:
         return read_description(path).model == model
     except RunError:
@@ -248,7 +292,7 @@ def find_resume(
         return found
     path = existing_path(os.path.normpath(resume))
     if not os.path.isdir(path):
-        raise UsageError(f"--resume: there is no directory {resume}; check the path")
+        raise UsageError(f"--resume: there is no directory {resume}; {path_hint(resume)}")
     if os.path.lexists(os.path.join(path, DESCRIPTION)):
         snapshot = read_description(path)
         check(snapshot, path)
@@ -269,8 +313,7 @@ def newest_intact(snapshots: frozenset[tuple[str, int]], check: SnapshotCheck) -
         except RunError as error:
             notice(f"Skipped: {error}.")
             continue
-        is_epoch = EPOCH_NAME.fullmatch(os.path.basename(path)) is not None  # not its twin, `last`
-        found.append((position(snapshot), is_epoch, path, snapshot))
+        found.append((position(snapshot), is_epoch(path), path, snapshot))
     for *_, path, snapshot in sorted(found, key=lambda each: each[:3], reverse=True):
         try:
             return read_resumable(path, snapshot)

@@ -18,6 +18,7 @@ from cnns.data.images import BadImage, TooLarge, open_image
 from cnns.data.jpeg import walk_jpeg
 from cnns.data.kinds import Shards
 from cnns.errors import RunError, UsageError
+from cnns.hints import path_hint
 from cnns.inputs import check_ordinary, open_input
 from cnns.log import notice
 
@@ -134,10 +135,9 @@ def list_parts(directory: str, *, flag: str) -> tuple[list[str], int]:
     Raises UsageError where there is no such directory, no part, or a gap in their numbers.
     """
     if not os.path.isdir(directory):
-        raise UsageError(
-            f"{flag}: there is no directory {directory}; check the path, or make a data set with "
-            "tools/make_ofrecord.py or tools/make_mini_imagenet.py"
-        )
+        tools = "tools/make_ofrecord.py or tools/make_mini_imagenet.py"
+        hint = path_hint(directory, f"check the path, or make a data set with {tools}")
+        raise UsageError(f"{flag}: there is no directory {directory}; {hint}")
     try:
         names = part_names(directory)
     except OSError as error:

@@ -12,6 +12,7 @@ from cnns.data.checks import check_shards, part_num_flag
 from cnns.data.format import MAX_CLASSES
 from cnns.data.kinds import Arrays, Dataset
 from cnns.errors import RunError, UsageError
+from cnns.hints import path_hint
 from cnns.inputs import check_ordinary, unpacked_limit
 
 
@@ -43,7 +44,7 @@ def read_npz(path: str, *, flag: str) -> Arrays:
     Raises UsageError where there is no such file, RunError where it holds something else.
     """
     if not os.path.exists(path):
-        raise UsageError(f"{flag}: there is no file {path}; check the path")
+        raise UsageError(f"{flag}: there is no file {path}; {path_hint(path)}")
     try:
         check_ordinary(path)
     except OSError as error:

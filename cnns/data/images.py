@@ -13,12 +13,15 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cnns.errors import RunError, UsageError
-from cnns.inputs import open_input
+from cnns.hints import path_hint
+from cnns.inputs import is_within, open_input
 from cnns.jsonfile import integer, listed, one_of, real, record
+from cnns.log import notice
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 # What those are, to Pillow, which goes by content: it knows others, and starts Ghostscript for EPS.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+MAX_SKIPPED = 5  # files that a notice names
 MAX_PIXELS = 200_000_000  # of a picture; 800 MB in Pillow
 MAX_RESIZED_PIXELS = 1 << 26  # 200 MB
 MAX_SIZE = 1 << 14  # pixels a side
@@ -67,10 +70,11 @@ def read_preprocessing(settings: dict) -> Preprocessing:
 
 
 def find_images(paths: list[str]) -> list[str | RunError]:
-    """The image files that `paths` name: files as they are, directories by their images, sorted.
+    """The image files that `paths` name: files as they are, directories by the images below them.
 
-    In place of a file that must not be read there is an error: a link that leads out of its
-    directory, a second name of a file, a link to nothing.
+    In place of what must not be read there is an error: a link that leads out of its directory, a
+    second name of a file or a directory, a link to nothing. Files that are not named like images
+    are named in a notice.
 
     Raises UsageError where a path does not exist or a directory holds no images.
     """
@@ -83,37 +87,71 @@ def find_images(paths: list[str]) -> list[str | RunError]:
         elif os.path.islink(path):
             found.append(RunError(f"{path} is a link to {os.readlink(path)}, which is not there"))
         else:
-            raise UsageError(f"--image_path: there is no file or directory {path}; check the path")
+            hint = path_hint(path)
+            raise UsageError(f"--image_path: there is no file or directory {path}; {hint}")
     return found
 
 
 def find_in_directory(directory: str) -> list[str | RunError]:
-    try:
-        held = os.listdir(directory)
-    except OSError as error:
-        raise UsageError(f"--image_path: cannot read {directory}: {error.strerror}") from None
-    names = sorted(name for name in held if name.lower().endswith(IMAGE_SUFFIXES))
-    if not names:
+    """What `find_images` gives for a directory: its images by name, then those of its folders."""
+    found: list[str | RunError] = []
+    skipped: list[str] = []
+    seen: dict[tuple[int, int], str] = {}
+    first_name(directory, seen)
+    waiting = [directory]
+    while waiting:
+        folder, folders = waiting.pop(), []
+        try:
+            held = held_paths(folder)
+        except OSError as error:
+            if folder == directory:
+                raise UsageError(f"--image_path: cannot read {folder}: {error.strerror}") from None
+            found.append(RunError(f"cannot read {folder}: {error.strerror}"))
+            continue
+        for path, is_folder in held:
+            if not is_folder and not path.lower().endswith(IMAGE_SUFFIXES):
+                skipped.append(path)
+            elif not is_within(path, directory):
+                target = os.path.realpath(path)
+                found.append(RunError(f"{path} is a link to {target}; give that to have it read"))
+            elif (first := first_name(path, seen)) != path:
+                kind = "directory" if is_folder else "file"
+                found.append(RunError(f"{path} is the same {kind} as {first}"))
+            elif is_folder:
+                folders.append(path)
+            else:
+                found.append(path)
+        waiting += reversed(folders)
+    if skipped:
+        names = ", ".join(skipped[:MAX_SKIPPED]) + ", ..." * (len(skipped) > MAX_SKIPPED)
+        notice(f"Left out, not named like images ({len(skipped)}): {names}.")
+    if not found:
         raise UsageError(
             f"--image_path: the directory {directory} holds no images ({', '.join(IMAGE_SUFFIXES)})"
         )
-    root = os.path.realpath(directory)
-    found: list[str | RunError] = []
-    seen: dict[tuple[int, int], str] = {}
-    for path in (os.path.join(directory, name) for name in names):
-        target = os.path.realpath(path)
-        if os.path.exists(path):
-            state = os.stat(path)
-            first = seen.setdefault((state.st_dev, state.st_ino), path)
-        else:
-            first = path
-        if os.path.commonpath((root, target)) != root:
-            found.append(RunError(f"{path} is a link to {target}; give that to have it read"))
-        elif first != path:
-            found.append(RunError(f"{path} is the same file as {first}"))
-        else:
-            found.append(path)
     return found
+
+
+def held_paths(folder: str) -> list[tuple[str, bool]]:
+    """Each path in a directory, sorted, and whether it is a directory; hidden ones left out.
+
+    Raises OSError.
+    """
+    with os.scandir(folder) as entries:
+        held = sorted((entry.name, entry.is_dir()) for entry in entries)
+    return [
+        (os.path.join(folder, name), is_folder)
+        for name, is_folder in held
+        if not (is_folder and name.startswith("."))
+    ]
+
+
+def first_name(path: str, seen: dict[tuple[int, int], str]) -> str:
+    """The first path by which a file or a directory was found; of a link to nothing, its own."""
+    if not os.path.exists(path):
+        return path
+    state = os.stat(path)
+    return seen.setdefault((state.st_dev, state.st_ino), path)
 
 
 class BadImage(Exception):
@@ -275,6 +313,8 @@ def read_lines(path: Path, what: str) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        if isinstance(error, FileNotFoundError):
+            reason += f"; {path_hint(path)}"
         raise UsageError(f"{path}: cannot read the {what}: {reason}") from None
 
 

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ import cnns.checkpoint.snapshot as snapshot_module
 import model_registry
 from cnns.checkpoint.files import lock_directory
 from cnns.checkpoint.find import (
+    compare_export,
     find_resume,
     find_snapshot,
     link_snapshot,
@@ -121,7 +124,9 @@ def test_snapshots_that_cannot_be_read(saved, tmp_path):
             restore(str(where), **flags, models=model_registry.MODELS)
 
     refuse(UsageError, "there is no file or directory", where=tmp_path / "none")
-    refuse(RunError, "holds no snapshot.json", where=tmp_path)
+    (tmp_path / "empty").mkdir()
+    refuse(RunError, "holds no snapshot.json", where=tmp_path / "empty")
+    os.rmdir(tmp_path / "empty")
     refuse(UsageError, "--num_classes=5", num_classes=5)
     refuse(UsageError, "--model=resnet50", model="resnet50")
     refuse(UsageError, "--resize_shorter=16", resize_shorter=16)
@@ -170,6 +175,50 @@ def test_the_newest_snapshot_is_found(saved, tmp_path, monkeypatch):
     Path(half, "snapshot.json").touch()
     assert find_snapshot(None, models=model_registry.MODELS) == path
     assert find_snapshot("output", models=model_registry.MODELS) == "output"
+
+
+def test_of_a_run_the_best_is_read_else_the_one_that_got_furthest(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, model, snapshot = saved
+    run = os.path.join(SNAPSHOT_ROOT, "run")
+    os.makedirs(run)
+    find = partial(find_snapshot, models=model_registry.MODELS)
+    for epoch in (0, 1):
+        save(run, f"epoch_{epoch}", model, replace(snapshot, epoch=epoch))
+        link_snapshot(os.path.join(run, f"snapshot_epoch_{epoch}"), "last")
+    assert find(run) == find(None) == f"{run}/snapshot_epoch_1"
+    Path(run, "snapshot_epoch_1", "snapshot.json").write_text("{")  # damaged, and `last` with it
+    assert find(run) == f"{run}/snapshot_epoch_0"
+    link_snapshot(os.path.join(run, "snapshot_epoch_0"), "best")
+    assert find(run) == find(run + "/") == find(None) == f"{run}/snapshot_best"
+    assert find(f"{run}/snapshot_epoch_0") == f"{run}/snapshot_epoch_0"
+    # What lies right below SNAPSHOT_ROOT is of no run.
+    other = save(SNAPSHOT_ROOT, "converted", model, snapshot)
+    save(SNAPSHOT_ROOT, "best", model, snapshot)
+    os.utime(os.path.join(other, "snapshot.json"), (2e9, 2e9))
+    assert find(None) == other
+
+
+def test_an_exported_file_that_is_not_of_the_newest_run_is_named(
+    saved, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("x.onnx").touch()
+    compare_export("x.onnx", run=None)
+    assert capsys.readouterr().err == ""
+    _, model, snapshot = saved
+    run = os.path.join(SNAPSHOT_ROOT, "run")
+    os.makedirs(run)
+    path = save(run, "epoch_0", model, snapshot)
+    for of, words in (("old", "is of the run old; the newest is"), (None, "is not of a run")):
+        compare_export("x.onnx", run=of)
+        assert f"x.onnx {words}" in capsys.readouterr().err
+    os.utime("x.onnx", (0, 0))
+    compare_export("x.onnx", run="run")
+    assert f"x.onnx is older than {path}" in capsys.readouterr().err
+    os.utime("x.onnx")
+    compare_export("x.onnx", run="run")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("fails_at", ["model.safetensors", "snapshot.json", "rename"])

@@ -2,6 +2,7 @@
 
 import os
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import optimizer_util
 from cnns.checkpoint.snapshot import read_description
 from cnns.data import checks
 from cnns.data.crops import Augmentation
+from cnns.errors import UsageError
 from small import (
     LINE,
     RECORD,
@@ -132,10 +134,11 @@ def test_train_evaluate_classify(kind, data, arrays, tmp_path):
     assert last.num_classes == NUM_CLASSES
     assert f"{last.metrics['val_top_1']:.6f}" == figures[-1][0]
 
-    for batch_size in (1, 4, 50):
+    best = read_description(str(run / "snapshot_best"))
+    for batch_size, own in ((1, []), (4, [f"--model_load_dir={run}"]), (50, ["--val_data_dir"])):
         result = call(
             of_cnn_evaluate.main,
-            f"--val_data_dir={val_dir}",
+            *(f"--val_data_dir={val_dir}" if flag == "--val_data_dir" else flag for flag in own),
             f"--val_batch_size_per_device={batch_size}",
             "--num_epochs=3",
             "--top_k=2",
@@ -143,9 +146,11 @@ def test_train_evaluate_classify(kind, data, arrays, tmp_path):
         )
         assert result.status == 0, result.stderr
         restoring, loading = result.stdout.splitlines()[:2]
-        assert restoring.startswith(f"Restoring model from output/snapshots/{run.name}/snapshot_")
+        assert restoring.endswith(f"output/snapshots/{run.name}/snapshot_best.")
         assert loading == f"Loading data from {val_dir}"
-        assert validation_figures(result.stdout) == figures[-1:] * 3
+        assert validation_figures(result.stdout) == [figures[best.epoch]] * 3
+        said = f"Validation data: {val_dir}, of the run that made " in result.stderr
+        assert said != ("--val_data_dir" in own)
 
     rng = np.random.default_rng(2)
     for label in range(NUM_CLASSES):
@@ -160,6 +165,20 @@ def test_train_evaluate_classify(kind, data, arrays, tmp_path):
         probability, name = line.split(" ", 1)
         assert name == f"{prefix}{label}"
         assert 0.25 < float(probability) <= 1
+
+
+def test_evaluation_of_a_run_that_had_no_validation_data_asks_for_some():
+    with pytest.raises(UsageError, match="--val_data_dir is needed: .*; run does not name one"):
+        of_cnn_evaluate.own_val_data({"val_data_dir": None}, path="run")
+    os.makedirs("data/imagenet/ofrecord/validation")
+    assert of_cnn_evaluate.own_val_data({}, path="run") == "data/imagenet/ofrecord/validation"
+    assert of_cnn_evaluate.own_val_data({"val_data_dir": "x.npz"}, path="run") == "x.npz"
+    # An exported file may name any directory; only snapshots under output/snapshots are read.
+    os.makedirs("output/snapshots")
+    os.makedirs("elsewhere/snapshot_best")
+    for run, name in ((None, "snapshot_best"), ("gone", "x"), ("../../elsewhere", "snapshot_best")):
+        exported = Namespace(run=run, snapshot=name)
+        assert of_cnn_evaluate.flags_of_run(exported) == {}
 
 
 def test_evaluation_of_the_first_images_only(data):

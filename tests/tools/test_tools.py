@@ -187,7 +187,7 @@ def test_parts_hold_every_example_once_and_are_of_a_size(num_examples, num_parts
 
 
 def test_default_number_of_parts():
-    counts = {1: 1, 50: 1, 128: 2, 10_000: 8, 60_000: 8, 100_001: 11, 1_281_167: 129}
+    counts = {1: 1, 50: 1, 128: 2, 400: 4, 511: 4, 512: 8, 80_000: 8, 80_001: 16, 1_281_167: 136}
     assert {n: default_num_parts(n) for n in counts} == counts
 
 
@@ -208,6 +208,12 @@ def some_splits(root: Path, load, count: int = 8) -> list[Split]:
 
 def good(i: int) -> Example:
     return Example(b"jpeg %d" % i, 0)
+
+
+def stop_at_the_last(i: int) -> Example:
+    if i == shuffled_parts(8, 3, 0)[-1][0]:
+        raise KeyboardInterrupt
+    return good(i)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, SystemExit])
@@ -389,8 +395,10 @@ def test_killed_on_the_last_steps(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(os, "rename", rename)
         write_dataset(some_splits(out, good), classes=["a"], made_by={}, num_parts=2)
         assert tree(out) == tree(tmp_path / "whole")
-        with pytest.raises(UsageError, match="already holds"):
-            write_dataset(some_splits(out, good), classes=["a"], made_by={}, num_parts=2)
+        before = tree(out)
+        capsys.readouterr()
+        write_dataset(some_splits(out, good), classes=["a"], made_by={}, num_parts=2)
+        assert tree(out) == before and capsys.readouterr().err.count("is complete") == 2
 
 
 def test_sigterm_cleans_up(photos, tmp_path):
@@ -490,6 +498,7 @@ def test_folder_with_train_and_validation(photos, tmp_path, capsys):
             "classes": None,
             "skip_bad": False,
         },
+        "input": manifest["made_by"]["input"],
     }
     stored = sorted(read_parts(tmp_path / "out" / "train"))
     expected = sorted(
@@ -689,12 +698,37 @@ def test_folder_refusals(photos, tmp_path):
     refused(UsageError, "train/ but no validation/.*--input=.*train converts train/ alone")
 
 
-def test_existing_output_is_refused_and_kept(photos, tmp_path):
+def test_a_complete_conversion_says_so_and_another_output_is_refused_and_kept(
+    photos, tmp_path, capsys
+):
     folder(photos, tmp_path / "out")
-    before = tree(tmp_path / "out")
+    before, said = tree(tmp_path / "out"), capsys.readouterr().out
+    folder(photos, tmp_path / "out")
+    again = capsys.readouterr()
+    assert again.out == said and again.err.count("is complete") == 2
     with pytest.raises(UsageError, match="train: already holds manifest.json and 1 more"):
+        folder(photos, tmp_path / "out", "--seed=1")
+    with pytest.raises(UsageError, match="train: already holds"):
+        folder(photos, tmp_path / "out", "--skip_bad")
+    image = next((photos / "train" / "ant").iterdir())
+    image.rename(image.with_name("renamed.jpg"))
+    with pytest.raises(UsageError, match="train: already holds"):
         folder(photos, tmp_path / "out")
     assert tree(tmp_path / "out") == before
+
+
+def test_a_conversion_that_was_begun_with_another_default_of_parts_is_resumed(tmp_path):
+    splits = some_splits(tmp_path, good)[:1]
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(
+            [Split(splits[0].output, splits[0].names, stop_at_the_last)],
+            classes=["a"],
+            made_by={},
+            choose_num_parts=lambda n: 3,
+        )
+    assert (tmp_path / "train.partial").is_dir()
+    write_dataset(splits, classes=["a"], made_by={})
+    assert len(read_manifest(tmp_path / "train")["parts"]) == 3
 
 
 def test_class_list_gives_the_labels(tmp_path, capsys):
