@@ -435,7 +435,9 @@ SCRIPTS = {
             )
             | {
                 "max_pixels": Flag(
-                    "largest picture that is read, width times height", COUNT, MAX_PIXELS
+                    "largest picture that is read, width times height",
+                    number(int, 1, 2**32),
+                    MAX_PIXELS,
                 ),
                 "top_k": Flag("classes to print for each image", COUNT, 1),
                 "batch_size": Flag(

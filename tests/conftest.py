@@ -39,9 +39,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     minutes = config.getoption("--fuzz")
     if minutes is not None:
-        is_worker = hasattr(config, "workerinput")  # of xdist
-        terminal = None if is_worker else config.get_terminal_writer()
-        config.pluginmanager.register(Fuzzing(minutes, terminal))
+        config.pluginmanager.register(Fuzzing(minutes, config.pluginmanager))
 
 
 def pytest_xdist_auto_num_workers(config):

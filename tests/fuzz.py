@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from _pytest._io import TerminalWriter
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
@@ -43,10 +42,10 @@ def fuzz(examples: int) -> Callable:
 
 
 class Fuzzing:
-    """A plugin of pytest: runs each fuzzer for so many minutes, and says how many examples it had."""
+    """A plugin of pytest: runs each fuzzer for so many minutes, and says how much it tried."""
 
-    def __init__(self, minutes: float, terminal: TerminalWriter | None):
-        self.seconds, self.terminal = 60 * minutes, terminal
+    def __init__(self, minutes: float, plugins: pytest.PytestPluginManager):
+        self.seconds, self.plugins = 60 * minutes, plugins
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool:
@@ -74,8 +73,9 @@ class Fuzzing:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         tried = dict(report.user_properties).get("fuzz")
-        if self.terminal is not None and report.when == "call" and tried is not None:
-            self.terminal.line(f"\n{report.nodeid}: {tried}, {report.outcome}", flush=True)
+        terminal = self.plugins.get_plugin("terminalreporter")  # not in the workers of xdist
+        if terminal is not None and report.when == "call" and tried is not None:
+            terminal.write_line(f"\n{report.nodeid}: {tried}, {report.outcome}", flush=True)
 
 
 @st.composite
