@@ -22,9 +22,11 @@ import tarfile
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -47,6 +49,7 @@ from cnns.errors import RunError, UsageError, run_main
 from cnns.export import ExportedModel
 from cnns.flags import Parser, add_switch, number
 from cnns.graphs import Predictor
+from cnns.interrupts import exit_on_signals
 from cnns.log import limit_run_ahead
 from cnns.models.layers import Switches
 from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
@@ -238,6 +241,16 @@ def benchmark_inference(args: Namespace, device: str) -> dict:
     }
 
 
+@contextmanager
+def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process that does not outlive the block: what remains of it is asked to end."""
+    with subprocess.Popen(command, **options) as run:
+        try:
+            yield run
+        finally:
+            run.terminate()
+
+
 def median_rate(run: subprocess.Popen) -> float:
     """Median samples/s of a run's training lines, but for the first, in which buffers are made."""
     out, errors = run.communicate()
@@ -269,16 +282,19 @@ def benchmark_processes(args: Namespace, device: str) -> dict:
                 f"--save_epoch_interval={args.rounds + 1}",
                 f"--loss_print_every_n_iter={args.steps}",
             ]
-            started = [
-                subprocess.Popen(
-                    [*command, f"--model_save_dir={directory}/{runs}-{processes}-{k}"],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for k in range(runs)
-            ]
-            return [median_rate(run) for run in started]
+            with ExitStack() as stack:
+                all_runs = [
+                    stack.enter_context(
+                        process(
+                            [*command, f"--model_save_dir={directory}/{runs}-{processes}-{k}"],
+                            stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
+                            text=True,
+                        )
+                    )
+                    for k in range(runs)
+                ]
+                return [median_rate(run) for run in all_runs]
 
         (one,), (several,) = rates(1, 1), rates(1, count)
         apart = sum(rates(count, 1)) if device == "cpu" else None  # they would share one GPU
@@ -381,7 +397,7 @@ def convert(archive: Path, output: Path, num_workers: int) -> float:
     command = [sys.executable, tool, "imagenet", f"--train={archive}", f"--output={output}"]
     command += [f"--num_parts={CONVERSION_PARTS}", f"--num_workers={num_workers}"]
     with tempfile.TemporaryFile("w+") as messages:
-        with subprocess.Popen(command, stdout=messages, stderr=messages) as run:
+        with process(command, stdout=messages, stderr=messages) as run:
             while run.poll() is None:
                 most = max(most, resident_megabytes(run.pid))
                 time.sleep(0.02)
@@ -428,4 +444,5 @@ def benchmark_conversion(args: Namespace) -> dict:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(run_main(main))

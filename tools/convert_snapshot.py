@@ -20,6 +20,7 @@ from cnns.checkpoint.snapshot import save_snapshot
 from cnns.checkpoint.weights import check_fits, open_checkpoint
 from cnns.errors import UsageError, run_main
 from cnns.flags import Parser
+from cnns.interrupts import exit_on_signals
 from cnns.log import notice
 
 
@@ -62,4 +63,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(run_main(main))

@@ -5,7 +5,6 @@ python3 tools/make_mini_imagenet.py
 
 import itertools
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cnns.data.images import CLASSES_FILE, read_classes, read_picture
 from cnns.errors import run_main
 from cnns.flags import Parser, number
+from cnns.interrupts import exit_on_signals
 from tools.jpeg_util import encode_jpeg
 from tools.ofrecord_writer import Example, Split, write_dataset
 
@@ -90,5 +90,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up first
+    exit_on_signals()
     sys.exit(run_main(main))
