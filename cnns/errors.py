@@ -84,7 +84,19 @@ def describe(error: BaseException) -> tuple[int, str]:
         return 1, f"out of memory: {error}"
     if isinstance(error, OSError) and error.filename:
         return 1, f"{error.strerror}: {error.filename}"
+    if isinstance(error, OSError) and not can_flush():
+        return 1, f"cannot write to standard output: {error.strerror}"
     return 1, str(error)
+
+
+def can_flush() -> bool:
+    """Whether what was printed can be written; else it is given up, so that the end is clean."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        forget(sys.stdout)
+        return False
+    return True
 
 
 def report(error: object) -> None:

@@ -12,8 +12,10 @@ A file of resnet_to_onnx.py takes `images` (batch, 3, H, W) float32, RGB, normal
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,7 +155,10 @@ def read_structure(path: str) -> onnx.ModelProto:
         if os.path.getsize(path) > MAX_BYTES:
             raise RunError(f"{path} is larger than {MAX_BYTES} bytes, which no ONNX file is")
         with open(path, "rb") as file, warnings.catch_warnings(record=True) as found:
-            model = onnx.ModelProto.FromString(file.read())
+            data = file.read()
+            with silent():
+                model = onnx.ModelProto.FromString(data)
+        del data
         if found:  # of an end before the last byte
             raise DecodeError
     except OSError as error:
@@ -170,9 +175,31 @@ def read_structure(path: str) -> onnx.ModelProto:
     return model
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Drops what native code writes on stderr: protobuf's lines about texts, which are checked."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
 def messages(message: Message) -> Iterator[Message]:
-    """A message and all below it; not below tensors, which hold numbers."""
+    """A message and all below it; not below tensors, which hold numbers.
+
+    Raises ValueError where a text is not UTF-8, which protobuf then gives as bytes.
+    """
     yield message
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            texts = value if field.label == field.LABEL_REPEATED else [value]
+            if any(isinstance(text, bytes) for text in texts):
+                raise ValueError(f"{field.name} in it is not UTF-8")
     if isinstance(message, onnx.TensorProto):
         return
     for field, value in message.ListFields():

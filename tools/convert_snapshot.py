@@ -51,9 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         path, models=model_registry.MODELS, model=args.model, layout=args.layout
     )
     snapshot = checkpoint.snapshot
-    check_fits(
-        snapshot, models=model_registry.MODELS, model=args.model, num_classes=None, path=path
-    )
+    check_fits(checkpoint, models=model_registry.MODELS, model=args.model, num_classes=None)
     network = model_registry.MODELS[snapshot.model].build(snapshot.num_classes)
     for text in [*checkpoint.notices(), *checkpoint.load(network)]:
         notice(text)

@@ -323,7 +323,7 @@ def restore(
     path = find_snapshot(model_load_dir, models=models, model=model)
     checkpoint = open_checkpoint(path, models=models, model=model)
     snapshot = checkpoint.snapshot
-    check_fits(snapshot, models=models, model=model, num_classes=num_classes, path=path)
+    check_fits(checkpoint, models=models, model=model, num_classes=num_classes)
     entry = models[snapshot.model]
     snapshot.preprocessing = entry.override(snapshot.preprocessing, **preprocessing)
     check_switches(models, snapshot.model, switches)

@@ -61,14 +61,14 @@ def folder(tmp_path_factory):
 def load(folder: Path, content: onnx.ModelProto | bytes) -> ExportedModel:
     path = folder / "x.onnx"
     path.write_bytes(content if isinstance(content, bytes) else content.SerializeToString())
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         return ExportedModel(str(path))
     except RunError as error:
         assert "x.onnx" in str(error) and len(str(error)) < 600
         raise
     finally:
-        assert time.perf_counter() - start < SECONDS
+        assert time.process_time() - start < SECONDS
 
 
 def test_a_whole_one_runs(folder):
@@ -159,6 +159,14 @@ def test_any_metadata(folder, name, value):
     assert isinstance(exported.model, str) and exported.num_classes == 3
     assert all(isinstance(each, str) for each in exported.classes)
     assert np.isfinite([exported.preprocessing.rgb_mean, exported.preprocessing.rgb_std]).all()
+
+
+@pytest.mark.parametrize("text", [b"GlobalAveragePool", b"images", b"bias", b"snapshot_last"])
+def test_texts_that_are_not_utf_8(folder, text, capfd):
+    data = network().SerializeToString().replace(text, b"\xff" + text[1:])
+    with pytest.raises(RunError, match="is not UTF-8"):
+        load(folder, data)
+    assert capfd.readouterr().err == ""
 
 
 def run(folder: Path, content: onnx.ModelProto | bytes) -> None:
