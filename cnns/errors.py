@@ -86,7 +86,7 @@ def describe(error: BaseException) -> tuple[int, str]:
         return 1, f"{error.strerror}: {error.filename}"
     if isinstance(error, OSError) and not can_flush():
         return 1, f"cannot write to standard output: {error.strerror}"
-    return 1, str(error)
+    return 1, getattr(error, "strerror", None) or str(error)
 
 
 def can_flush() -> bool:

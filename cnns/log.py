@@ -9,7 +9,7 @@ from datetime import datetime
 
 import numpy as np
 
-from cnns.errors import UsageError, printable, say
+from cnns.errors import RunError, UsageError, printable, say
 
 RUN_AHEAD = 2  # steps; enough for the next to be there when one ends
 
@@ -79,7 +79,10 @@ def open_log(directory: str | None, script: str) -> Log:
     def log(line: str) -> None:
         line = printable(line)
         say(line, sys.stdout)
-        file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+        try:
+            file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+        except OSError as error:
+            raise RunError(f"--log_dir: cannot write {path}: {error.strerror}") from None
 
     return log
 
