@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from threading import Timer
 
 import numpy as np
 import onnx
@@ -36,6 +38,9 @@ DATA_SUFFIX = ".data"  # of the file with the weights, where they are kept apart
 MAX_BYTES = 2**31 - 1  # of a file without the one of its weights; protobuf reads no more
 MAX_NAME = 1000  # characters
 MAX_FAULT = 300  # characters of what another library says
+# What a graph may take while it computes: it is a program, and anybody may have written it.
+SECONDS_PER_IMAGE = 60
+MEMORY_SHARE = 0.75  # of the machine's
 DESCRIBED = ("format_version", "model", "snapshot", "classes", *Preprocessing.__annotations__)
 ERRORS = (
     native.EPFail,
@@ -232,6 +237,34 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
+@cache
+def limit_memory() -> None:
+    """Let what ONNX Runtime takes be no more than MEMORY_SHARE, in this process: it raises then."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    onnxruntime.create_and_register_allocator(
+        onnxruntime.OrtMemoryInfo(
+            "Cpu",
+            onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+            0,
+            onnxruntime.OrtMemType.DEFAULT,
+        ),
+        onnxruntime.OrtArenaCfg(int(MEMORY_SHARE * memory), -1, -1, -1),
+    )
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[onnxruntime.RunOptions]:
+    """Options of a run that ends it, between two nodes of the graph, when it has taken so long."""
+    options = onnxruntime.RunOptions()
+    timer = Timer(seconds, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield options
+    finally:
+        timer.cancel()
+
+
 class ExportedModel:
     """A file of resnet_to_onnx.py, ready to run on the CPU.
 
@@ -243,6 +276,8 @@ class ExportedModel:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what is wrong is raised
         options.add_session_config_entry("session.load_model_format", "ONNX")
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        limit_memory()
         try:
             structure = read_structure(path)  # before ONNX Runtime opens anything
             texts = {entry.key: entry.value for entry in structure.metadata_props}
@@ -251,7 +286,10 @@ class ExportedModel:
             self.model, self.classes = about.model, about.classes
             self.preprocessing = about.preprocessing
             self.session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
+                path,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"],  # it would compute without a limit of time
             )
             self.check_ends()
         except ERRORS as error:
@@ -283,8 +321,14 @@ class ExportedModel:
     def logits(self, images: np.ndarray) -> np.ndarray:
         """(N, 3, H, W) float32, normalised, to (N, C) float32. Raises RunError."""
         try:
-            logits = self.session.run([OUTPUT], {INPUT: images})[0]
+            with time_limit(SECONDS_PER_IMAGE * len(images)) as options:
+                logits = self.session.run([OUTPUT], {INPUT: images}, options)[0]
         except ERRORS as error:
+            if options.terminate:
+                raise RunError(
+                    f"{self.path} takes more than {SECONDS_PER_IMAGE} s for an image, which is the "
+                    "limit"
+                ) from None
             raise RunError(
                 f"ONNX Runtime cannot run {self.path}: {str(error)[:MAX_FAULT]}"
             ) from None

@@ -1,5 +1,6 @@
 """Exported files as anybody may have written them: run, or refused in one line."""
 
+import itertools
 import json
 import os
 import socket
@@ -315,6 +316,41 @@ def test_loops_are_refused(guarded):
     body = helper.make_graph([], "body", [], [])
     with pytest.raises(RunError, match="branches or loops"):
         load(guarded, network([helper.make_node("Loop", ["", ""], ["x"], body=body)]))
+
+
+# What a graph computes.
+
+
+def computing(side: int, products: int) -> onnx.ModelProto:
+    """The mean of each colour, and a matrix (side, side) of zeros times itself, over and over."""
+    node = helper.make_node
+    names = [f"c{i}" for i in range(products + 1)]
+    bias = numpy_helper.from_array(np.zeros(3, np.float32), "bias")
+    shape = numpy_helper.from_array(np.array([side, side], np.int64), "shape")
+    nodes = [
+        node("ConstantOfShape", ["shape"], ["c0"]),
+        *(node("MatMul", [a, a], [b]) for a, b in itertools.pairwise(names)),
+        node("ReduceMax", [names[-1]], ["zero"], keepdims=0),
+        node("Add", ["zero", "bias"], ["sum"]),
+    ]
+    model = network(nodes, initializer=[bias, shape])
+    model.graph.node[2].input[1] = "sum"
+    ordered = [*model.graph.node[:2], *model.graph.node[3:], model.graph.node[2]]
+    model.graph.ClearField("node")
+    model.graph.node.extend(ordered)
+    return model
+
+
+def test_time_and_memory_of_a_graph_are_bounded(folder, monkeypatch):
+    image = np.ones((1, 3, 8, 8), np.float32)
+    assert load(folder, computing(10, 2)).logits(image).tolist() == [[1, 1, 1]]
+    monkeypatch.setattr(export, "SECONDS_PER_IMAGE", 0.2)
+    exported = load(folder, computing(1024, 200))
+    with pytest.raises(RunError, match="takes more than 0.2 s for an image"):
+        exported.logits(image)
+    exported = load(folder, computing(1 << 20, 1))
+    with pytest.raises(RunError, match="cannot run"):
+        exported.logits(image)
 
 
 # What is not a file of ONNX.
