@@ -11,6 +11,9 @@ from typing import TextIO
 # What a terminal obeys, and marks that turn the order of letters around.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+OF_THE_SYSTEM = (MemoryError, OSError, RecursionError)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UsageError(Exception):
     """Wrong usage, found before anything is loaded: one line, exit status 2."""
@@ -59,7 +62,7 @@ def run_main(
     try:
         status = main() or 0
         sys.stdout.flush()
-    except (UsageError, RunError, KeyboardInterrupt, MemoryError, OSError) as error:
+    except (UsageError, RunError, KeyboardInterrupt, *OF_THE_SYSTEM) as error:
         return leave(explain(error))
     return status
 
@@ -82,21 +85,16 @@ def describe(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, MemoryError):
         return 1, f"out of memory: {error}"
+    if isinstance(error, RecursionError):  # os.makedirs calls itself for each folder
+        return (
+            1,
+            "a path has more folders in one another than Python can follow; give a shorter one",
+        )
     if isinstance(error, OSError) and error.filename:
         return 1, f"{error.strerror}: {error.filename}"
-    if isinstance(error, OSError) and not can_flush():
-        return 1, f"cannot write to standard output: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return 1, f"cannot write to standard output, or a file of this run: {error.strerror}"
     return 1, getattr(error, "strerror", None) or str(error)
-
-
-def can_flush() -> bool:
-    """Whether what was printed can be written; else it is given up, so that the end is clean."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        forget(sys.stdout)
-        return False
-    return True
 
 
 def report(error: object) -> None:

@@ -64,7 +64,8 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
         handle = os.open(save_dir, os.O_RDONLY)
     except OSError as error:
         raise UsageError(
-            f"--model_save_dir: cannot write to {error.filename}: {error.strerror}; give another"
+            f"--model_save_dir: cannot write to {save_dir or error.filename}: {error.strerror}; "
+            "give another"
         ) from None
     try:
         lock(handle, save_dir)

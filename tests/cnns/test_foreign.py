@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import pickletools
+import shutil
 import socket
 import struct
 import time
@@ -696,6 +697,26 @@ def test_a_mismatch_names_the_first_of_each_kind(tmp_path, small_weights):
         restore(path, model=None, num_classes=None, models=model_registry.MODELS)
     with pytest.raises(UsageError, match="--num_classes=5, but .* has 4 classes$"):
         restore(path, model="tiny", num_classes=5, models=model_registry.MODELS)
+
+
+def test_a_small_file_of_many_classes(tmp_path, small_weights, monkeypatch):
+    """No network of 750,000 classes is built for it."""
+
+    def build(num_classes, *more):
+        assert num_classes == 1
+        return Tiny(num_classes)
+
+    monkeypatch.setitem(model_registry.MODELS, "tiny", Model(build, image_size=32))
+    many = {"fc.weight": np.ones((750_000, 1), np.float32), "fc.bias": np.ones(750_000, np.float32)}
+    path = pth(tmp_path / "a.pth", small_weights | many)
+    ours = tmp_path / "snapshot_a"
+    shutil.copytree(ROOT / "tests" / "stored" / "run" / "snapshot_epoch_1", ours)
+    description = json.loads((ours / "snapshot.json").read_text())
+    description |= {"model": "tiny", "num_classes": 900_000, "classes": None}
+    (ours / "snapshot.json").write_text(json.dumps(description))
+    for each in (path, ours):
+        with pytest.raises(UsageError, match="fc.weight has .* numbers, and .* classes need"):
+            restore(str(each), model="tiny", num_classes=None, models=model_registry.MODELS)
 
 
 # The scripts.
