@@ -86,10 +86,7 @@ def describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError):
         return 1, f"out of memory: {error}"
     if isinstance(error, RecursionError):  # os.makedirs calls itself for each folder
-        return (
-            1,
-            "a path has more folders in one another than Python can follow; give a shorter one",
-        )
+        return 1, "a path has too many folders in one another; give a shorter one"
     if isinstance(error, OSError) and error.filename:
         return 1, f"{error.strerror}: {error.filename}"
     if isinstance(error, OSError) and error.errno in FULL:
