@@ -37,7 +37,7 @@ OPSETS = (9, 21)  # lowest and highest that resnet_to_onnx.py writes
 # the Inception-v3 paper (arXiv:1512.00567).
 LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072}
 EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
-COUNT = number(int, 1)
+COUNT, PIXELS = number(int, 1), number(int, 1, 2**32)
 
 
 def rgb_std(text: str) -> tuple[float, ...]:
@@ -473,7 +473,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
             )
             | {
                 "max_pixels": Flag(
-                    "largest picture that is read, width times height", COUNT, MAX_PIXELS
+                    "largest picture that is read, width times height", PIXELS, MAX_PIXELS
                 ),
                 "top_k": Flag("classes to print for each image", COUNT, 1),
                 "batch_size": Flag(

@@ -4,7 +4,7 @@
 #   MODEL_LOAD_DIR=output/snapshots/mine/snapshot_last DATA_ROOT=data/imagenet/ofrecord sh evaluate.sh
 # Flags are those of of_cnn_evaluate.py; yours come last and win.
 set -eu
-cd "$(dirname "$0")"
+CDPATH='' cd "$(dirname "$0")"
 . ./env.sh
 
 exec "$python" of_cnn_evaluate.py \

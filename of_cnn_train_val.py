@@ -283,11 +283,10 @@ def describe_network(
     if start is not None:
         notices += start.notices()
         check_fits(
-            start.snapshot,
+            start,
             models=MODELS,
             model=args.model,
             num_classes=args.num_classes,
-            path=start.path,
             finetune=args.finetune if args.resume is None else None,
         )
     model = args.model or (known.model if known else "resnet50")

@@ -52,6 +52,7 @@ from cnns.export import (
     is_utf_8,
     softmax,
 )
+from cnns.interrupts import exit_on_signals
 from cnns.log import notice
 from cnns.places import ONNX_ROOT
 
@@ -406,4 +407,5 @@ def print_comparison(comparison: Comparison, paths: list[str], snapshot: Snapsho
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(run_main(main))

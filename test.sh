@@ -4,7 +4,7 @@
 #   sh test.sh --fast
 #   sh test.sh tests/test_env.py -k moved
 set -eu
-cd "$(dirname "$0")"
+CDPATH='' cd "$(dirname "$0")"
 . ./env.sh
 
 exec "$python" -m pytest "$@"

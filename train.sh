@@ -4,7 +4,7 @@
 #   DATA_ROOT=data/imagenet/ofrecord NUM_EPOCH=90 sh train.sh --batch_size_per_device=128
 # Flags are those of of_cnn_train_val.py; yours come last and win.
 set -eu
-cd "$(dirname "$0")"
+CDPATH='' cd "$(dirname "$0")"
 . ./env.sh
 
 if [ -n "${DATA_ROOT:-}" ]; then

@@ -12,6 +12,9 @@ from typing import TextIO
 # Control characters, and marks that reverse the direction of text.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+OF_THE_SYSTEM = (MemoryError, OSError, RecursionError)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UsageError(Exception):
     """Wrong usage, found before anything is loaded: one line, exit status 2."""
@@ -60,7 +63,7 @@ def run_main(
     try:
         status = main() or 0
         sys.stdout.flush()
-    except (UsageError, RunError, KeyboardInterrupt, MemoryError, OSError) as error:
+    except (UsageError, RunError, KeyboardInterrupt, *OF_THE_SYSTEM) as error:
         return leave(explain(error))
     return status
 
@@ -83,9 +86,13 @@ def describe(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, MemoryError):
         return 1, f"out of memory: {error}"
+    if isinstance(error, RecursionError):  # os.makedirs calls itself for each folder
+        return 1, "a path has too many folders in one another; give a shorter one"
     if isinstance(error, OSError) and error.filename:
         return 1, f"{error.strerror}: {error.filename}"
-    return 1, str(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        return 1, f"cannot write to standard output, or a file of this run: {error.strerror}"
+    return 1, getattr(error, "strerror", None) or str(error)
 
 
 def report(error: object) -> None:

@@ -13,9 +13,13 @@ A file of resnet_to_onnx.py takes `images` (batch, 3, H, W) float32, RGB, normal
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from threading import Timer
 
 import numpy as np
 import onnx
@@ -44,6 +48,9 @@ DESCRIBED = (
     "classes",
     *Preprocessing.__annotations__,
 )
+# What a graph may take while it computes: it is a program, and anybody may have written it.
+SECONDS_PER_IMAGE = 60
+MEMORY_SHARE = 0.75  # of the machine's
 ERRORS = (
     native.EPFail,
     native.Fail,
@@ -177,8 +184,11 @@ def read_structure(path: str) -> onnx.ModelProto:
         if os.path.getsize(path) > MAX_BYTES:
             raise RunError(f"{path} is larger than {MAX_BYTES} bytes, the limit of an ONNX file")
         with open(path, "rb") as file, warnings.catch_warnings(record=True) as found:
-            model = onnx.ModelProto.FromString(file.read())
-        if found:  # bytes after the end of the message
+            data = file.read()
+            with silent():
+                model = onnx.ModelProto.FromString(data)
+        del data
+        if found:  # of an end before the last byte
             raise DecodeError
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
@@ -194,9 +204,31 @@ def read_structure(path: str) -> onnx.ModelProto:
     return model
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Drops what native code writes on stderr: protobuf's lines about texts, which are checked."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
 def messages(message: Message) -> Iterator[Message]:
-    """A message and all below it; not below tensors, which hold numbers."""
+    """A message and all below it; not below tensors, which hold numbers.
+
+    Raises ValueError where a text is not UTF-8, which protobuf then gives as bytes.
+    """
     yield message
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            texts = value if field.label == field.LABEL_REPEATED else [value]
+            if any(isinstance(text, bytes) for text in texts):
+                raise ValueError(f"{field.name} in it is not UTF-8")
     if isinstance(message, onnx.TensorProto):
         return
     for field, value in message.ListFields():
@@ -229,6 +261,34 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
+@cache
+def limit_memory() -> None:
+    """Let what ONNX Runtime takes be no more than MEMORY_SHARE, in this process: it raises then."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    onnxruntime.create_and_register_allocator(
+        onnxruntime.OrtMemoryInfo(
+            "Cpu",
+            onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+            0,
+            onnxruntime.OrtMemType.DEFAULT,
+        ),
+        onnxruntime.OrtArenaCfg(int(MEMORY_SHARE * memory), -1, -1, -1),
+    )
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[onnxruntime.RunOptions]:
+    """Options of a run that ends it, between two nodes of the graph, when it has taken so long."""
+    options = onnxruntime.RunOptions()
+    timer = Timer(seconds, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield options
+    finally:
+        timer.cancel()
+
+
 class ExportedModel:
     """A file of resnet_to_onnx.py, ready to run on the CPU.
 
@@ -240,6 +300,8 @@ class ExportedModel:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what is wrong is raised
         options.add_session_config_entry("session.load_model_format", "ONNX")
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        limit_memory()
         try:
             structure = read_structure(path)  # before ONNX Runtime opens anything
             texts = {entry.key: entry.value for entry in structure.metadata_props}
@@ -249,7 +311,10 @@ class ExportedModel:
             self.snapshot, self.run = about.snapshot, about.run
             self.preprocessing = about.preprocessing
             self.session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
+                path,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"],  # it would compute without a limit of time
             )
             self.check_ends()
         except ERRORS as error:
@@ -281,8 +346,14 @@ class ExportedModel:
     def logits(self, images: np.ndarray) -> np.ndarray:
         """(N, 3, H, W) float32, normalised, to (N, C) float32. Raises RunError."""
         try:
-            logits = self.session.run([OUTPUT], {INPUT: images})[0]
+            with time_limit(SECONDS_PER_IMAGE * len(images)) as options:
+                logits = self.session.run([OUTPUT], {INPUT: images}, options)[0]
         except ERRORS as error:
+            if options.terminate:
+                raise RunError(
+                    f"{self.path} takes more than {SECONDS_PER_IMAGE} s for an image, which is the "
+                    "limit"
+                ) from None
             raise RunError(
                 f"ONNX Runtime cannot run {self.path}: {str(error)[:MAX_FAULT]}"
             ) from None

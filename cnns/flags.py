@@ -23,6 +23,8 @@ from cnns.hints import FOREIGN, NOT_NEEDED, nearest, nearest_flag
 
 LOOKS_LIKE_A_FLAG = re.compile(r"-[A-Za-z-][^\s=]*(=|$)")
 
+MAX_INTEGER = 2**31 - 1  # so that steps, epochs times steps, fit in the 64 bits that OneFlow has
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -308,7 +310,12 @@ def boolean(text: str) -> bool:
 def number(
     kind: type, low: float, high: float = math.inf, *, above: bool = False
 ) -> Callable[[str], Any]:
-    """The type of an int or float of at least `low` (more, if `above`) up to `high`."""
+    """The type of an int or float of at least `low` (more, if `above`) up to `high`.
+
+    An int has 31 bits unless `high` allows more.
+    """
+    if kind is int and high == math.inf:
+        high = MAX_INTEGER
 
     def parse(text: str) -> Any:
         try:
@@ -316,12 +323,13 @@ def number(
         except ValueError:
             noun = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {noun}") from None
-        if not math.isfinite(value):
+        if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} must be finite")
         if not (low < value if above else low <= value) or not value <= high:
             upper = "" if high == math.inf else f" and at most {high:g}"
             lower = f"{'above' if above else 'at least'} {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {lower}{upper}")
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            raise argparse.ArgumentTypeError(f"{shown} must be {lower}{upper}")
         return value
 
     return parse

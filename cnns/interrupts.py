@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from contextlib import suppress
 from types import FrameType
 
@@ -34,6 +35,28 @@ def is_ignored(number: int) -> bool:
 def watched() -> list[signal.Signals]:
     """The signals that end a run: all except an ignored SIGHUP."""
     return [n for n in SIGNALS if n != signal.SIGHUP or not is_ignored(n)]
+
+
+def exit_on_signals() -> None:
+    """Let SIGTERM, and a SIGHUP that is not ignored, end this process by SystemExit: 143 or 129.
+
+    So `finally` cleans up. Further ones are ignored meanwhile.
+    """
+    for number in watched():
+        if number != signal.SIGINT:  # which raises KeyboardInterrupt
+            signal.signal(number, _exit)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    for each in watched():
+        if each != signal.SIGINT:
+            signal.signal(each, signal.SIG_IGN)
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:  # the terminal is gone, and what is still to be said must not fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    sys.exit(128 + number)
 
 
 class Interrupts:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cnns import errors
-from cnns.errors import UsageError, printable, say
+from cnns.errors import RunError, UsageError, printable, say
 
 TERMINAL_MARK = "CNNS_TERMINAL"  # in the environment of a process that draws through its parent
 RUN_AHEAD = 2  # steps; enough for the next to be there when one ends
@@ -151,7 +151,10 @@ def open_log(directory: str | None, script: str) -> Log:
     def log(line: str) -> None:
         line = printable(line)
         say(line, sys.stdout)
-        file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+        try:
+            file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+        except OSError as error:
+            raise RunError(f"--log_dir: cannot write {path}: {error.strerror}") from None
 
     return log
 

@@ -19,7 +19,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import threading
 
 from cnns.errors import report
@@ -58,7 +57,7 @@ def import_quietly() -> None:
     # A signal in the middle of this import would leave half a module, or a native stack.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     sigint = signal.getsignal(signal.SIGINT)
-    with tempfile.TemporaryFile() as held_back:
+    with open(os.memfd_create("stderr"), "w+b") as held_back:  # needs no disk
         os.dup2(held_back.fileno(), 2)
         failure = None
         try:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fuzz import Fuzzing
+
 # A shell starts what is behind `&` with SIGINT ignored, and nohup ignores SIGHUP; what the tests
 # start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,6 +28,18 @@ def pytest_addoption(parser):
         action="store_true",
         help="leave out whole runs, the fake CUDA device and tests marked long",
     )
+    parser.addoption(
+        "--fuzz",
+        type=float,
+        metavar="MINUTES",
+        help="run the fuzzers only, each for so long, with other examples each time",
+    )
+
+
+def pytest_configure(config):
+    minutes = config.getoption("--fuzz")
+    if minutes is not None:
+        config.pluginmanager.register(Fuzzing(minutes, config.pluginmanager))
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -35,6 +49,9 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fuzz") is not None:
+        items[:] = [item for item in items if item.get_closest_marker("fuzz")]
+        return
     if not config.getoption("--fast"):
         return
     long = [item for item in items if is_long(item)]

@@ -1,20 +1,22 @@
-"""What the fuzzers share: damage to a valid file, and how much of it is tried.
+"""What the fuzzers share: damage to a valid file, and how long it is tried.
 
-FUZZ_EXAMPLES=100000 sh test.sh tests/tools/test_fuzz.py    # for hours; unless given, for seconds
+sh test.sh --fuzz=30               # every fuzzer for 30 minutes, with other examples each time
+sh test.sh --fuzz=30 -k test_tar   # one of them
 """
 
 import contextlib
-import os
 import resource
+import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
-SECONDS = 5.0  # that one input may take
+SECONDS = 5.0  # of the processor, that one input may take
+ALARM_SECONDS = 60  # after which it is stopped
 MEMORY_KIB = 600 << 10  # that one input may add; readers have a budget of 256 MiB
 # Lengths, offsets and signs that readers get wrong.
 NUMBERS = [0, 1, 2, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, -1]
@@ -26,16 +28,54 @@ WORDS = [
 ]
 
 
-def fuzz(examples: int, **options) -> settings:
-    """Settings of a fuzzer: the same examples each time, unless FUZZ_EXAMPLES asks for more."""
-    return settings(
-        max_examples=EXAMPLES or examples,
-        derandomize=not EXAMPLES,
+def fuzz(examples: int) -> Callable:
+    """Make a test of hypothesis a fuzzer: so many examples, the same each time, but with --fuzz."""
+    bounded_run = settings(
+        max_examples=examples,
+        derandomize=True,
         deadline=None,
         database=None,
+        print_blob=True,
         suppress_health_check=list(HealthCheck),
-        **options,
     )
+    return lambda test: pytest.mark.fuzz(bounded_run(test))
+
+
+class Fuzzing:
+    """A plugin of pytest: runs each fuzzer for so many minutes, and says how much it tried."""
+
+    def __init__(self, minutes: float, plugins: pytest.PytestPluginManager):
+        self.seconds, self.plugins = 60 * minutes, plugins
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool:
+        test, count, start = pyfuncitem.obj, 0, time.monotonic()
+        inner = test.hypothesis.inner_test
+
+        def counted(*args, **kwargs):
+            nonlocal count
+            count += 1
+            inner(*args, **kwargs)
+
+        test.hypothesis.inner_test = counted
+        # In rounds: hypothesis remembers what it has tried, and each round forgets it.
+        test._hypothesis_internal_use_settings = settings(
+            test._hypothesis_internal_use_settings, derandomize=False, max_examples=1000
+        )
+        arguments = pyfuncitem._fixtureinfo.argnames
+        try:
+            while time.monotonic() - start < self.seconds:
+                test(**{name: pyfuncitem.funcargs[name] for name in arguments})
+        finally:
+            minutes = (time.monotonic() - start) / 60
+            pyfuncitem.user_properties.append(("fuzz", f"{count:,} in {minutes:.1f} minutes"))
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        tried = dict(report.user_properties).get("fuzz")
+        terminal = self.plugins.get_plugin("terminalreporter")  # not in the workers of xdist
+        if terminal is not None and report.when == "call" and tried is not None:
+            terminal.write_line(f"\n{report.nodeid}: {tried}, {report.outcome}", flush=True)
 
 
 @st.composite
@@ -65,18 +105,26 @@ def damaged(draw, *seeds: bytes) -> bytes:
     return bytes(data)
 
 
+def overdue(*_: object) -> None:
+    raise AssertionError(f"not over after {ALARM_SECONDS} s")
+
+
 @contextlib.contextmanager
 def bounded(*expected: type[Exception]) -> Iterator[None]:
     """Allow these errors and no other, and neither a long wait nor much memory.
 
     A name in a message may hold a line feed, which `report` makes a space.
     """
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.signal(signal.SIGALRM, overdue)
+    signal.alarm(ALARM_SECONDS)
     try:
         yield
     except expected as error:
         assert str(error)
-    assert time.monotonic() - start < SECONDS
+    finally:
+        signal.alarm(0)
+    assert time.process_time() - start < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY_KIB
 
 

@@ -2,6 +2,8 @@ import argparse
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import config
 import model_registry
@@ -9,6 +11,7 @@ from cnns.errors import UsageError, run_main
 from cnns.flags import number
 from cnns.models.model import default_resize_shorter
 from config import epochs_to_steps
+from fuzz import bounded, fuzz
 from small import call
 
 
@@ -185,3 +188,47 @@ def test_numbers_have_bounds():
     for text in ("nan", "inf"):
         with pytest.raises(argparse.ArgumentTypeError):
             number(float, 0, math.inf)(text)
+
+
+VALUES = (
+    *("", "-", "0", "1", "-1", "1.5", "1e308", "1e999", "nan", "inf", "-0", "9" * 30, "9" * 500),
+    *("9" * 5000, "0x10", "1_0", "٣", "True", "FALSE", "x", "\x1b[2J", "\udcff", "\ud800", "a\nb"),
+    *("1,2", "1,2,3", "1,,2", ",", "0.1,1", "1,0.1", "nan,1", "cpu", "cuda", "auto", "step"),
+    *("exponential", "adam", "rmsprop", "momentum", "onnxruntime", "resnet18", "/", "x.npz", "~"),
+)
+
+
+@fuzz(200)
+@given(st.data())
+def test_any_flags(data):
+    """What is parsed, and what is checked before anything is opened, ends in a line or is taken."""
+    script = data.draw(st.sampled_from(sorted(config.SCRIPTS)))
+    parser = config.make_parser(script)
+    argv = []
+    for name in data.draw(st.lists(st.sampled_from(sorted(parser.flags)), max_size=6)):
+        value = data.draw(st.sampled_from(VALUES) | st.text(max_size=8))
+        argv.append(f"--{name}={value}")
+
+    def main(argv):
+        args = parser.read(argv)
+        if script == "train":
+            config.finish_train_args(args, device=data.draw(st.sampled_from(["cpu", "cuda"])))
+            steps = {name: getattr(args, name) for name in ("warmup_epochs", "lr_step_epochs")}
+            for examples in (1, 2**40):
+                plan = epochs_to_steps(
+                    num_examples=examples,
+                    global_batch_size=args.batch_size_per_device,
+                    num_epochs=args.num_epochs,
+                    lr_decay_epochs=args.lr_decay_epochs,
+                    **steps,
+                )
+                assert 0 < plan.steps_per_epoch <= plan.total_steps
+                assert 0 <= plan.warmup_steps < plan.total_steps
+        elif script != "export":
+            config.check_backend_flags(args)
+
+    with bounded():
+        result = call(main, *argv)
+        assert result.status in (0, 1, 2)
+        assert result.status == 0 or len(result.stderr.splitlines()) == 1
+        assert "\x1b" not in result.stderr

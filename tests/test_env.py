@@ -469,6 +469,9 @@ def test_shells_parse(shell, name):
     subprocess.run([*shell.split(), "-n", ROOT / name], check=True)
 
 
+HARD = "a b'c\"d\ne$(touch run)`touch run`*;&|\\n"  # nothing of it is for the shell
+
+
 @pytest.mark.parametrize(
     "wrapper, env, expected",
     [
@@ -479,14 +482,14 @@ def test_shells_parse(shell, name):
         ),
         (
             "train.sh",
-            {"NUM_EPOCH": "3", "DATA_ROOT": "my data"},
+            {"NUM_EPOCH": "3", "DATA_ROOT": HARD},
             [
                 "of_cnn_train_val.py",
                 "--save_init",
                 "--loss_print_every_n_iter=10",
                 "--num_epoch=3",
-                "--train_data_dir=my data/train",
-                "--val_data_dir=my data/validation",
+                f"--train_data_dir={HARD}/train",
+                f"--val_data_dir={HARD}/validation",
             ],
         ),
         (
@@ -498,18 +501,18 @@ def test_shells_parse(shell, name):
         ),
         (
             "evaluate.sh",
-            {"MODEL_LOAD_DIR": "my model", "DATA_ROOT": "my data"},
+            {"MODEL_LOAD_DIR": HARD, "DATA_ROOT": HARD},
             [
                 "of_cnn_evaluate.py",
-                "--model_load_dir=my model",
-                "--val_data_dir=my data/validation",
+                f"--model_load_dir={HARD}",
+                f"--val_data_dir={HARD}/validation",
             ],
         ),
         ("inference.sh", {}, ["of_cnn_inference.py"]),
         (
             "inference.sh",
-            {"MODEL_LOAD_DIR": "my model", "IMAGE_PATH": "my cat.jpg"},
-            ["of_cnn_inference.py", "--model_load_dir=my model", "--image_path=my cat.jpg"],
+            {"MODEL_LOAD_DIR": HARD, "IMAGE_PATH": HARD},
+            ["of_cnn_inference.py", f"--model_load_dir={HARD}", f"--image_path={HARD}"],
         ),
         ("test.sh", {}, ["-m", "pytest"]),
     ],
@@ -517,18 +520,20 @@ def test_shells_parse(shell, name):
 def test_wrapper_passes_on_flags_and_exit_status(tmp_path, wrapper, env, expected):
     checkout = tmp_path / "check out"
     checkout.mkdir()
+    (tmp_path / "elsewhere" / "check out").mkdir(parents=True)
     shutil.copy(ROOT / wrapper, checkout)
     (checkout / "env.sh").write_text("python=$PWD/python\n")
-    write_script(checkout / "python", """printf '%s\\n' "$PWD" "$@"; exit 43""")
+    write_script(checkout / "python", """printf '%s\\0' "$PWD" "$@"; exit 43""")
     more = ["--flag=a b", "*"]
     run = subprocess.run(
-        ["sh", str(checkout / wrapper), *more],
+        ["sh", f"check out/{wrapper}", *more],
         cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], **env},
+        env={"PATH": os.environ["PATH"], "CDPATH": str(tmp_path / "elsewhere"), **env},
         capture_output=True,
         text=True,
     )
-    assert run.stdout.splitlines() == [str(checkout), *expected, *more]
+    assert run.stdout.split("\0") == [str(checkout), *expected, *more, ""]
+    assert not (checkout / "run").exists()
     assert (run.returncode, run.stderr) == (43, "")
 
 

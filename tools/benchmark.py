@@ -21,9 +21,11 @@ import tarfile
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -46,6 +48,7 @@ from cnns.errors import RunError, UsageError, run_main
 from cnns.export import ExportedModel
 from cnns.flags import Parser, add_switch, number
 from cnns.graphs import Predictor
+from cnns.interrupts import exit_on_signals
 from cnns.log import limit_run_ahead
 from cnns.models.layers import Switches
 from cnns.run import Run
@@ -315,13 +318,23 @@ def resident_megabytes(pid: int) -> float:
     return own + sum(resident_megabytes(int(child)) for child in children)
 
 
+@contextmanager
+def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process that does not outlive the block: what remains of it is asked to end."""
+    with subprocess.Popen(command, **options) as run:
+        try:
+            yield run
+        finally:
+            run.terminate()
+
+
 def convert(archive: Path, output: Path, num_workers: int) -> float:
     """Run the conversion; return the peak memory of all its processes together, in MB."""
     tool, most = str(Path(__file__).with_name("make_ofrecord.py")), 0.0
     command = [sys.executable, tool, "imagenet", f"--train={archive}", f"--output={output}"]
     command += [f"--num_parts={CONVERSION_PARTS}", f"--num_workers={num_workers}"]
     with tempfile.TemporaryFile("w+") as messages:
-        with subprocess.Popen(command, stdout=messages, stderr=messages) as run:
+        with process(command, stdout=messages, stderr=messages) as run:
             while run.poll() is None:
                 most = max(most, resident_megabytes(run.pid))
                 time.sleep(0.02)
@@ -368,4 +381,5 @@ def benchmark_conversion(args: Namespace) -> dict:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(run_main(main))

@@ -22,6 +22,7 @@ from cnns.checkpoint.snapshot import save_snapshot
 from cnns.checkpoint.weights import check_fits, open_checkpoint
 from cnns.errors import UsageError, run_main
 from cnns.flags import Parser
+from cnns.interrupts import exit_on_signals
 from cnns.log import notice
 
 
@@ -56,9 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         path, models=model_registry.MODELS, model=args.model, layout=args.layout
     )
     snapshot = checkpoint.snapshot
-    check_fits(
-        snapshot, models=model_registry.MODELS, model=args.model, num_classes=None, path=path
-    )
+    check_fits(checkpoint, models=model_registry.MODELS, model=args.model, num_classes=None)
     network = model_registry.MODELS[snapshot.model].build(snapshot.num_classes)
     for text in [*checkpoint.notices(), *checkpoint.load(network)]:
         notice(text)
@@ -68,4 +67,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(run_main(main))

@@ -17,7 +17,7 @@ from cnns.flags import Parser, number
 
 def add_max_pixels(parser: Parser) -> None:
     text = "largest picture that is read, width times height"
-    parser.add_argument("--max_pixels", type=number(int, 1), default=MAX_PIXELS, help=text)
+    parser.add_argument("--max_pixels", type=number(int, 1, 2**32), default=MAX_PIXELS, help=text)
 
 
 def load_small(image: Image.Image) -> None:

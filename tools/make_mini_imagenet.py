@@ -6,7 +6,6 @@ python3 tools/make_mini_imagenet.py --num_examples=200 --output=data/mini
 
 import itertools
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from PIL import Image
 from cnns.data.images import CLASSES_FILE, read_classes, read_picture
 from cnns.errors import run_main
 from cnns.flags import Parser, number
+from cnns.interrupts import exit_on_signals
 from tools.jpeg_util import encode_jpeg
 from tools.ofrecord_writer import Example, Split, write_dataset
 
@@ -95,5 +95,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up first
+    exit_on_signals()
     sys.exit(run_main(main))

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import io
 import os
-import signal
 import sys
 import zlib
 from collections import defaultdict
@@ -31,6 +30,7 @@ from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.flags import Parser, add_switch, number
 from cnns.hints import path_hint
 from cnns.inputs import Tree, open_input, unpacked_limit
+from cnns.interrupts import exit_on_signals
 from tools import cifar, imagenet
 from tools.imagenet import is_image_name, some
 from tools.jpeg_util import add_max_pixels, encode_jpeg, upright_jpeg
@@ -591,5 +591,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up first
+    exit_on_signals()
     sys.exit(run_main(main))

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.flags import Parser, add_switch, number
 from cnns.hints import path_hint
 from cnns.inputs import open_input
+from cnns.interrupts import exit_on_signals
 from tools.jpeg_util import add_max_pixels, decode_jpeg
 from tools.ofrecord_writer import BLOCK_BYTES, default_num_workers
 from tools.worker_pool import Advance, Progress, run_tasks
@@ -322,5 +322,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up first
+    exit_on_signals()
     sys.exit(run_main(main))

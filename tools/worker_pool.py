@@ -114,9 +114,9 @@ def run_tasks(
                     target=work, args=(task, theirs, os.getpid()), daemon=True
                 )
                 workers[pipe] = number, process
-                # Ctrl-C goes to the whole process group. Workers inherit the mask, so it never
-                # reaches them, and it is delivered here a moment later.
-                mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+                # Ctrl-C and SIGHUP go to the whole process group. Workers inherit the mask, so they
+                # never reach them, and they are delivered here a moment later.
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
                 try:
                     process.start()
                 finally:

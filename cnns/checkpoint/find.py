@@ -66,7 +66,8 @@ def open_save_dir(save_dir: str | None, *, resumed: str | None = None) -> Iterat
         handle = os.open(save_dir, os.O_RDONLY)
     except OSError as error:
         raise UsageError(
-            f"--model_save_dir: cannot write to {error.filename}: {error.strerror}; give another"
+            f"--model_save_dir: cannot write to {save_dir or error.filename}: {error.strerror}; "
+            "give another"
         ) from None
     try:
         if not try_lock(handle):
@@ -354,7 +355,7 @@ def restore(
     path = find_snapshot(model_load_dir, models=models, model=model)
     checkpoint = open_checkpoint(path, models=models, model=model)
     snapshot = checkpoint.snapshot
-    check_fits(snapshot, models=models, model=model, num_classes=num_classes, path=path)
+    check_fits(checkpoint, models=models, model=model, num_classes=num_classes)
     entry = models[snapshot.model]
     snapshot.preprocessing = entry.override(snapshot.preprocessing, **preprocessing)
     check_switches(models, snapshot.model, switches)

@@ -270,7 +270,10 @@ def array_file_errors(path: str, name: str) -> Iterator[None]:
     file_path = os.path.join(path, name)
     try:
         check_regular(file_path)
+        open(file_path, "rb").close()  # safetensors calls a file missing that may not be read
         yield
+    except PermissionError as error:
+        raise RunError(f"cannot read {file_path}: {error.strerror}") from None
     except FileNotFoundError:
         raise RunError(
             f"{path} is not a snapshot, or only part of one: it holds no {name}"

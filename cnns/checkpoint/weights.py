@@ -1,5 +1,6 @@
 """Weights to start from, in any known format, and how they are loaded into a network."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -29,11 +30,13 @@ from cnns.checkpoint.snapshot import (
     versions,
 )
 from cnns.checkpoint.training import check_state
+from cnns.data.format import MAX_CLASSES
 from cnns.errors import RunError, UsageError
 from cnns.models.layers import from_standard, to_standard
 from cnns.models.model import Models
 
 MAX_NAMES = 3  # of a kind, in one line
+MANY_CLASSES = 20_000  # a network of more is not built before its last layer has been looked at
 
 
 def standard_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -193,19 +196,19 @@ def open_checkpoint(
 
 
 def check_fits(
-    snapshot: Snapshot,
+    checkpoint: Checkpoint,
     *,
     models: Models,
     model: str | None,
     num_classes: int | None,
-    path: str,
     finetune: bool | None = None,
 ) -> None:
-    """Raise UsageError where flags ask for another network or class count than the snapshot's.
+    """Raise UsageError where flags ask for another network or class count than the checkpoint's.
 
     Args:
         finetune: whether the class count may differ; None where there is no such flag.
     """
+    snapshot, path = checkpoint.snapshot, checkpoint.path
     if snapshot.model not in models:
         raise UsageError(f"{path} holds a {snapshot.model}, which this version does not know")
     if model is not None and model != snapshot.model:
@@ -214,4 +217,27 @@ def check_fits(
         way = "" if finetune is None else "; --finetune takes all but the last layer"
         raise UsageError(
             f"--num_classes={num_classes}, but {path} has {snapshot.num_classes} classes{way}"
+        )
+    if not finetune and snapshot.num_classes > MANY_CLASSES:
+        check_last_layer(checkpoint, models)
+
+
+def check_last_layer(checkpoint: Checkpoint, models: Models) -> None:
+    """Raise UsageError unless the last layer is as large as its classes make that of the network.
+
+    A small file may claim a million classes, and a network that has them takes 8 GB.
+    """
+    snapshot, path = checkpoint.snapshot, checkpoint.path
+    entry, count = models[snapshot.model], snapshot.num_classes
+    if checkpoint.external is not None:
+        arrays = checkpoint.external.arrays
+    else:
+        arrays = checkpoint.weights = checkpoint.weights or read_weights(path)
+    name = f"{entry.last_layer}.weight"
+    needed = count * math.prod(standard_shapes(entry.build(1))[name])
+    held = arrays[name].size if name in arrays else 0
+    if count > MAX_CLASSES or held != needed:
+        raise UsageError(
+            f"the weights of {path} do not fit the network: {name} has {held} numbers, and "
+            f"{count} classes need {needed} ({MAX_CLASSES} classes at most)"
         )

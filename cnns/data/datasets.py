@@ -13,7 +13,7 @@ from cnns.data.format import MAX_CLASSES
 from cnns.data.kinds import Arrays, Dataset
 from cnns.errors import RunError, UsageError
 from cnns.hints import path_hint
-from cnns.inputs import check_ordinary, unpacked_limit
+from cnns.inputs import open_input, unpacked_limit
 
 
 def check_sizes(path: str) -> None:
@@ -46,7 +46,7 @@ def read_npz(path: str, *, flag: str) -> Arrays:
     if not os.path.exists(path):
         raise UsageError(f"{flag}: there is no file {path}; {path_hint(path)}")
     try:
-        check_ordinary(path)
+        open_input(path).close()
     except OSError as error:
         raise UsageError(f"{flag}: cannot read {path}: {error.strerror}") from None
     if not zipfile.is_zipfile(path):

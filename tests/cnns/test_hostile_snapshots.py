@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -28,6 +28,7 @@ from cnns.data.format import read_manifest
 from cnns.errors import RunError, UsageError, report
 from cnns.jsonfile import MAX_BYTES, Damaged, parse_json
 from cnns.resume import unknown_flags
+from fuzz import bounded, fuzz
 from optimizer_util import OPTIMIZERS
 from small import MODELS, ROOT, call
 
@@ -452,11 +453,6 @@ def mutated(draw, seed):
     return bytes(data)
 
 
-FUZZ = settings(
-    max_examples=300,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 DESCRIPTION = json.loads((ROOT / "tests" / "stored" / SNAPSHOT / "snapshot.json").read_text())
 PARTS = [
     {"name": f"part-0000{i}", "num_examples": 6, "num_bytes": (i + 1) * 1000} for i in range(2)
@@ -465,51 +461,42 @@ MANIFEST = {"format_version": 1, "num_examples": 12, "num_classes": 4, "parts": 
 MANIFEST |= {"classes": ["a", "b", "c", "d"], "made_by": {"seed": 0}}
 
 
-def one_line(error: Exception) -> None:
-    assert not set("\x1b") & set(str(error)), str(error)
-
-
 @pytest.mark.long
-@FUZZ
+@fuzz(300)
 @given(mutated(DESCRIPTION))
 def test_any_description_is_read_or_refused(data):
     (SNAPSHOT / "snapshot.json").write_bytes(data)
-    try:
+    with bounded(RunError, UsageError):
         make_spec(f"--resume={SNAPSHOT}")
-    except (RunError, UsageError) as error:
-        one_line(error)
 
 
-@FUZZ
+@fuzz(300)
 @given(mutated(DESCRIPTION))
 def test_no_description_stands_in_the_way(data):
     (SNAPSHOT / "snapshot.json").write_bytes(data)
-    found = find_resume("auto", "run")
-    assert found.path in ("run/snapshot_epoch_0", "run/snapshot_epoch_1")
+    with bounded():
+        found = find_resume("auto", "run")
+        assert found.path in ("run/snapshot_epoch_0", "run/snapshot_epoch_1")
 
 
 @pytest.mark.long
-@FUZZ
+@fuzz(300)
 @given(mutated(MANIFEST))
 def test_any_manifest_is_read_or_refused(data):
     Path("data/train/manifest.json").write_bytes(data)
-    try:
+    with bounded(RunError, UsageError):
         check_shards("data/train", flag="--train_data_dir")
-    except (RunError, UsageError) as error:
-        one_line(error)
 
 
-@FUZZ
+@fuzz(300)
 @given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_text_is_parsed_or_refused(data):
-    try:
+    with bounded(Damaged):
         parse_json(data.decode(errors="replace"))
-    except Damaged as error:
-        one_line(error)
 
 
 @pytest.mark.long
-@FUZZ
+@fuzz(300)
 @given(st.data())
 def test_any_safetensors_header_is_read_or_refused(data):
     """That of `training` and `model`, with places of its JSON, or its bytes, changed."""
@@ -519,9 +506,9 @@ def test_any_safetensors_header_is_read_or_refused(data):
     changed = data.draw(mutated(json.loads(whole[8:end])))
     path.write_bytes(struct.pack("<Q", len(changed)) + changed + whole[end:])
     try:
-        read_resumable(str(SNAPSHOT), read_description(str(SNAPSHOT)))
-        read_weights(str(SNAPSHOT))
-    except RunError as error:
-        one_line(error)
+        with bounded(RunError):
+            read_resumable(str(SNAPSHOT), read_description(str(SNAPSHOT)))
+        with bounded(RunError):
+            read_weights(str(SNAPSHOT))
     finally:
         path.write_bytes(whole)

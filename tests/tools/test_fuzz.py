@@ -1,7 +1,4 @@
-"""Damaged input for every reader of data: a result or one line, within seconds and little memory.
-
-FUZZ_EXAMPLES=100000 sh test.sh tests/tools/test_fuzz.py    # for hours; unless given, for seconds
-"""
+"""Damaged input for every reader of data: a result or one line, in seconds and little memory."""
 
 import gzip
 import io

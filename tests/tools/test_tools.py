@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import os
+import pty
 import re
 import signal
 import struct
@@ -265,6 +266,49 @@ def load(i, calls=[]):
     return Example(b"jpeg", 0)
 write_dataset([Split(Path(sys.argv[1]), ["x"] * 8, load)], classes=["a"], made_by={}, num_parts=4)
 """
+
+
+ENDED = """
+import fcntl, os, sys, termios, time
+from pathlib import Path
+from cnns.interrupts import exit_on_signals
+from tools.ofrecord_writer import Example, Split, write_dataset
+def load(i):
+    if i < 7:
+        return Example(b"jpeg", 0)
+    print("ready", flush=True)
+    time.sleep(60)
+exit_on_signals()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+splits = [Split(Path(sys.argv[1]) / "out", ["x"] * 8, load)]
+write_dataset(splits, classes=["a"], made_by={}, num_parts=8, num_workers=2)
+"""
+
+
+@pytest.mark.parametrize("how, status", [("SIGTERM", 143), ("SIGHUP", 129), ("hang up", 129)])
+def test_a_signal_to_all_processes_of_a_tool(tmp_path, how, status):
+    """The finished parts are kept, as after Ctrl-C, also where the terminal is gone."""
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDED, str(tmp_path)],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        cwd=ROOT,
+    )
+    os.close(end)
+    with open(terminal, "rb", buffering=0) as file:
+        while b"ready" not in file.read(1000):
+            pass
+        if how != "hang up":
+            os.killpg(process.pid, signal.Signals[how])
+            assert process.wait(30) == status
+    assert process.wait(30) == status
+    found = sorted(tree(tmp_path))
+    assert found[0] == "out.partial/journal.jsonl" and not any(".tmp" in name for name in found)
+    with pytest.raises(ProcessLookupError):  # no worker is left
+        os.killpg(process.pid, 0)
 
 
 def test_killed_run_leaves_no_directory_of_that_name_and_the_next_one_goes_on(tmp_path):
