@@ -13,11 +13,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cnns.convert.jpegs import encode_jpeg
+from cnns.convert.writer import Example, Split, write_dataset
 from cnns.data.images import CLASSES_FILE, read_classes, read_picture
 from cnns.errors import run_main
 from cnns.flags import Parser, number
-from tools.jpeg_util import encode_jpeg
-from tools.ofrecord_writer import Example, Split, write_dataset
 
 DATA = CLASSES_FILE.parent
 PHOTOGRAPHS = {"cat.jpg": "tabby, tabby cat", "coffee.jpg": "espresso"}

@@ -18,6 +18,9 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cnns.convert.jpegs import add_max_pixels, decode_jpeg
+from cnns.convert.pool import Advance, Progress, run_tasks
+from cnns.convert.writer import BLOCK_BYTES, default_num_workers
 from cnns.data.format import (
     LENGTH,
     MANIFEST,
@@ -36,9 +39,6 @@ from cnns.data.jpeg import walk_jpeg
 from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.flags import Parser, add_switch, number
 from cnns.inputs import open_input
-from tools.jpeg_util import add_max_pixels, decode_jpeg
-from tools.ofrecord_writer import BLOCK_BYTES, default_num_workers
-from tools.worker_pool import Advance, Progress, run_tasks
 
 OPTIONS = ("num_classes", "decode", "max_pixels", "num_workers")  # flags
 SPLITS = ("train", "validation")
