@@ -12,15 +12,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cnns.convert.cache import VAL_SPLIT, Settings, is_photo_folder
 from cnns.data.crops import SHUFFLE_BUFFER_SIZE, Augmentation
 from cnns.data.format import MAX_CLASSES
 from cnns.data.images import MAX_PIXELS
 from cnns.distributed import choose_device
 from cnns.errors import UsageError
-from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path
+from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path, show
 from cnns.log import notice
 from cnns.models.layers import Switches
-from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT
+from cnns.places import CACHE_ROOT, ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT
 from model_registry import MODELS
 from optimizer_util import OPTIMIZERS, SCHEDULES
 
@@ -35,6 +36,11 @@ OPSETS = (9, 21)  # lowest and highest that resnet_to_onnx.py writes
 # NVIDIA's and OneFlow's ResNet-50 v1.5; adam: its paper's 0.001; rmsprop: 0.045 at batch 1600, of
 # the Inception-v3 paper (arXiv:1512.00567).
 LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072}
+# What --finetune takes unless flags say otherwise; docs/weights.md has how they were found.
+FINETUNE = {"num_epochs": 10, "warmup_epochs": 1.0, "keep_snapshots": 1}
+FINETUNE_RATE_PER_256 = {"sgd": 0.1, "adam": 0.001, "rmsprop": 0.001}
+# Largest and smallest batch per device; the smallest that gives an epoch so many steps is between.
+FINETUNE_BATCH_SIZE, FINETUNE_MIN_BATCH_SIZE, FINETUNE_STEPS = 32, 8, 10
 EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
 COUNT = number(int, 1)
 
@@ -197,8 +203,9 @@ AUGMENTATION_FLAGS = {
 }
 TRAIN_DATA_FLAGS = {
     "train_data_dir": Flag(
-        "directory of OFRecord parts, or an .npz file with images (N, H, W, 3) uint8 and labels "
-        "(N,); without it the data are synthetic",
+        "directory of OFRecord parts, an .npz file with images (N, H, W, 3) uint8 and labels (N,), "
+        "or a folder with one folder of images per class, or with train/ and validation/ of such; "
+        "without it the data are synthetic",
         path,
     ),
     "train_data_part_num": Flag("read the first so many parts", COUNT, otherwise="all"),
@@ -215,7 +222,9 @@ TRAIN_DATA_FLAGS = {
 }
 VAL_DATA_FLAGS = {
     "val_data_dir": Flag(
-        "directory of OFRecord parts, or an .npz file with images and labels", path
+        "directory of OFRecord parts, an .npz file with images and labels, or a folder with one "
+        "folder of images per class",
+        path,
     ),
     "val_data_part_num": Flag("read the first so many parts", COUNT, otherwise="all"),
     "num_val_examples": Flag("score the first so many images", COUNT, otherwise="all"),
@@ -223,6 +232,29 @@ VAL_DATA_FLAGS = {
         "validation images per device and step; the figures do not depend on it", COUNT, 50
     ),
     "top_k": Flag("k of the second accuracy that is printed", COUNT, 5),
+}
+# Of folders with one folder of images per class.
+FOLDER_FLAGS = {
+    "val_split": Flag(
+        "share of each class of a folder of images that is for validation, drawn by content; equal "
+        "files stay on one side; 0: none, and in evaluation 1: all",
+        number(float, 0, 1),
+        otherwise=f"{VAL_SPLIT:g} where training has no folder for validation, and in evaluation "
+        "what the run kept",
+    ),
+    "cache_dir": Flag(
+        "where a folder of images is converted to OFRecord parts, once for each state of it",
+        path,
+        CACHE_ROOT,
+    ),
+    "skip_bad": Flag(
+        "leave bad images of a folder out, and list them in the manifest", default=False
+    ),
+    "follow_links": Flag(
+        "read what links lead to outside of a folder of images",
+        default=False,
+        otherwise="they are refused",
+    ),
 }
 OPTIMIZER_FLAGS = {
     "optimizer": Flag(
@@ -404,6 +436,7 @@ SCRIPTS = {
             "batches": BATCH_FLAGS,
             "training data": TRAIN_DATA_FLAGS,
             "validation data": VAL_DATA_FLAGS,
+            "folders of images": FOLDER_FLAGS,
             "optimizer and schedule": OPTIMIZER_FLAGS,
             "run": RUN_FLAGS,
             "log": LOG_FLAGS,
@@ -414,6 +447,7 @@ SCRIPTS = {
         COMMON_FLAGS
         | {
             "validation data": VAL_DATA_FLAGS,
+            "folders of images": FOLDER_FLAGS,
             "snapshot": SNAPSHOT_FLAGS,
             "backend": BACKEND_FLAGS,
             "run": {
@@ -508,6 +542,10 @@ def job_flags(args: Namespace) -> dict:
     }
 
 
+def folder_settings(args: Namespace) -> Settings:
+    return Settings(**{name: getattr(args, name) for name in FOLDER_FLAGS})
+
+
 def memory_flags(args: Namespace, *, batch: str) -> dict[str, str]:
     """What a process that ran out of memory was asked for, for `launch_script`.
 
@@ -585,9 +623,16 @@ def check_backend_flags(args: Namespace) -> None:
         )
 
 
+def has_validation(args: Namespace) -> bool:
+    """Whether there are data to validate on after each epoch."""
+    if args.train_data_dir is None or args.val_data_dir is not None:
+        return True
+    return args.val_split != 0 and is_photo_folder(args.train_data_dir)
+
+
 def check_data_flags(args: Namespace) -> None:
     """Refuse flags that the chosen kind of data would ignore."""
-    records = CUDA_TRAINING_FLAGS | TRAIN_DATA_FLAGS | VAL_DATA_FLAGS
+    records = CUDA_TRAINING_FLAGS | TRAIN_DATA_FLAGS | VAL_DATA_FLAGS | FOLDER_FLAGS
 
     def refuse(why: str, *names: str) -> None:
         for name in names:
@@ -595,15 +640,20 @@ def check_data_flags(args: Namespace) -> None:
                 raise UsageError(f"--{name} {why}; leave it out")
 
     of_parts = ("shuffle_buffer_size", "gpu_image_decoder")
+    is_folder = is_photo_folder(args.train_data_dir)
+    if is_folder:
+        refuse("has no effect on a folder of images", "train_data_part_num")
+    elif not is_photo_folder(args.val_data_dir):
+        refuse("belongs to a folder of images, and there is none", *FOLDER_FLAGS)
     if args.train_data_dir is None:
-        of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num")
+        of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num", *FOLDER_FLAGS)
         refuse("needs --train_data_dir, and without it data are synthetic", *of_files)
         ignored = (*AUGMENTATION_FLAGS, *of_parts, "val_batch_size_per_device")
         refuse("has no effect on synthetic data", *ignored)
         return
     if args.train_data_dir.endswith(".npz"):
         refuse("has no effect on an .npz file, which is shuffled as a whole", *of_parts)
-    if args.val_data_dir is None:
+    if not has_validation(args):
         of_validation = ("val_data_part_num", "num_val_examples", "val_batch_size_per_device")
         refuse("needs --val_data_dir", *of_validation)
 
@@ -627,9 +677,19 @@ def finish_train_args(args: Namespace, *, device: str) -> list[str]:
                 + " ".join(f"--{flag}={value}" for flag, value in taken.items())
                 + "; give these flags to choose otherwise."
             )
-    elif args.train_data_dir is not None and args.val_data_dir is None:
+    elif not has_validation(args):
         notices.append("No --val_data_dir: training without validation.")
-    if args.batch_size_per_device is None:
+    if args.finetune:
+        epochs = args.num_epochs or FINETUNE["num_epochs"]
+        chosen = FINETUNE | {"warmup_epochs": min(FINETUNE["warmup_epochs"], epochs / 2)}
+        taken = {flag: value for flag, value in chosen.items() if getattr(args, flag) is None}
+        vars(args).update(taken)
+        notices.append(
+            "Fine-tuning:"
+            + "".join(f" --{flag}={show(value)}" for flag, value in taken.items())
+            + "; give these flags to choose otherwise."
+        )
+    if args.batch_size_per_device is None and (not args.finetune or args.train_data_dir is None):
         args.batch_size_per_device = BATCH_SIZE_PER_DEVICE
     if args.num_epochs is None:
         args.num_epochs = NUM_EPOCHS
@@ -642,6 +702,21 @@ def finish_train_args(args: Namespace, *, device: str) -> list[str]:
             f"and there are {args.num_epochs} epochs."
         )
     return notices
+
+
+def finetune_batch_size(num_examples: int, num_processes: int) -> int:
+    """Images per device and step that --finetune takes: so that small data have some steps."""
+    share = num_examples // num_processes
+    size = FINETUNE_BATCH_SIZE
+    while size > FINETUNE_MIN_BATCH_SIZE and share < size * FINETUNE_STEPS:
+        size //= 2
+    return max(1, min(size, share))
+
+
+def learning_rate_per_256(model: str, optimizer: str, *, finetune: bool) -> float:
+    """The peak learning rate unless one is given, per 256 images of global batch."""
+    rate = MODELS[model].learning_rates.get(optimizer, LEARNING_RATE_PER_256[optimizer])
+    return min(rate, FINETUNE_RATE_PER_256[optimizer]) if finetune else rate
 
 
 def check_schedule_flags(args: Namespace) -> None:

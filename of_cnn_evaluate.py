@@ -17,6 +17,7 @@ import config
 import ofrecord_util
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import checksum, versions
+from cnns.convert.cache import convert_for_evaluation
 from cnns.data.datasets import open_val_dataset
 from cnns.data.kinds import Dataset
 from cnns.distributed import launch_script, place, takes_cuda
@@ -25,7 +26,7 @@ from cnns.evaluation import ArrayEvaluator, Evaluator
 from cnns.export import ExportedModel, find_export
 from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
-from cnns.log import open_log, validation_line
+from cnns.log import notice, open_log, validation_line
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -63,7 +64,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args = config.make_parser("evaluate").read(argv)
     config.check_backend_flags(args)
     if args.val_data_dir is None:
-        raise UsageError("--val_data_dir is needed: the directory of the validation parts")
+        raise UsageError(
+            "--val_data_dir is needed: parts, an .npz file, or a folder of images to score"
+        )
     return args
 
 
@@ -87,15 +90,24 @@ def prepare(args: Namespace) -> tuple[str, Dataset, tuple]:
     """
     of_oneflow = args.backend == "oneflow"
     device = config.take_device(args) if of_oneflow else "cpu"
-    data = open_val_dataset(
-        args.val_data_dir, part_num=args.val_data_part_num, num_examples=args.num_val_examples
-    )
     if of_oneflow:
         network: tuple = restore(**config.restore_flags(args), switches=config.switches(args))
     else:
         exported = ExportedModel(find_export(args.onnx_path))
         network = exported, exported, exported.path
-    return device, data.for_network(network[1].num_classes), network
+    known = network[1]
+    path, notices = convert_for_evaluation(
+        args.val_data_dir,
+        settings=config.folder_settings(args),
+        classes=list(known.classes) if known.classes else None,
+        trained_on=getattr(known, "flags", {}),
+    )
+    for text in notices:
+        notice(text)
+    data = open_val_dataset(
+        path, part_num=args.val_data_part_num, num_examples=args.num_val_examples
+    )
+    return device, data.for_network(known.num_classes), network
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from cnns.checkpoint.find import (
 from cnns.checkpoint.snapshot import Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, standard_shapes
+from cnns.convert.cache import convert_for_training
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
@@ -150,17 +151,16 @@ def make_spec(given: Namespace) -> RunSpec:
         args.model_load_dir, args.finetune = None, False  # of the first start
         notices += compare_flags(args, resumed.snapshot.flags, parser, path=resumed.path)
     notices += config.finish_train_args(args, device=device)
-    train_data, val_data = open_data(args)
-    notices += train_data.check_shares(config.num_processes(args))
     start = resumed or open_start(args)
+    train_data, val_data = open_data(args, notices)
+    notices += train_data.check_shares(config.num_processes(args))
     about = describe_network(args, start, train_data, notices)
     train_data = train_data.for_network(about.num_classes)
     if val_data is not None:
         val_data = val_data.for_network(about.num_classes)
     batch_size = global_batch_size(args)
     if args.learning_rate is None:
-        own = MODELS[about.model].learning_rates
-        rate = own.get(args.optimizer, config.LEARNING_RATE_PER_256[args.optimizer])
+        rate = config.learning_rate_per_256(about.model, args.optimizer, finetune=args.finetune)
         args.learning_rate = rate * batch_size / 256
         notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
     plan = config.epochs_to_steps(
@@ -212,10 +212,13 @@ def global_batch_size(args: Namespace) -> int:
     return args.batch_size_per_device * config.num_processes(args)
 
 
-def open_data(args: Namespace) -> tuple[Dataset, Dataset | None]:
-    """The training and validation data, checked; None: no validation."""
-    batch_size = global_batch_size(args)
+def open_data(args: Namespace, notices: list[str]) -> tuple[Dataset, Dataset | None]:
+    """The training and validation data, checked; None: no validation. Adds notices for the user.
+
+    Folders of images are converted first.
+    """
     if args.train_data_dir is None:
+        batch_size = global_batch_size(args)
         pool = SyntheticTrainLoader.POOL_BATCHES * batch_size
         if (args.num_val_examples or 0) > pool:
             raise UsageError(
@@ -225,18 +228,29 @@ def open_data(args: Namespace) -> tuple[Dataset, Dataset | None]:
         epoch = args.num_examples or config.SYNTHETIC_STEPS_PER_EPOCH * batch_size
         val_data = Synthetic(num_examples=args.num_val_examples or pool, seed=args.seed)
         return replace(val_data, num_examples=epoch), val_data
-    train_data = open_train_dataset(
-        args.train_data_dir, part_num=args.train_data_part_num, num_examples=args.num_examples
+    settings = config.folder_settings(args)
+    train_dir, val_dir, about = convert_for_training(
+        args.train_data_dir, args.val_data_dir, settings=settings
     )
+    notices += about
+    train_data = open_train_dataset(
+        train_dir, part_num=args.train_data_part_num, num_examples=args.num_examples
+    )
+    if args.batch_size_per_device is None:
+        args.batch_size_per_device = config.finetune_batch_size(
+            train_data.num_examples, config.num_processes(args)
+        )
+        notices.append(f"Fine-tuning: --batch_size_per_device={args.batch_size_per_device}.")
+    batch_size = global_batch_size(args)
     if batch_size > train_data.num_examples:
         raise UsageError(
             f"--batch_size_per_device={args.batch_size_per_device} makes batches of {batch_size}, "
             f"and there are {train_data.num_examples} training images; give a smaller one"
         )
-    if args.val_data_dir is None:
+    if val_dir is None:
         return train_data, None
     return train_data, open_val_dataset(
-        args.val_data_dir, part_num=args.val_data_part_num, num_examples=args.num_val_examples
+        val_dir, part_num=args.val_data_part_num, num_examples=args.num_val_examples
     )
 
 
@@ -433,7 +447,7 @@ def build_evaluator(spec: RunSpec, model: nn.Module, log: Log) -> Evaluator | No
     batch_size = flags["val_batch_size_per_device"] * num_processes(flags)
     loader = ofrecord_util.val_loader(
         data,
-        batch_size=batch_size if flags["val_data_dir"] else spec.batch_size,
+        batch_size=spec.batch_size if isinstance(data, Synthetic) else batch_size,
         preprocessing=spec.about.preprocessing,
         device=spec.device,
     )

@@ -6,5 +6,7 @@ import os
 SNAPSHOT_ROOT = os.path.join("output", "snapshots")
 # The original page's pretrained model; taken where it lies in the working directory.
 PUBLISHED_FOLDER = "resnet_v15_of_best_model_val_top1_77318"
+# What folders of pictures are converted into.
+CACHE_ROOT = os.path.join("output", "cache")
 # Exported files.
 ONNX_ROOT = os.path.join("onnx", "model")

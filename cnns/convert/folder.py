@@ -92,16 +92,22 @@ def subfolders(folder: Path, *, named: str = "") -> list[str]:
         raise UsageError(f"{named}{folder}: cannot be read: {error.strerror}") from None
 
 
-def find_roots(root: Path, *, flag: str, val_split: float | None, notes: Notes) -> dict[str, Path]:
+def find_roots(
+    root: Path, *, flag: str, val_split: float | None, may_split: bool = False, notes: Notes
+) -> dict[str, Path]:
     """Folders of classes in `root` by the names of their outputs; "" for one that is not split.
 
     Raises UsageError where `val_split` is given for what is split.
+
+    Args:
+        may_split: take train/ without a validation/ for one that is to be split, as `val_split`
+            does.
     """
     names = subfolders(root, named=f"{flag}=")
     validation = [name for name in VALIDATION_FOLDERS if name in names]
     if "train" not in names or not (validation or set(names) <= {"train", "test"}):
         return {"": root}
-    if not validation and val_split is not None:
+    if not validation and (may_split or val_split is not None):
         return {"": root / "train"}
     if len(validation) != 1:
         found = "both validation/ and val/" if validation else "train/ but no validation/"
@@ -266,6 +272,15 @@ def file_digests(paths: Sequence[str]) -> list[str]:
             digests.append(digest)
             bar.advance()
     return digests
+
+
+def content_digest(sources: Mapping[str, tuple["Side", Sequence[str]]]) -> str:
+    """Tells images of other names, contents or classes, wherever they lie and however old."""
+    digest = hashlib.sha256()
+    for name, (side, digests) in sources.items():
+        for path, label, each in zip(side.paths, side.labels, digests, strict=True):
+            digest.update(os.fsencode(f"{name}\0{path}\0{label}\0{each}\0"))
+    return digest.hexdigest()
 
 
 def choose_validation(
