@@ -12,6 +12,8 @@ of it, and cnns/run.py has the loop.
 import cnns.startup  # noqa: F401  (first, see there)
 
 import io
+import os
+import shlex
 import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
@@ -32,10 +34,10 @@ from cnns.checkpoint.find import (
     open_save_dir,
     position,
 )
-from cnns.checkpoint.snapshot import Snapshot, load_training_state, versions
+from cnns.checkpoint.snapshot import PREFIX, Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, standard_shapes
-from cnns.convert.cache import convert_for_training
+from cnns.convert.cache import convert_for_training, is_photo_folder
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
@@ -44,6 +46,7 @@ from cnns.distributed import choose_device, launch_script, place, set_communicat
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
 from cnns.graphs import DropoutMasks, TrainGraph
+from cnns.inputs import is_within
 from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, notice, open_log
@@ -84,6 +87,9 @@ def main(argv: list[str] | None = None) -> int | None:
             save_init=spec.flags["save_init"],
         )
         run.run()
+        if spec.flags["finetune"] or is_photo_folder(spec.flags["train_data_dir"]):
+            for text in next_steps(spec, save_dir, has_best=bool(run.progress.best)):
+                notice(text)
     return None
 
 
@@ -332,6 +338,28 @@ def check_still_newest(spec: RunSpec) -> None:
         if came:
             path, _ = min(came)
             raise RunError(f"{path} has been written meanwhile, by another run; start again")
+
+
+def next_steps(spec: RunSpec, save_dir: str, *, has_best: bool) -> list[str]:
+    """The commands for what comes after a run."""
+    name = "best" if has_best else f"epoch_{spec.flags['num_epochs'] - 1}"
+    python = sys.executable
+    if is_within(python, os.getcwd()) or is_within(sys.prefix, os.getcwd()):
+        python = os.path.relpath(python)
+    flags = [f"--model_load_dir={os.path.normpath(save_dir)}/{PREFIX}{name}"]
+    scored = [f"--val_data_dir={spec.val_data.path}"] if spec.val_data else []
+    steps = {
+        "Score it": ["of_cnn_evaluate.py", *flags, *scored],
+        "Classify": ["of_cnn_inference.py", *flags, "--image_path", "PHOTO.jpg"],
+        "Export it": ["resnet_to_onnx.py", *flags],
+    }
+    if not scored:
+        del steps["Score it"]
+    root = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
+    return [
+        f"{what}: {shlex.join([python, os.path.normpath(os.path.join(root, script)), *more])}"
+        for what, (script, *more) in steps.items()
+    ]
 
 
 # Building it.

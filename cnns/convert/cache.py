@@ -111,8 +111,8 @@ class Found:
     @property
     def name(self) -> str:
         """Of the folder, as the beginning of a directory's name."""
-        roots = [side.root.resolve() for side in self.sides.values()]
-        root = roots[0] if len(roots) == 1 else Path(os.path.commonpath(roots))
+        root = next(iter(self.sides.values())).root.resolve()
+        root = root.parent if root.name in ("train", *WHOLE) else root
         return re.sub(r"[^\w.+-]", "_", printable(root.name)) or "folder"
 
     def entry(self) -> Path:
