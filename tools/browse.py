@@ -8,6 +8,7 @@ The pictures come out of the loader that training uses, so the same --seed, --mo
 --batch_size_per_device give those of the first iterations of a run with one process.
 """
 
+import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -41,14 +42,18 @@ def make_parser() -> Parser:
     parser = Parser("Draw what training sees of a data set, after crop and flip, with labels.")
     add = parser.add_argument
     add("data", metavar="DATA", help="directory of parts, .npz file or folder of images")
-    add("--output", type=Path, default=Path("browse.png"), help="file to write: .png or .jpg")
-    add("--num", type=number(int, 1, 1000), default=32, help="pictures")
-    add("--epoch", type=number(int, 0), default=0, help="of training")
+    add(
+        "--output",
+        type=Path,
+        default=Path("browse.png"),
+        help="file to write, .png or .jpg; unless given, browse.png",
+    )
+    add("--num", type=number(int, 1, 1000), default=32, help="pictures; unless given, 32")
+    add("--epoch", type=number(int, 0), default=0, help="of training; unless given, 0")
+    parser.formatter_class = argparse.HelpFormatter  # the texts of flags name their defaults
     group = parser.add_argument_group("as in training")
+    flags = config.make_parser("train").flags
     own = {"model": "resnet50", "batch_size_per_device": config.BATCH_SIZE_PER_DEVICE}
-    flags = {
-        name: flag for held in config.SCRIPTS["train"][1].values() for name, flag in held.items()
-    }
     names = ("seed", *own, "image_size", *config.AUGMENTATION_FLAGS, "shuffle_buffer_size")
     for name in (*names, *config.FOLDER_FLAGS):
         flags[name].add_to(group, name)
