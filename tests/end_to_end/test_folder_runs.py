@@ -53,8 +53,6 @@ def test_a_folder_is_fine_tuned_and_the_commands_that_follow_run(photos):
     assert first.status == 0, first.stderr
     (start,) = os.listdir("output/snapshots")
     start = f"--model_load_dir=output/snapshots/{start}/snapshot_last"
-    run = train("--train_data_dir=photos", "--finetune", start, "--num_epochs=3", "--save_dir=x")
-    assert run.status == 2  # no such flag
     run = train(
         "--train_data_dir=photos",
         "--finetune",
@@ -76,6 +74,8 @@ def test_a_folder_is_fine_tuned_and_the_commands_that_follow_run(photos):
         python, name, *argv = shlex.split(command.replace("PHOTO.jpg", "photos/dark/3.jpg"))
         assert os.path.samefile(python, sys.executable)
         name = os.path.basename(name)
+        if name == "resnet_to_onnx.py":  # its default is a picture of the project's directory
+            argv += ["--image_path", "photos/dark/3.jpg"]
         results[name] = call(SCRIPTS[name].main, *argv)
         assert results[name].status == 0, results[name].stderr
     best = read_description("tuned/snapshot_best").metrics["val_top_1"]
@@ -103,14 +103,18 @@ def test_the_defaults_of_fine_tuning(photos):
         assert flags["learning_rate"] == pytest.approx(rate * 8 / 256)
 
 
+def go_back(directory: str) -> None:
+    """Remove all snapshots but that of epoch 0."""
+    for name in held(directory):
+        if name != "snapshot_epoch_0":
+            shutil.rmtree(os.path.join(directory, name))
+
+
 def test_resuming_with_the_folder_moved_and_the_cache_gone(photos):
     flags = ("--batch_size_per_device=8", "--model_save_dir=run", "--num_epochs=2")
-    whole = train("--train_data_dir=photos", *flags[:1], "--num_epochs=2", "--model_save_dir=whole")
+    whole = train("--train_data_dir=photos", *flags)
     assert whole.status == 0, whole.stderr
-    first = train("--train_data_dir=photos", *flags)
-    assert first.status == 0, first.stderr
-    shutil.rmtree("run/snapshot_epoch_1")
-    shutil.rmtree("run/snapshot_last")
+    go_back("run")
     shutil.rmtree("output/cache")
     os.rename(photos, "elsewhere")
     for path in ("elsewhere/dark/1.jpg", "elsewhere/grey/2.jpg"):
@@ -119,10 +123,9 @@ def test_resuming_with_the_folder_moved_and_the_cache_gone(photos):
     assert gone.status == 2 and "there is no directory photos" in gone.stderr
     again = train("--resume=run", "--train_data_dir=elsewhere")
     assert again.status == 0, again.stderr
-    assert "Converting 36 images of elsewhere" not in again.stdout
+    assert "Resuming at epoch 1" in again.stderr
     assert validation_figures(again.stdout) == validation_figures(whole.stdout)[1:]
-    shutil.rmtree("run/snapshot_epoch_1")
-    shutil.rmtree("run/snapshot_last")
+    go_back("run")
     Image.new("RGB", (40, 40)).save("elsewhere/dark/1.jpg")
     other = train("--resume=run", "--train_data_dir=elsewhere")
     assert other.status == 2 and "is not what run/snapshot_" in other.stderr
