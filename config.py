@@ -70,7 +70,8 @@ def describe_learning_rates() -> str:
             networks.setdefault(own, []).append(model)
     for (optimizer, rate), names in networks.items():
         text += f"; {optimizer} for {' and '.join(names)}: {rate:g}"
-    return text
+    tuned = ", ".join(f"{rate:g} for {name}" for name, rate in FINETUNE_RATE_PER_256.items())
+    return f"{text}; with --finetune at most {tuned}"
 
 
 # Groups of flags, by name.
@@ -185,8 +186,8 @@ BATCH_FLAGS = {
     "batch_size_per_device": Flag(
         "training images per device and step",
         COUNT,
-        otherwise=f"{BATCH_SIZE_PER_DEVICE}, and {CPU_TRIAL['batch_size_per_device']} for "
-        "synthetic data on a CPU",
+        otherwise=f"{BATCH_SIZE_PER_DEVICE}, {CPU_TRIAL['batch_size_per_device']} for synthetic "
+        f"data on a CPU, and with --finetune {FINETUNE_BATCH_SIZE}, less for small data",
     ),
 }
 AUGMENTATION_FLAGS = {
@@ -293,7 +294,8 @@ OPTIMIZER_FLAGS = {
     "warmup_epochs": Flag(
         "epochs of linear warm-up from 0",
         number(float, 0),
-        otherwise=f"{WARMUP_EPOCHS}, but at most half of the run",
+        otherwise=f"{WARMUP_EPOCHS}, {FINETUNE['warmup_epochs']:g} with --finetune, but at most "
+        "half of the run",
     ),
     "lr_decay": Flag("schedule after the warm-up", str.lower, "cosine", choices=SCHEDULES),
     "lr_step_epochs": Flag(
@@ -319,7 +321,8 @@ RUN_FLAGS = {
     "num_epochs": Flag(
         "passes over the training data",
         COUNT,
-        otherwise=f"{NUM_EPOCHS}, and {CPU_TRIAL['num_epochs']} for synthetic data on a CPU",
+        otherwise=f"{NUM_EPOCHS}, {FINETUNE['num_epochs']} with --finetune, and "
+        f"{CPU_TRIAL['num_epochs']} for synthetic data on a CPU",
         aliases=("--num_epoch",),
     ),
     "model_load_dir": Flag(
@@ -331,7 +334,8 @@ RUN_FLAGS = {
     ),
     "finetune": Flag(
         "take all of --model_load_dir, or of the weights that were installed for --model, but the "
-        "last layer, which starts from random weights and may have another number of classes",
+        "last layer, which starts from random weights and may have another number of classes; "
+        "shorter than a run from scratch, see the flags' defaults",
         default=False,
         of="start",
     ),
@@ -361,7 +365,7 @@ RUN_FLAGS = {
         "keep the newest so many snapshots of epochs and remove older ones; best, last and "
         "initial_model always stay",
         COUNT,
-        otherwise="nothing is removed",
+        otherwise=f"{FINETUNE['keep_snapshots']} with --finetune, else nothing is removed",
     ),
     "loss_print_every_n_iter": Flag("iterations between lines", COUNT, 10),
     "seed": Flag(
