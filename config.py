@@ -647,7 +647,7 @@ def check_data_flags(args: Namespace) -> None:
     is_folder = is_photo_folder(args.train_data_dir)
     if is_folder:
         refuse("has no effect on a folder of images", "train_data_part_num")
-    elif not is_photo_folder(args.val_data_dir):
+    elif os.path.exists(args.train_data_dir) and not is_photo_folder(args.val_data_dir):
         refuse("belongs to a folder of images, and there is none", *FOLDER_FLAGS)
     if args.train_data_dir is None:
         of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num", *FOLDER_FLAGS)
@@ -688,11 +688,12 @@ def finish_train_args(args: Namespace, *, device: str) -> list[str]:
         chosen = FINETUNE | {"warmup_epochs": min(FINETUNE["warmup_epochs"], epochs / 2)}
         taken = {flag: value for flag, value in chosen.items() if getattr(args, flag) is None}
         vars(args).update(taken)
-        notices.append(
-            "Fine-tuning:"
-            + "".join(f" --{flag}={show(value)}" for flag, value in taken.items())
-            + "; give these flags to choose otherwise."
-        )
+        if taken:
+            notices.append(
+                "Fine-tuning: "
+                + " ".join(f"--{flag}={show(value)}" for flag, value in taken.items())
+                + "; give these flags to choose otherwise."
+            )
     if args.batch_size_per_device is None and (not args.finetune or args.train_data_dir is None):
         args.batch_size_per_device = BATCH_SIZE_PER_DEVICE
     if args.num_epochs is None:

@@ -20,6 +20,7 @@ from golden import learning_curves
 from small import ROOT
 from tools import (
     benchmark,
+    browse,
     convert_snapshot,
     make_mini_imagenet,
     make_ofrecord,
@@ -36,6 +37,7 @@ PARSE = {
     "tools/verify_ofrecord.py": verify_ofrecord.parse_args,
     "tools/make_mini_imagenet.py": make_mini_imagenet.make_parser().parse_args,
     "tools/convert_snapshot.py": convert_snapshot.make_parser().parse_args,
+    "tools/browse.py": browse.make_parser().parse_args,
     "tools/benchmark.py": benchmark.make_parser().parse_args,
     "tests/golden/learning_curves.py": learning_curves.make_parser().parse_args,
 }
