@@ -634,6 +634,18 @@ def has_validation(args: Namespace) -> bool:
     return args.val_split != 0 and is_photo_folder(args.train_data_dir)
 
 
+def check_folder_flags(args: Namespace, *paths: str | None) -> None:
+    """Refuse flags of folders of images where there is none. What does not exist is named later."""
+    given = [path for path in paths if path is not None]
+    if not all(map(os.path.exists, given)) or any(map(is_photo_folder, given)):
+        return
+    for name, flag in FOLDER_FLAGS.items():
+        if getattr(args, name) != flag.default:
+            raise UsageError(
+                f"--{name} belongs to a folder of images, and {given[0]} is not one; leave it out"
+            )
+
+
 def check_data_flags(args: Namespace) -> None:
     """Refuse flags that the chosen kind of data would ignore."""
     records = CUDA_TRAINING_FLAGS | TRAIN_DATA_FLAGS | VAL_DATA_FLAGS | FOLDER_FLAGS
@@ -644,11 +656,9 @@ def check_data_flags(args: Namespace) -> None:
                 raise UsageError(f"--{name} {why}; leave it out")
 
     of_parts = ("shuffle_buffer_size", "gpu_image_decoder")
-    is_folder = is_photo_folder(args.train_data_dir)
-    if is_folder:
+    if is_photo_folder(args.train_data_dir):
         refuse("has no effect on a folder of images", "train_data_part_num")
-    elif os.path.exists(args.train_data_dir) and not is_photo_folder(args.val_data_dir):
-        refuse("belongs to a folder of images, and there is none", *FOLDER_FLAGS)
+    check_folder_flags(args, args.train_data_dir, args.val_data_dir)
     if args.train_data_dir is None:
         of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num", *FOLDER_FLAGS)
         refuse("needs --train_data_dir, and without it data are synthetic", *of_files)

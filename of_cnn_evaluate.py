@@ -12,12 +12,13 @@ import io
 import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
+from typing import Any
 
 import config
 import ofrecord_util
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import checksum, versions
-from cnns.convert.cache import convert_for_evaluation
+from cnns.convert.cache import convert_for_evaluation, is_photo_folder
 from cnns.data.datasets import open_val_dataset
 from cnns.data.kinds import Dataset
 from cnns.distributed import launch_script, place, takes_cuda
@@ -67,6 +68,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         raise UsageError(
             "--val_data_dir is needed: parts, an .npz file, or a folder of images to score"
         )
+    config.check_folder_flags(args, args.val_data_dir)
     return args
 
 
@@ -90,12 +92,28 @@ def prepare(args: Namespace) -> tuple[str, Dataset, tuple]:
     """
     of_oneflow = args.backend == "oneflow"
     device = config.take_device(args) if of_oneflow else "cpu"
+    is_folder = is_photo_folder(args.val_data_dir)
+    # The labels of a folder are the network's, so it waits for that.
+    data = None if is_folder else open_scored(args, args.val_data_dir)
     if of_oneflow:
         network: tuple = restore(**config.restore_flags(args), switches=config.switches(args))
     else:
         exported = ExportedModel(find_export(args.onnx_path))
         network = exported, exported, exported.path
     known = network[1]
+    if data is None:
+        data = open_folder(args, known)
+    return device, data.for_network(known.num_classes), network
+
+
+def open_scored(args: Namespace, path: str) -> Dataset:
+    return open_val_dataset(
+        path, part_num=args.val_data_part_num, num_examples=args.num_val_examples
+    )
+
+
+def open_folder(args: Namespace, known: Any) -> Dataset:
+    """What is to be scored of a folder of images, with the labels of the network's classes."""
     path, notices = convert_for_evaluation(
         args.val_data_dir,
         settings=config.folder_settings(args),
@@ -104,10 +122,7 @@ def prepare(args: Namespace) -> tuple[str, Dataset, tuple]:
     )
     for text in notices:
         notice(text)
-    data = open_val_dataset(
-        path, part_num=args.val_data_part_num, num_examples=args.num_val_examples
-    )
-    return device, data.for_network(known.num_classes), network
+    return open_scored(args, path)
 
 
 if __name__ == "__main__":
