@@ -38,7 +38,7 @@ OPSETS = (9, 21)  # lowest and highest that resnet_to_onnx.py writes
 LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072}
 # What --finetune takes unless flags say otherwise; docs/weights.md has how they were found.
 FINETUNE = {"num_epochs": 10, "warmup_epochs": 1.0, "keep_snapshots": 1}
-FINETUNE_RATE_PER_256 = {"sgd": 0.1, "adam": 0.001, "rmsprop": 0.001}
+FINETUNE_RATE_PER_256 = {"sgd": 0.1, "adam": 0.002, "rmsprop": 0.0072}
 # Largest and smallest batch per device; the smallest that gives an epoch so many steps is between.
 FINETUNE_BATCH_SIZE, FINETUNE_MIN_BATCH_SIZE, FINETUNE_STEPS = 32, 8, 10
 EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
@@ -71,7 +71,7 @@ def describe_learning_rates() -> str:
     for (optimizer, rate), names in networks.items():
         text += f"; {optimizer} for {' and '.join(names)}: {rate:g}"
     tuned = ", ".join(f"{rate:g} for {name}" for name, rate in FINETUNE_RATE_PER_256.items())
-    return f"{text}; with --finetune at most {tuned}"
+    return f"{text}; with --finetune {tuned}"
 
 
 # Groups of flags, by name.
@@ -730,8 +730,9 @@ def finetune_batch_size(num_examples: int, num_processes: int) -> int:
 
 def learning_rate_per_256(model: str, optimizer: str, *, finetune: bool) -> float:
     """The peak learning rate unless one is given, per 256 images of global batch."""
-    rate = MODELS[model].learning_rates.get(optimizer, LEARNING_RATE_PER_256[optimizer])
-    return min(rate, FINETUNE_RATE_PER_256[optimizer]) if finetune else rate
+    rates = FINETUNE_RATE_PER_256 if finetune else LEARNING_RATE_PER_256
+    own = MODELS[model].learning_rates.get(optimizer, math.inf)
+    return min(own, rates[optimizer])
 
 
 def check_schedule_flags(args: Namespace) -> None:

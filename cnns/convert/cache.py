@@ -212,7 +212,9 @@ def convert_for_evaluation(
     if not is_photo_folder(path):
         return path, []
     share, flag = settings.val_split, "--val_data_dir"
-    if share is None and is_same(path, trained_on.get("train_data_dir")):
+    val = trained_on.get("val_data_dir")
+    split_by_run = is_same(path, trained_on.get("train_data_dir")) and val in (None, path)
+    if share is None and split_by_run:
         recorded = trained_on.get("val_split")
         share = recorded if isinstance(recorded, float) else VAL_SPLIT
     found = folder.find_roots(Path(path), flag=flag, val_split=None, may_split=True, notes=[])
