@@ -730,9 +730,9 @@ def finetune_batch_size(num_examples: int, num_processes: int) -> int:
 
 def learning_rate_per_256(model: str, optimizer: str, *, finetune: bool) -> float:
     """The peak learning rate unless one is given, per 256 images of global batch."""
-    rates = FINETUNE_RATE_PER_256 if finetune else LEARNING_RATE_PER_256
-    own = MODELS[model].learning_rates.get(optimizer, math.inf)
-    return min(own, rates[optimizer])
+    own = MODELS[model].learning_rates.get(optimizer)
+    rate = (FINETUNE_RATE_PER_256 if finetune else LEARNING_RATE_PER_256)[optimizer]
+    return rate if own is None else min(own, rate) if finetune else own
 
 
 def check_schedule_flags(args: Namespace) -> None:
