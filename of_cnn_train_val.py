@@ -405,6 +405,10 @@ def build_model(spec: RunSpec) -> nn.Module:
     flow.manual_seed(spec.flags["seed"])
     switches = config.switches(Namespace(**spec.flags))
     model = MODELS[spec.about.model].build(spec.about.num_classes, switches)
+    momentum = spec.flags["batch_norm_momentum"]
+    for module in model.modules():
+        if momentum is not None and hasattr(module, "running_mean"):
+            module.momentum = momentum
     if spec.start is not None:
         for text in spec.start.load(model, finetune=spec.flags["finetune"]):
             notice(text)

@@ -62,7 +62,10 @@ def test_a_folder_is_fine_tuned_and_the_commands_that_follow_run(photos):
         "--learning_rate=0.05",
     )
     assert run.status == 0, run.stderr
-    assert "Fine-tuning: --warmup_epochs=1 --keep_snapshots=1; give these" in run.stderr
+    assert (
+        "Fine-tuning: --warmup_epochs=1 --keep_snapshots=1 --batch_norm_momentum=0.1; give"
+        in run.stderr
+    )
     assert "Fine-tuning: --batch_size_per_device=8." in run.stderr
     assert "photos: unchanged, read from output/cache/photos-" in run.stderr
     assert held("tuned") == ["snapshot_best", "snapshot_epoch_2", "snapshot_last"]
@@ -99,8 +102,12 @@ def test_the_defaults_of_fine_tuning(photos):
         given.optimizer = optimizer
         flags = of_cnn_train_val.make_spec(given).flags
         assert flags["num_epochs"] == 10 and flags["warmup_epochs"] == 1
+        assert flags["batch_norm_momentum"] == 0.1
         assert flags["keep_snapshots"] == 1 and flags["batch_size_per_device"] == 8
         assert flags["learning_rate"] == pytest.approx(rate * 8 / 256)
+    given.batch_norm_momentum = 0.3
+    model = of_cnn_train_val.build_model(of_cnn_train_val.make_spec(given))
+    assert {m.momentum for m in model.modules() if hasattr(m, "running_mean")} == {0.3}
 
 
 def go_back(directory: str) -> None:
