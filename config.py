@@ -12,15 +12,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cnns.convert.cache import VAL_SPLIT, Settings, is_photo_folder
 from cnns.data.crops import SHUFFLE_BUFFER_SIZE, Augmentation
 from cnns.data.format import MAX_CLASSES
 from cnns.data.images import MAX_PIXELS
 from cnns.distributed import choose_device
 from cnns.errors import UsageError
-from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path
+from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path, show
 from cnns.log import notice
 from cnns.models.layers import Switches
-from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT, VAL_DATA_DIR
+from cnns.places import CACHE_ROOT, ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT, VAL_DATA_DIR
 from cnns.resume import num_processes
 from model_registry import MODELS
 from optimizer_util import OPTIMIZERS, SCHEDULES
@@ -36,6 +37,19 @@ OPSETS = (9, 21)  # lowest and highest that resnet_to_onnx.py writes
 # NVIDIA's and OneFlow's ResNet-50 v1.5; adam: its paper's 0.001; rmsprop: 0.045 at batch 1600, of
 # the Inception-v3 paper (arXiv:1512.00567).
 LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072}
+KEEP_SNAPSHOTS = 3
+# What --finetune takes unless flags say otherwise; docs/weights.md has how they were found.
+# The momentum of EfficientNet's batch norms, 0.01, is for long runs: after 90 steps its running
+# statistics are still mostly those of ImageNet, and validation lags far behind training.
+FINETUNE = {
+    "num_epochs": 10,
+    "warmup_epochs": 1.0,
+    "keep_snapshots": 1,
+    "batch_norm_momentum": 0.1,
+}
+FINETUNE_RATE_PER_256 = {"sgd": 0.1, "adam": 0.002, "rmsprop": 0.0072}
+# Largest and smallest batch per device; the smallest that gives an epoch so many steps is between.
+FINETUNE_BATCH_SIZE, FINETUNE_MIN_BATCH_SIZE, FINETUNE_STEPS = 32, 8, 10
 EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
 COUNT, PIXELS = number(int, 1), number(int, 1, 2**32)
 
@@ -69,7 +83,8 @@ def describe_learning_rates() -> str:
             networks.setdefault(own, []).append(model)
     for (optimizer, rate), names in networks.items():
         text += f"; {optimizer} for {' and '.join(names)}: {rate:g}"
-    return text
+    tuned = ", ".join(f"{rate:g} for {name}" for name, rate in FINETUNE_RATE_PER_256.items())
+    return f"{text}; with --finetune {tuned}"
 
 
 # Groups of flags, by name.
@@ -184,8 +199,8 @@ BATCH_FLAGS = {
     "batch_size_per_device": Flag(
         "training images per device and step",
         COUNT,
-        otherwise=f"{BATCH_SIZE_PER_DEVICE}, and {CPU_TRIAL['batch_size_per_device']} for "
-        "synthetic data on a CPU",
+        otherwise=f"{BATCH_SIZE_PER_DEVICE}, {CPU_TRIAL['batch_size_per_device']} for synthetic "
+        f"data on a CPU, and with --finetune {FINETUNE_BATCH_SIZE}, less for small data",
     ),
 }
 AUGMENTATION_FLAGS = {
@@ -202,8 +217,9 @@ AUGMENTATION_FLAGS = {
 }
 TRAIN_DATA_FLAGS = {
     "train_data_dir": Flag(
-        "directory of OFRecord parts, or an .npz file with images (N, H, W, 3) uint8 and labels "
-        "(N,); without it the data are synthetic",
+        "directory of OFRecord parts, an .npz file with images (N, H, W, 3) uint8 and labels (N,), "
+        "or a folder with one folder of images per class, or with train/ and validation/ of such; "
+        "without it the data are synthetic",
         path,
     ),
     "train_data_part_num": Flag("read the first so many parts", COUNT, otherwise="all"),
@@ -220,7 +236,9 @@ TRAIN_DATA_FLAGS = {
 }
 VAL_DATA_FLAGS = {
     "val_data_dir": Flag(
-        "directory of OFRecord parts, or an .npz file with images and labels", path
+        "directory of OFRecord parts, an .npz file with images and labels, or a folder with one "
+        "folder of images per class",
+        path,
     ),
     "val_data_part_num": Flag("read the first so many parts", COUNT, otherwise="all"),
     "num_val_examples": Flag("score the first so many images", COUNT, otherwise="all"),
@@ -229,6 +247,29 @@ VAL_DATA_FLAGS = {
     ),
     "top_k": Flag(
         "k of the second accuracy that is printed, at most the number of classes less one", COUNT, 5
+    ),
+}
+# Of folders with one folder of images per class.
+FOLDER_FLAGS = {
+    "val_split": Flag(
+        "share of each class of a folder of images that is for validation, drawn by content; equal "
+        "files stay on one side; 0: none, and in evaluation 1: all",
+        number(float, 0, 1),
+        otherwise=f"{VAL_SPLIT:g} where training has no folder for validation, and in evaluation "
+        "what the run kept",
+    ),
+    "cache_dir": Flag(
+        "where a folder of images is converted to OFRecord parts, once for each state of it",
+        path,
+        CACHE_ROOT,
+    ),
+    "skip_bad": Flag(
+        "leave bad images of a folder out, and list them in the manifest", default=False
+    ),
+    "follow_links": Flag(
+        "read what links lead to outside of a folder of images",
+        default=False,
+        otherwise="they are refused",
     ),
 }
 OPTIMIZER_FLAGS = {
@@ -264,11 +305,17 @@ OPTIMIZER_FLAGS = {
         number(float, 0),
         0.0,
     ),
+    "batch_norm_momentum": Flag(
+        "share of the newest batch in the running statistics of batch norms",
+        number(float, 0, 1, above=True),
+        otherwise=f"the network's own, and {FINETUNE['batch_norm_momentum']:g} with --finetune",
+    ),
     "label_smoothing": Flag("label smoothing factor", number(float, 0, 1), 0.1),
     "warmup_epochs": Flag(
         "epochs of linear warm-up from 0",
         number(float, 0),
-        otherwise=f"{WARMUP_EPOCHS}, but at most half of the run",
+        otherwise=f"{WARMUP_EPOCHS}, {FINETUNE['warmup_epochs']:g} with --finetune, but at most "
+        "half of the run",
     ),
     "lr_decay": Flag("schedule after the warm-up", str.lower, "cosine", choices=SCHEDULES),
     "lr_step_epochs": Flag(
@@ -294,7 +341,8 @@ RUN_FLAGS = {
     "num_epochs": Flag(
         "passes over the training data",
         COUNT,
-        otherwise=f"{NUM_EPOCHS}, and {CPU_TRIAL['num_epochs']} for synthetic data on a CPU",
+        otherwise=f"{NUM_EPOCHS}, {FINETUNE['num_epochs']} with --finetune, and "
+        f"{CPU_TRIAL['num_epochs']} for synthetic data on a CPU",
         aliases=("--num_epoch",),
     ),
     "model_load_dir": Flag(
@@ -306,7 +354,8 @@ RUN_FLAGS = {
     ),
     "finetune": Flag(
         "take all of --model_load_dir, or of the weights that were installed for --model, but the "
-        "last layer, which starts from random weights and may have another number of classes",
+        "last layer, which starts from random weights and may have another number of classes; "
+        "shorter than a run from scratch, see the flags' defaults",
         default=False,
         of="start",
     ),
@@ -336,7 +385,7 @@ RUN_FLAGS = {
         "keep the newest so many snapshots of epochs and remove older ones; best, last and "
         "initial_model always stay; all, or 0: remove none",
         count_or_all,
-        3,
+        otherwise=f"{KEEP_SNAPSHOTS}, and {FINETUNE['keep_snapshots']} with --finetune",
         metavar="COUNT|all",
     ),
     "loss_print_every_n_iter": Flag("iterations between lines", COUNT, 10),
@@ -430,6 +479,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
             "batches": BATCH_FLAGS,
             "training data": TRAIN_DATA_FLAGS,
             "validation data": VAL_DATA_FLAGS,
+            "folders of images": FOLDER_FLAGS,
             "optimizer and schedule": OPTIMIZER_FLAGS,
             "run": RUN_FLAGS,
             "log": LOG_FLAGS | RECORD_FLAGS,
@@ -448,6 +498,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
                     otherwise=f"that of the run that made the snapshot, else {VAL_DATA_DIR}",
                 )
             },
+            "folders of images": FOLDER_FLAGS,
             "snapshot": SNAPSHOT_FLAGS,
             "backend": BACKEND_FLAGS,
             "run": {
@@ -547,6 +598,10 @@ def job_flags(args: Namespace) -> dict:
     }
 
 
+def folder_settings(args: Namespace) -> Settings:
+    return Settings(**{name: getattr(args, name) for name in FOLDER_FLAGS})
+
+
 def memory_flags(args: Namespace, *, batch: str) -> dict[str, str]:
     """What a process that ran out of memory was asked for, for `launch_script`.
 
@@ -624,9 +679,28 @@ def check_backend_flags(args: Namespace) -> None:
         )
 
 
+def has_validation(args: Namespace) -> bool:
+    """Whether there are data to validate on after each epoch."""
+    if args.train_data_dir is None or args.val_data_dir is not None:
+        return True
+    return args.val_split != 0 and is_photo_folder(args.train_data_dir)
+
+
+def check_folder_flags(args: Namespace, *paths: str | None) -> None:
+    """Refuse flags of folders of images where there is none. What does not exist is named later."""
+    given = [path for path in paths if path is not None]
+    if not all(map(os.path.exists, given)) or any(map(is_photo_folder, given)):
+        return
+    for name, flag in FOLDER_FLAGS.items():
+        if getattr(args, name) != flag.default:
+            raise UsageError(
+                f"--{name} belongs to a folder of images, and {given[0]} is not one; leave it out"
+            )
+
+
 def check_data_flags(args: Namespace) -> None:
     """Refuse flags that the chosen kind of data would ignore."""
-    records = CUDA_TRAINING_FLAGS | TRAIN_DATA_FLAGS | VAL_DATA_FLAGS
+    records = CUDA_TRAINING_FLAGS | TRAIN_DATA_FLAGS | VAL_DATA_FLAGS | FOLDER_FLAGS
 
     def refuse(why: str, *names: str) -> None:
         for name in names:
@@ -634,15 +708,18 @@ def check_data_flags(args: Namespace) -> None:
                 raise UsageError(f"--{name} {why}; leave it out")
 
     of_parts = ("shuffle_buffer_size", "gpu_image_decoder")
+    if is_photo_folder(args.train_data_dir):
+        refuse("has no effect on a folder of images", "train_data_part_num")
+    check_folder_flags(args, args.train_data_dir, args.val_data_dir)
     if args.train_data_dir is None:
-        of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num")
+        of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num", *FOLDER_FLAGS)
         refuse("needs --train_data_dir, and without it data are synthetic", *of_files)
         ignored = (*AUGMENTATION_FLAGS, *of_parts, "val_batch_size_per_device")
         refuse("has no effect on synthetic data", *ignored)
         return
     if args.train_data_dir.endswith(".npz"):
         refuse("has no effect on an .npz file, which is shuffled as a whole", *of_parts)
-    if args.val_data_dir is None:
+    if not has_validation(args):
         of_validation = ("val_data_part_num", "num_val_examples", "val_batch_size_per_device")
         refuse("needs --val_data_dir", *of_validation)
 
@@ -666,12 +743,25 @@ def finish_train_args(args: Namespace, *, device: str) -> list[str]:
                 + " ".join(f"--{flag}={value}" for flag, value in taken.items())
                 + "; give these flags to choose otherwise."
             )
-    elif args.train_data_dir is not None and args.val_data_dir is None:
+    elif not has_validation(args):
         notices.append("No --val_data_dir: training without validation.")
-    if args.batch_size_per_device is None:
+    if args.finetune:
+        epochs = args.num_epochs or FINETUNE["num_epochs"]
+        chosen = FINETUNE | {"warmup_epochs": min(FINETUNE["warmup_epochs"], epochs / 2)}
+        taken = {flag: value for flag, value in chosen.items() if getattr(args, flag) is None}
+        vars(args).update(taken)
+        if taken:
+            notices.append(
+                "Fine-tuning: "
+                + " ".join(f"--{flag}={show(value)}" for flag, value in taken.items())
+                + "; give these flags to choose otherwise."
+            )
+    if args.batch_size_per_device is None and (not args.finetune or args.train_data_dir is None):
         args.batch_size_per_device = BATCH_SIZE_PER_DEVICE
     if args.num_epochs is None:
         args.num_epochs = NUM_EPOCHS
+    if args.keep_snapshots is None:
+        args.keep_snapshots = KEEP_SNAPSHOTS
     if args.warmup_epochs is None:
         args.warmup_epochs = min(WARMUP_EPOCHS, args.num_epochs // 2)
     check_schedule_flags(args)
@@ -681,6 +771,22 @@ def finish_train_args(args: Namespace, *, device: str) -> list[str]:
             f"and there are {args.num_epochs} epochs."
         )
     return notices
+
+
+def finetune_batch_size(num_examples: int, num_processes: int) -> int:
+    """Images per device and step that --finetune takes: so that small data have some steps."""
+    share = num_examples // num_processes
+    size = FINETUNE_BATCH_SIZE
+    while size > FINETUNE_MIN_BATCH_SIZE and share < size * FINETUNE_STEPS:
+        size //= 2
+    return max(1, min(size, share))
+
+
+def learning_rate_per_256(model: str, optimizer: str, *, finetune: bool) -> float:
+    """The peak learning rate unless one is given, per 256 images of global batch."""
+    own = MODELS[model].learning_rates.get(optimizer)
+    rate = (FINETUNE_RATE_PER_256 if finetune else LEARNING_RATE_PER_256)[optimizer]
+    return rate if own is None else min(own, rate) if finetune else own
 
 
 def check_schedule_flags(args: Namespace) -> None:

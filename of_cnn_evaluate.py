@@ -13,11 +13,13 @@ import os
 import sys
 from argparse import Namespace
 from contextlib import redirect_stderr
+from typing import Any
 
 import config
 import ofrecord_util
 from cnns.checkpoint.find import compare_export, restore
 from cnns.checkpoint.snapshot import checksum, read_description, versions
+from cnns.convert.cache import convert_for_evaluation, is_photo_folder
 from cnns.data.datasets import open_val_dataset
 from cnns.data.kinds import Dataset
 from cnns.distributed import launch_script, place, takes_cuda
@@ -71,6 +73,7 @@ def main(argv: list[str] | None = None) -> int | None:
 def parse_args(argv: list[str] | None) -> Namespace:
     args = config.make_parser("evaluate", __doc__).read(argv)
     config.check_backend_flags(args)
+    config.check_folder_flags(args, args.val_data_dir)
     return args
 
 
@@ -94,8 +97,10 @@ def prepare(args: Namespace) -> tuple[str, Dataset, tuple]:
     """
     of_oneflow = args.backend == "oneflow"
     device = config.take_device(args) if of_oneflow else "cpu"
-    if args.val_data_dir is not None:  # before the network is read, which takes a while
-        data = open_data(args, args.val_data_dir)
+    path, data = args.val_data_dir, None
+    # The labels of a folder are the network's, so it waits for that; the rest is checked first.
+    if path is not None and not is_photo_folder(path):
+        data = open_data(args, path)
     if of_oneflow:
         network: tuple = restore(**config.restore_flags(args), switches=config.switches(args))
         flags = network[1].flags
@@ -105,9 +110,27 @@ def prepare(args: Namespace) -> tuple[str, Dataset, tuple]:
             compare_export(exported.path, run=exported.run)
         network = exported, exported, exported.path
         flags = flags_of_run(exported)
-    if args.val_data_dir is None:
-        data = open_data(args, own_val_data(flags, path=network[2]))
-    return device, data.for_network(network[1].num_classes), network
+    if path is None:
+        path = own_val_data(flags, path=network[2])
+    known = network[1]
+    if data is None and is_photo_folder(path):
+        data = open_folder(args, path, known, flags)
+    elif data is None:
+        data = open_data(args, path)
+    return device, data.for_network(known.num_classes), network
+
+
+def open_folder(args: Namespace, folder: str, known: Any, flags: dict) -> Dataset:
+    """What is to be scored of a folder of images, with the labels of the network's classes."""
+    path, notices = convert_for_evaluation(
+        folder,
+        settings=config.folder_settings(args),
+        classes=list(known.classes) if known.classes else None,
+        trained_on=flags,
+    )
+    for text in notices:
+        notice(text)
+    return open_data(args, path)
 
 
 def open_data(args: Namespace, path: str) -> Dataset:
@@ -128,6 +151,8 @@ def flags_of_run(exported: ExportedModel) -> dict:
 def own_val_data(flags: dict, *, path: str) -> str:
     """The validation data of the run that left `flags`. Raises UsageError where it had none."""
     own = flags.get("val_data_dir")
+    if own is None and is_photo_folder(flags.get("train_data_dir")):
+        own = flags["train_data_dir"]
     if isinstance(own, str):
         notice(f"Validation data: {own}, of the run that made {path} (--val_data_dir).")
         return own

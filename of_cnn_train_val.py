@@ -12,6 +12,8 @@ of it, and cnns/run.py has the loop.
 import cnns.startup  # noqa: F401  (first, see there)
 
 import io
+import os
+import shlex
 import sys
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
@@ -27,10 +29,11 @@ import ofrecord_util
 import optimizer_util
 from cnns.advice import check_disk, most_snapshots, snapshot_bytes
 from cnns.checkpoint.find import find_resume, find_snapshot, list_snapshots, open_save_dir, position
-from cnns.checkpoint.snapshot import Progress, Snapshot, load_training_state, versions
+from cnns.checkpoint.snapshot import PREFIX, Progress, Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, standard_shapes
 from cnns.configfile import read_config
+from cnns.convert.cache import convert_for_training, is_photo_folder
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
@@ -47,6 +50,7 @@ from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
 from cnns.flags import CONFIGURED
 from cnns.graphs import DropoutMasks, TrainGraph, limit_top_k
+from cnns.inputs import is_within
 from cnns.launch.job import make_job
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, is_first_rank, notice, open_log
@@ -86,6 +90,9 @@ def main(argv: list[str] | None = None) -> int | None:
             save_init=spec.flags["save_init"],
         )
         run.run()
+        if spec.flags["finetune"] or is_photo_folder(spec.flags["train_data_dir"]):
+            for text in next_steps(spec, save_dir, has_best=bool(run.progress.best)):
+                notice(text)
     return None
 
 
@@ -162,17 +169,16 @@ def make_spec(given: Namespace) -> RunSpec:
         args.model_load_dir, args.finetune = None, False  # of the first start
         notices += compare_flags(args, resumed.snapshot.flags, parser, path=resumed.path)
     notices += config.finish_train_args(args, device=device)
-    train_data, val_data = open_data(args)
-    notices += train_data.check_shares(num_processes(vars(args)))
     start = resumed or open_start(args)
+    train_data, val_data = open_data(args, notices)
+    notices += train_data.check_shares(num_processes(vars(args)))
     about = describe_network(args, start, train_data, notices)
     train_data = train_data.for_network(about.num_classes)
     if val_data is not None:
         val_data = val_data.for_network(about.num_classes)
     batch_size = global_batch_size(args)
     if args.learning_rate is None:
-        own = MODELS[about.model].learning_rates
-        rate = own.get(args.optimizer, config.LEARNING_RATE_PER_256[args.optimizer])
+        rate = config.learning_rate_per_256(about.model, args.optimizer, finetune=args.finetune)
         args.learning_rate = rate * batch_size / 256
         notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
     top_k = limit_top_k(args.top_k, about.num_classes)
@@ -227,10 +233,13 @@ def global_batch_size(args: Namespace) -> int:
     return args.batch_size_per_device * num_processes(vars(args))
 
 
-def open_data(args: Namespace) -> tuple[Dataset, Dataset | None]:
-    """The training and validation data, checked; None: no validation."""
-    batch_size = global_batch_size(args)
+def open_data(args: Namespace, notices: list[str]) -> tuple[Dataset, Dataset | None]:
+    """The training and validation data, checked; None: no validation. Adds notices for the user.
+
+    Folders of images are converted first.
+    """
     if args.train_data_dir is None:
+        batch_size = global_batch_size(args)
         pool = SyntheticTrainLoader.POOL_BATCHES * batch_size
         if (args.num_val_examples or 0) > pool:
             raise UsageError(
@@ -240,18 +249,29 @@ def open_data(args: Namespace) -> tuple[Dataset, Dataset | None]:
         epoch = args.num_examples or config.SYNTHETIC_STEPS_PER_EPOCH * batch_size
         val_data = Synthetic(num_examples=args.num_val_examples or pool, seed=args.seed)
         return replace(val_data, num_examples=epoch), val_data
-    train_data = open_train_dataset(
-        args.train_data_dir, part_num=args.train_data_part_num, num_examples=args.num_examples
+    settings = config.folder_settings(args)
+    train_dir, val_dir, about = convert_for_training(
+        args.train_data_dir, args.val_data_dir, settings=settings
     )
+    notices += about
+    train_data = open_train_dataset(
+        train_dir, part_num=args.train_data_part_num, num_examples=args.num_examples
+    )
+    if args.batch_size_per_device is None:
+        args.batch_size_per_device = config.finetune_batch_size(
+            train_data.num_examples, num_processes(vars(args))
+        )
+        notices.append(f"Fine-tuning: --batch_size_per_device={args.batch_size_per_device}.")
+    batch_size = global_batch_size(args)
     if batch_size > train_data.num_examples:
         raise UsageError(
             f"--batch_size_per_device={args.batch_size_per_device} makes batches of {batch_size}, "
             f"and there are {train_data.num_examples} training images; give a smaller one"
         )
-    if args.val_data_dir is None:
+    if val_dir is None:
         return train_data, None
     return train_data, open_val_dataset(
-        args.val_data_dir, part_num=args.val_data_part_num, num_examples=args.num_val_examples
+        val_dir, part_num=args.val_data_part_num, num_examples=args.num_val_examples
     )
 
 
@@ -332,6 +352,28 @@ def check_still_newest(spec: RunSpec) -> None:
         if new:
             path, _ = min(new)
             raise RunError(f"{path} has been written meanwhile by another run; start again")
+
+
+def next_steps(spec: RunSpec, save_dir: str, *, has_best: bool) -> list[str]:
+    """The commands for what comes after a run."""
+    name = "best" if has_best else f"epoch_{spec.flags['num_epochs'] - 1}"
+    python = sys.executable
+    if is_within(python, os.getcwd()) or is_within(sys.prefix, os.getcwd()):
+        python = os.path.relpath(python)
+    flags = [f"--model_load_dir={os.path.normpath(save_dir)}/{PREFIX}{name}"]
+    scored = [f"--val_data_dir={spec.val_data.path}"] if spec.val_data else []
+    steps = {
+        "Score it": ["of_cnn_evaluate.py", *flags, *scored],
+        "Classify": ["of_cnn_inference.py", *flags, "--image_path", "PHOTO.jpg"],
+        "Export it": ["resnet_to_onnx.py", *flags],
+    }
+    if not scored:
+        del steps["Score it"]
+    root = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
+    return [
+        f"{what}: {shlex.join([python, os.path.normpath(os.path.join(root, script)), *more])}"
+        for what, (script, *more) in steps.items()
+    ]
 
 
 # Building it.
@@ -424,6 +466,10 @@ def build_model(spec: RunSpec) -> nn.Module:
     flow.manual_seed(spec.flags["seed"])
     switches = config.switches(Namespace(**spec.flags))
     model = MODELS[spec.about.model].build(spec.about.num_classes, switches)
+    momentum = spec.flags["batch_norm_momentum"]
+    for module in model.modules():
+        if momentum is not None and hasattr(module, "running_mean"):
+            module.momentum = momentum
     if spec.start is not None:
         for text in spec.start.load(model, finetune=spec.flags["finetune"]):
             notice(text)
@@ -494,7 +540,7 @@ def build_evaluator(spec: RunSpec, model: nn.Module, log: Log) -> Evaluator | No
     batch_size = flags["val_batch_size_per_device"] * num_processes(flags)
     loader = ofrecord_util.val_loader(
         data,
-        batch_size=batch_size if flags["val_data_dir"] else spec.batch_size,
+        batch_size=spec.batch_size if isinstance(data, Synthetic) else batch_size,
         preprocessing=spec.about.preprocessing,
         device=spec.device,
     )

@@ -8,5 +8,7 @@ SNAPSHOT_ROOT = os.path.join("output", "snapshots")
 PUBLISHED_FOLDER = "resnet_v15_of_best_model_val_top1_77318"
 # Validation data, where a snapshot does not name them.
 VAL_DATA_DIR = os.path.join("data", "imagenet", "ofrecord", "validation")
+# What folders of pictures are converted into.
+CACHE_ROOT = os.path.join("output", "cache")
 # Exported files.
 ONNX_ROOT = os.path.join("onnx", "model")

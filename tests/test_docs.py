@@ -20,6 +20,7 @@ from golden import learning_curves
 from small import ROOT
 from tools import (
     benchmark,
+    browse,
     convert_snapshot,
     doctor,
     make_mini_imagenet,
@@ -39,6 +40,7 @@ PARSE = {
     "tools/verify_ofrecord.py": verify_ofrecord.parse_args,
     "tools/make_mini_imagenet.py": make_mini_imagenet.make_parser().parse_args,
     "tools/convert_snapshot.py": convert_snapshot.make_parser().parse_args,
+    "tools/browse.py": browse.make_parser().parse_args,
     "tools/benchmark.py": benchmark.make_parser().parse_args,
     "tools/report.py": report.parse_args,
     "tools/runs.py": runs.parse_args,

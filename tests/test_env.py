@@ -537,6 +537,35 @@ def test_wrapper_passes_on_flags_and_exit_status(tmp_path, wrapper, env, expecte
     assert (run.returncode, run.stderr) == (43, "")
 
 
+@pytest.mark.parametrize(
+    "held, train, val",
+    [
+        (["cat/1.jpg", "dog/2.jpg"], "photos", "photos"),
+        (["train/cat/1.jpg", "val/cat/2.jpg"], "photos", "photos"),
+        (["train/cat/1.jpg", "validation/cat/2.jpg"], "photos/train", "photos/validation"),
+        (["part-00000"], "photos/train", "photos/validation"),  # the error says what to do
+    ],
+)
+def test_wrappers_take_a_folder_that_is_not_split(tmp_path, held, train, val):
+    for name in ("train.sh", "evaluate.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "env.sh").write_text("python=$PWD/python\n")
+    write_script(tmp_path / "python", """printf '%s\\n' "$@" | grep _data_dir""")
+    for name in held:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+
+    def given(wrapper):
+        env = {"PATH": os.environ["PATH"], "DATA_ROOT": "photos"}
+        command = ["sh", str(tmp_path / wrapper)]
+        return subprocess.run(command, env=env, capture_output=True, text=True).stdout.split()
+
+    found = given("train.sh")
+    assert found[0] == f"--train_data_dir={train}"
+    assert found[1:] == ([] if train == val else [f"--val_data_dir={val}"])
+    assert given("evaluate.sh") == [f"--val_data_dir={val}"]
+
+
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="only .venv is made by env.sh")
 def test_what_is_installed_is_what_requirements_txt_pins():
     def key(name, version):

@@ -40,6 +40,7 @@ import of_cnn_train_val as script
 import ofrecord_util
 import resnet_to_onnx
 from cnns.checkpoint.snapshot import Snapshot, versions
+from cnns.convert.writer import BLOCK_BYTES
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset
 from cnns.data.images import CLASSES_FILE, read_classes, read_picture
@@ -53,7 +54,6 @@ from cnns.log import limit_run_ahead
 from cnns.models.layers import Switches
 from cnns.run import Run
 from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
-from tools.ofrecord_writer import BLOCK_BYTES
 
 # Crops of the demo photographs at this size and quality are 110 kB on average, as ImageNet's are.
 PHOTOGRAPH_SIZE = (580, 435)

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from cnns.convert.writer import BLOCK_BYTES
 from cnns.errors import RunError, UsageError
 from cnns.inputs import open_input, unpacked_limit
 from tools.imagenet import Window, walk_tar
-from tools.ofrecord_writer import BLOCK_BYTES
 
 PLANES = (3, 32, 32)
 CIFAR_10 = {

@@ -13,15 +13,17 @@ import sys
 import tarfile
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cnns.convert.folder import is_image_name, some
+from cnns.convert.jpegs import passed_through
+from cnns.convert.writer import Example, file_stamp, read_image
 from cnns.data.images import (
     CLASSES_FILE,
-    IMAGE_SUFFIXES,
     MAX_PIXELS,
     BadImage,
     read_classes,
@@ -30,8 +32,6 @@ from cnns.data.images import (
 from cnns.errors import RunError, UsageError
 from cnns.hints import path_hint
 from cnns.inputs import Tree, check_ordinary, open_input
-from tools.jpeg_util import passed_through
-from tools.ofrecord_writer import Example, file_stamp, read_image
 
 VAL_LABELS = CLASSES_FILE.with_name("imagenet_val_labels.txt")
 NUM_TRAIN = 1_281_167  # images of the official training archive
@@ -45,16 +45,6 @@ OFFICIAL_NAME = re.compile(r"(n\d{8})_.*")  # n01440764_10026.JPEG
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 HEADER_BYTES = 1 << 16  # more than any header needs
 INDEX_SECONDS = 10.0  # between lines of progress
-
-
-def some(names: Iterable[str], limit: int = 5) -> str:
-    """The first few of `names` for a message."""
-    every = list(names)
-    return ", ".join(every[:limit]) + (", ..." if len(every) > limit else "")
-
-
-def is_image_name(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 # The index.

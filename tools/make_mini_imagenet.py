@@ -15,12 +15,12 @@ import cnns.environment  # noqa: F401  (first, see there)
 
 from PIL import Image
 
+from cnns.convert.jpegs import encode_jpeg
+from cnns.convert.writer import Example, Split, write_dataset
 from cnns.data.images import CLASSES_FILE, read_classes, read_picture
 from cnns.errors import run_main
 from cnns.flags import Parser, number
 from cnns.interrupts import exit_on_signals
-from tools.jpeg_util import encode_jpeg
-from tools.ofrecord_writer import Example, Split, write_dataset
 
 DATA = CLASSES_FILE.parent
 PHOTOGRAPHS = {"cat.jpg": "tabby, tabby cat", "coffee.jpg": "espresso"}

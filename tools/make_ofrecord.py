@@ -10,11 +10,8 @@ import argparse
 import gzip
 import hashlib
 import io
-import os
 import sys
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,30 +22,25 @@ import cnns.environment  # noqa: F401  (first, see there)
 import numpy as np
 from PIL import Image
 
-from cnns.data.images import CLASSES_FILE, IMAGE_SUFFIXES, MAX_PIXELS, read_classes
-from cnns.errors import RunError, UsageError, printable, run_main
-from cnns.flags import Parser, add_switch, number
-from cnns.hints import path_hint
-from cnns.inputs import Tree, open_input, unpacked_limit
-from cnns.interrupts import exit_on_signals
-from tools import cifar, imagenet
-from tools.imagenet import is_image_name, some
-from tools.jpeg_util import add_max_pixels, encode_jpeg, upright_jpeg
-from tools.ofrecord_writer import (
+from cnns.convert import folder
+from cnns.convert.jpegs import add_max_pixels, encode_jpeg
+from cnns.convert.unfinished import identity_of_manifest, partial_name
+from cnns.convert.writer import (
     Example,
     Split,
     check_output,
     default_num_parts,
-    file_stamp,
-    identity_of_manifest,
-    partial_name,
-    read_image,
     shareable,
     write_dataset,
 )
+from cnns.data.images import CLASSES_FILE, MAX_PIXELS, read_classes
+from cnns.errors import RunError, UsageError, printable, run_main
+from cnns.flags import Parser, add_switch, number
+from cnns.inputs import Tree, open_input, unpacked_limit
+from cnns.interrupts import exit_on_signals
+from tools import cifar, imagenet
 
 IMAGENET_PARTS = 256
-VALIDATION_FOLDERS = ("validation", "val")
 
 IDX_MAGIC = {"images": 2051, "labels": 2049}  # unsigned bytes with 3 dimensions, with 1
 IDX_PREFIXES = {"train": "train", "validation": "t10k"}
@@ -66,169 +58,39 @@ def note(text: str) -> None:
 # Job `folder`.
 
 
-@dataclass(frozen=True)
-class ImageFiles:
-    """Loads the i-th of many image files."""
-
-    root: str
-    paths: list[str]  # below root
-    labels: list[int]
-    max_pixels: int
-
-    def __call__(self, i: int) -> Example:
-        data = read_image(os.path.join(self.root, self.paths[i]))
-        data, was = upright_jpeg(data, max_pixels=self.max_pixels)
-        return Example(data, self.labels[i], change=was)
-
-    def fingerprint(self, i: int, *, with_time: bool = True) -> bytes:
-        path = os.path.join(self.root, self.paths[i])
-        return file_stamp(path, self.labels[i], with_time=with_time)
-
-
-def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, sorted by code point, without hidden ones."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-    except FileNotFoundError as error:
-        hint = path_hint(folder)
-        raise UsageError(f"--input={folder}: cannot be read: {error.strerror}; {hint}") from None
-    except OSError as error:
-        raise UsageError(f"--input={folder}: cannot be read: {error.strerror}") from None
-
-
-def find_splits(root: Path) -> dict[str, Path]:
-    """Folders of classes below --input by the names of their outputs; "" for root itself."""
-    names = subfolders(root)
-    validation = [name for name in VALIDATION_FOLDERS if name in names]
-    if "train" not in names or not (validation or set(names) <= {"train", "test"}):
-        return {"": root}
-    if len(validation) != 1:
-        found = "both validation/ and val/" if validation else "train/ but no validation/"
-        raise UsageError(
-            f"--input={root}: holds {found}; needs train/ and one of validation/ and val/, or the "
-            f"class folders themselves (--input={root / 'train'} converts train/ alone)"
-        )
-    others = [name for name in names if name not in ("train", *validation)]
-    if others:
-        note(f"{root}: left out, as neither train nor validation: {some(others)}")
-    return {"train": root / "train", "validation": root / validation[0]}
-
-
-def find_images(root: Path, tree: Tree) -> dict[str, list[str]]:
-    """Image files below each class folder of `root`, as sorted paths relative to `root`.
-
-    Raises RunError for a folder without images, an image outside the class folders, and as `Tree`.
-    """
-    classes: dict[str, list[str]] = {name: [] for name in subfolders(root)}
-    others = []
-    source, waiting = str(root), [""]
-    while waiting:
-        below = waiting.pop()
-        try:
-            entries = list(tree.entries(str(root / below)))
-        except OSError as error:
-            raise RunError(f"{error.filename}: cannot be read: {error.strerror}") from None
-        folders = [os.path.join(below, name) for name, is_folder in entries if is_folder]
-        waiting += reversed(folders)
-        for name in (name for name, is_folder in entries if not is_folder):
-            path = os.path.join(below, name)
-            if not is_image_name(name):
-                others.append(path)
-            elif not below:
-                raise RunError(
-                    f"{root / name}: is outside the class folders, so it has no class; move it "
-                    "into one"
-                )
-            else:
-                classes[path.split(os.sep, 1)[0]].append(path)
-                tree.add(source, path)
-    if not classes:
-        raise RunError(f"{root}: holds no class folders; needs one sub-folder of images per class")
-    for name, paths in classes.items():
-        if not paths:
-            raise RunError(
-                f"{root / name}: holds no image ({' '.join(IMAGE_SUFFIXES)}); add "
-                "images or remove the folder"
-            )
-        if printable(name) != name:
-            raise RunError(f"{root / name}: rename it to printable UTF-8")
-    if others:
-        note(f"{root}: left out, not named like images ({len(others)}): {some(sorted(others))}")
-    return {name: sorted(paths) for name, paths in classes.items()}
-
-
-def folder_lookup(names: list[str], wordnet_ids: list[str]) -> dict[str, list[int]]:
-    """Labels by the folder names that stand for them: WordNet id, name, first synonym."""
-    lookup = defaultdict(list)
-    for label, name in enumerate(names):
-        for key in {name, name.split(",")[0], *wordnet_ids[label : label + 1]}:
-            lookup[key].append(label)
-    return lookup
-
-
-def folder_labels(
-    folders: Iterable[str], lookup: dict[str, list[int]], *, root: Path, source: str
-) -> list[int]:
-    """The label of each class folder. Raises RunError where it is none, unclear, or another's."""
-    labels, folder_of = [], dict[int, str]()
-    for folder in folders:
-        found = lookup.get(folder)
-        if not found:
-            raise RunError(
-                f"{root / folder}: {folder!r} is not a class of {source}; rename or remove the "
-                "folder"
-            )
-        if len(found) > 1:
-            raise RunError(
-                f"{root / folder}: {folder!r} may be class {found[0]} or {found[1]} of {source}; "
-                "name the folder by its WordNet id"
-            )
-        twin = folder_of.setdefault(found[0], folder)
-        if twin != folder:
-            raise RunError(
-                f"{root / folder}: is the same class of {source} as {twin!r}; merge the folders"
-            )
-        labels.append(found[0])
-    return labels
-
-
 def folder_job(args: argparse.Namespace) -> tuple[list[Split], list[str]]:
     """The splits and the class names of --input: one class list for training and validation."""
-    roots = find_splits(args.input)
+    if args.val_split == 1:
+        raise UsageError("--val_split=1 leaves nothing to train on; give less")
+    notes: list[str] = []
+    roots = folder.find_roots(args.input, flag="--input", val_split=args.val_split, notes=notes)
     tree = Tree(args.input, follow_links=args.follow_links)
-    if "" not in roots:
-        for root in roots.values():
-            if root.is_symlink():
-                tree.check_link(str(root))
-    found = {name: find_images(root, tree) for name, root in roots.items()}
+    for root in roots.values():
+        if root != args.input and root.is_symlink():
+            tree.check_link(str(root))
+    classes, wordnet_ids = read_classes(args.classes) if args.classes else (None, [])
+    sides, names = folder.find_sides(
+        roots,
+        dict.fromkeys(roots, tree),
+        classes=classes,
+        wordnet_ids=wordnet_ids,
+        source=str(args.classes),
+        notes=notes,
+    )
     tree.check_once()
-    first = next(iter(found))
-    if args.classes:
-        classes, wordnet_ids = read_classes(args.classes)
-        lookup, source = folder_lookup(classes, wordnet_ids), str(args.classes)
-    else:
-        classes = list(found[first])
-        lookup = {name: [label] for label, name in enumerate(classes)}
-        source = str(roots[first])
-    splits = []
-    for name, folders in found.items():
-        labels = folder_labels(folders, lookup, root=roots[name], source=source)
-        missing = sorted(set(range(len(classes))) - set(labels))
-        if missing:
-            note(
-                f"{roots[name]}: no folder for {len(missing)} of {len(classes)} classes: "
-                + some(classes[label] for label in missing)
-            )
-        paths = [path for paths in folders.values() for path in paths]
-        repeated = [
-            label for label, paths in zip(labels, folders.values(), strict=True) for _ in paths
-        ]
-        prefix = roots[name].name if name else ""
-        names = [printable(os.path.join(prefix, path)) for path in paths]
-        files = ImageFiles(str(roots[name]), paths, repeated, args.max_pixels)
-        splits.append(Split(args.output / name, names, files))
-    return splits, classes
+    if args.val_split is not None:
+        (side,) = sides.values()
+        digests = folder.file_digests(side.absolute)
+        train, validation, about = folder.split_side(
+            side, digests, share=args.val_split, seed=args.seed
+        )
+        sides = {"train": train, "validation": validation}
+        notes += about
+    for text in notes:
+        note(text)
+    return [
+        side.split(args.output / name, max_pixels=args.max_pixels) for name, side in sides.items()
+    ], names
 
 
 # Job `idx`.
@@ -501,6 +363,13 @@ def add_folder_parser(jobs: "argparse._SubParsersAction[Parser]") -> None:
         "data/imagenet_classes.txt: its order gives the labels, and folders are named by id, name "
         "or first synonym",
     )
+    parser.add_argument(
+        "--val_split",
+        type=number(float, 0, 1, above=True),
+        help="share of each class that goes into <output>/validation, while the rest goes into "
+        "<output>/train; drawn by --seed and content, and equal files stay on one side; unless "
+        "given, a folder that is not split becomes one directory",
+    )
     add_image_flags(parser)
     parser.set_defaults(make=folder_job)
 
@@ -565,7 +434,7 @@ def make_parser() -> Parser:
 
 
 # Not named in the manifest unless given, as older directories that are resumed do not know them.
-UNREMARKABLE = (("follow_links", False), ("max_pixels", MAX_PIXELS))
+UNREMARKABLE = (("follow_links", False), ("max_pixels", MAX_PIXELS), ("val_split", None))
 # Not in the manifest, so that equal runs into two places give equal bytes.
 NOT_IN_MANIFEST = ("job", "make", "choose_num_parts", "output", "num_workers")
 

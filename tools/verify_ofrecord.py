@@ -20,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cnns.environment  # noqa: F401  (first, see there)
 
+from cnns.convert.jpegs import add_max_pixels, decode_jpeg
+from cnns.convert.pool import Advance, Progress, run_tasks
+from cnns.convert.writer import BLOCK_BYTES, default_num_workers
 from cnns.data.format import (
     LENGTH,
     MANIFEST,
@@ -40,9 +43,6 @@ from cnns.flags import Parser, add_switch, number
 from cnns.hints import path_hint
 from cnns.inputs import open_input
 from cnns.interrupts import exit_on_signals
-from tools.jpeg_util import add_max_pixels, decode_jpeg
-from tools.ofrecord_writer import BLOCK_BYTES, default_num_workers
-from tools.worker_pool import Advance, Progress, run_tasks
 
 OPTIONS = ("num_classes", "decode", "max_pixels", "num_workers")  # flags
 SPLITS = ("train", "validation")

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 
 from cnns.data.format import (
     LENGTH,
@@ -14,11 +15,10 @@ from cnns.data.format import (
     part_names,
     read_manifest,
 )
-from cnns.data.images import BadImage, TooLarge, open_image
+from cnns.data.images import IMAGE_SUFFIXES, BadImage, TooLarge, open_image
 from cnns.data.jpeg import walk_jpeg
 from cnns.data.kinds import Shards
 from cnns.errors import RunError, UsageError
-from cnns.hints import path_hint
 from cnns.inputs import check_ordinary, open_input
 from cnns.log import notice
 
@@ -81,6 +81,7 @@ def check_shards(directory: str, *, flag: str, part_num: int | None = None) -> S
         num_classes=held.get("num_classes"),
         classes=tuple(held.get("classes") or ()) or None,
         max_label=max_label,
+        source=str((held.get("made_by") or {}).get("source", "")),
     )
 
 
@@ -129,23 +130,49 @@ def part_num_flag(data_dir_flag: str) -> str:
     return data_dir_flag.replace("_dir", "_part_num")
 
 
+def describe_parent(directory: str, flag: str) -> str:
+    """What to do about a directory that is not there, such as the train/ of what is not split."""
+    parent = os.path.dirname(os.path.normpath(directory))
+    with suppress(OSError):
+        if part_names(parent or "."):
+            return (
+                f"{parent} holds parts that are not split into train/ and validation/: make them "
+                "anew with --val_split=0.1 (tools/make_ofrecord.py folder)"
+            )
+        with os.scandir(parent or ".") as entries:
+            if parent and any(is_image_folder(entry) for entry in entries):
+                return (
+                    f"{parent} is not split into train/ and validation/: {flag}={parent} "
+                    "--val_split=0.1 splits it"
+                )
+    return (
+        "check the path, or make a data set with tools/make_ofrecord.py or "
+        "tools/make_mini_imagenet.py"
+    )
+
+
+def is_image_folder(entry: os.DirEntry) -> bool:
+    with os.scandir(entry.path) if entry.is_dir() else nullcontext(()) as held:
+        return any(each.name.lower().endswith(IMAGE_SUFFIXES) for each in held)
+
+
 def list_parts(directory: str, *, flag: str) -> tuple[list[str], int]:
     """Names of the parts in `directory`, in order, and the number of digits they are padded to.
 
     Raises UsageError where there is no such directory, no part, or a gap in their numbers.
     """
     if not os.path.isdir(directory):
-        tools = "tools/make_ofrecord.py or tools/make_mini_imagenet.py"
-        hint = path_hint(directory, f"check the path, or make a data set with {tools}")
-        raise UsageError(f"{flag}: there is no directory {directory}; {hint}")
+        raise UsageError(
+            f"{flag}: there is no directory {directory}; {describe_parent(directory, flag)}"
+        )
     try:
         names = part_names(directory)
     except OSError as error:
         raise UsageError(f"{flag}: cannot read {directory}: {error.strerror}") from None
     if not names:
         raise UsageError(
-            f"{flag}: {directory} holds no OFRecord parts ({part_name(0)}, ...); "
-            "tools/make_ofrecord.py makes them"
+            f"{flag}: {directory} holds no OFRecord parts ({part_name(0)}, ...), and no folders of "
+            "images, one per class; tools/make_ofrecord.py makes parts"
         )
     missing = missing_part(names)
     if missing:

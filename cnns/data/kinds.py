@@ -73,13 +73,14 @@ class Shards(Dataset):
 
     suffix_length: int  # digits of `part-00000`; -1: not padded
     part_counts: tuple[int, ...]  # records of each part
+    source: str = ""  # digest of the files that they were made of, if known
 
     @property
     def available(self) -> int:
         return sum(self.part_counts)
 
     def content(self) -> bytes:
-        return repr(self.part_counts).encode()
+        return (repr(self.part_counts) + self.source).encode()
 
     def part_path(self, number: int) -> str:
         suffix = str(number).zfill(max(self.suffix_length, 1))

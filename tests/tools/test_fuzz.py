@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cnns.convert.jpegs import decode_jpeg, passed_through, upright_jpeg
 from cnns.data.checks import check_shards, look_into_record
 from cnns.data.datasets import read_npz
 from cnns.data.format import count_records, encode_record
@@ -22,7 +23,6 @@ from cnns.errors import RunError, UsageError
 from fuzz import bounded, damaged, framed, fuzz, tar_with_checksums
 from tools.cifar import CIFAR_10, CIFAR_100, read_cifar
 from tools.imagenet import index_archive
-from tools.jpeg_util import decode_jpeg, passed_through, upright_jpeg
 from tools.make_ofrecord import read_idx
 from tools.verify_ofrecord import Look, check_part, record_faults
 

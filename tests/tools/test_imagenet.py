@@ -18,14 +18,14 @@ from PIL import Image
 
 import model_registry
 import of_cnn_train_val
+from cnns.convert.jpegs import decode_jpeg, passed_through
+from cnns.convert.pool import Progress, run_tasks
 from cnns.data.format import decode_record
 from cnns.data.images import CLASSES_FILE, BadImage, read_classes
 from cnns.data.jpeg import walk_jpeg
 from cnns.errors import RunError
 from small import LINE, ROOT, TINY, Result, call, read_manifest, tree
 from tools import imagenet, make_ofrecord, verify_ofrecord
-from tools.jpeg_util import decode_jpeg, passed_through
-from tools.worker_pool import Progress, run_tasks
 
 pytestmark = pytest.mark.long
 

@@ -25,13 +25,8 @@ from hypothesis import strategies as st
 from oneflow.core.record.record_pb2 import OFRecord
 from PIL import Image
 
-from cnns.data.format import encode_record
-from cnns.data.images import CLASSES_FILE, BadImage, read_classes
-from cnns.errors import RunError, UsageError
-from small import ROOT, read_manifest, tree
-from tools import make_mini_imagenet, make_ofrecord
-from tools.jpeg_util import encode_jpeg, upright_jpeg
-from tools.ofrecord_writer import (
+from cnns.convert.jpegs import encode_jpeg, upright_jpeg
+from cnns.convert.writer import (
     Example,
     Split,
     default_num_parts,
@@ -39,6 +34,11 @@ from tools.ofrecord_writer import (
     write_dataset,
     write_part,
 )
+from cnns.data.format import encode_record
+from cnns.data.images import CLASSES_FILE, BadImage, read_classes
+from cnns.errors import RunError, UsageError
+from small import ROOT, read_manifest, tree
+from tools import make_mini_imagenet, make_ofrecord
 
 # Reading back, independently of the writer.
 
@@ -258,7 +258,7 @@ def test_interrupted_run_keeps_whole_parts_and_goes_on(tmp_path, capsys, stop):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tools.ofrecord_writer import Example, Split, write_dataset
+from cnns.convert.writer import Example, Split, write_dataset
 def load(i, calls=[]):
     calls.append(i)
     if len(calls) == 6 and len(sys.argv) > 2:
@@ -272,7 +272,7 @@ ENDED = """
 import fcntl, os, sys, termios, time
 from pathlib import Path
 from cnns.interrupts import exit_on_signals
-from tools.ofrecord_writer import Example, Split, write_dataset
+from cnns.convert.writer import Example, Split, write_dataset
 def load(i):
     if i < 7:
         return Example(b"jpeg", 0)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnns.convert.writer import Example, Split, write_dataset
 from cnns.data.format import LENGTH, OFRecord
 from small import Result, call, jpeg, solid, write_manifest, write_parts
 from tools import verify_ofrecord
-from tools.ofrecord_writer import Example, Split, write_dataset
 
 LABELS = [[0, 1, 2], [3, 0, 1, 2], [1, 3]]
 

@@ -7,7 +7,7 @@ WebP file ends the process with a memory fault.
 
 import io
 
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
 from cnns.data.images import MAX_PIXELS, BadImage, open_image, orientation, to_rgb, upright
@@ -37,6 +37,8 @@ def encode_jpeg(image: Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
     if "qtables" not in options:
         options.setdefault("quality", 95)
+    # Pillow's buffer has to hold all of an optimised JPEG, and of noise that is more than it takes.
+    ImageFile.MAXBLOCK = max(1 << 16, 4 * image.width * image.height)
     image.convert("RGB").save(buffer, "JPEG", **{"subsampling": 0, "optimize": True, **options})
     return buffer.getvalue()
 

@@ -11,20 +11,27 @@ made of.
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import random
-import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from cnns.checkpoint.files import sync_directory, try_lock
+from cnns.convert.pool import Advance, Progress, run_tasks
+from cnns.convert.unfinished import (
+    JOURNAL,
+    PartReport,
+    Unfinished,
+    identity_of,
+    identity_of_manifest,
+    partial_name,
+    read_journal,
+    unfinished,
+)
 from cnns.data.format import (
     LENGTH,
     MANIFEST,
@@ -33,15 +40,11 @@ from cnns.data.format import (
     part_name,
     read_manifest,
     write_manifest,
-    write_whole,
 )
 from cnns.data.images import BadImage
 from cnns.errors import RunError, UsageError, printable
 from cnns.inputs import open_input
-from tools.worker_pool import Advance, Progress, run_tasks
 
-JOURNAL = "journal.jsonl"
-LOCK_SECONDS = 1.0
 BLOCK_BYTES = 1 << 20
 SEND_BYTES = 8 << 20  # between calls that have the disk begin to write
 KEPT = "kept"  # what became of a part that an earlier run made
@@ -71,17 +74,6 @@ class Split:
     names: Sequence[str]
     load: Callable[[int], Example]
     list_changes: bool = False  # name each example that is not its source's own bytes
-
-
-@dataclass(frozen=True)
-class PartReport:
-    info: dict  # the part's entry in the manifest
-    bad: list[tuple[str, str]]  # (name, reason)
-    changes: list[tuple[str, str]]  # (name, what the source was)
-    source: str  # digest of the entries that the part was made of
-
-    def journal_line(self, index: int) -> str:
-        return json.dumps({"index": index, **asdict(self)}) + "\n"
 
 
 def read_image(path: str) -> bytes:
@@ -136,12 +128,6 @@ def write_part(path: Path, messages: Iterable[bytes]) -> dict:
     }
 
 
-def partial_name(output: Path) -> Path:
-    """Where `output` is filled: beside it, or beside the directory that it is a link to."""
-    place = output.resolve()
-    return place.with_name(place.name + ".partial")
-
-
 def check_output(output: Path) -> None:
     """Raise UsageError unless a directory named `output` can be made without touching a file."""
     if output.exists() and not output.is_dir():
@@ -158,69 +144,6 @@ def check_output(output: Path) -> None:
             f"{output}: already holds {found[0]}{more}, and nothing is deleted or mixed; "
             "remove it, or give another --output"
         )
-
-
-# What is being made.
-
-
-def read_journal(path: Path) -> tuple[dict, dict[int, PartReport]]:
-    """The identity in the journal of an unfinished directory, and the finished parts.
-
-    The last line may be cut off, as the run may have been killed while it wrote it.
-    """
-    lines = path.read_bytes().split(b"\n")
-    identity, finished = json.loads(lines[0]), {}
-    for line in lines[1:]:
-        try:
-            entry = json.loads(line)
-            index = entry.pop("index")
-            finished[index] = PartReport(**entry)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            break
-    return identity, finished
-
-
-def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, "--" if key == "arguments" else "")
-        elif a != b:
-            found.append(f"{prefix}{key} was {a}, now it is {b}")
-    return found
-
-
-def refuse_other(partial: Path, before: dict, now: dict) -> None:
-    """Raise UsageError where a directory was begun by another command."""
-    found = differences(before, now)
-    if found:
-        raise UsageError(
-            f"{partial}: begun by a run with other arguments ({'; '.join(found)}); give the same "
-            "to resume, remove it to start again, or give another --output"
-        )
-
-
-def identity_of(made_by: dict, classes: Sequence[str], num_parts: int) -> dict:
-    """What has to be the same for two runs to make the same directory of the same input."""
-    arguments = dict(made_by.get("arguments") or {})
-    arguments.pop("skip_bad", None)  # decides about the end, not about a part
-    digest = hashlib.sha256("\n".join(classes).encode()).hexdigest()
-    identity = {
-        "tool": made_by.get("tool"),
-        "arguments": arguments,
-        "classes": digest[:16],
-        "number of parts": num_parts,
-    }
-    return json.loads(json.dumps(identity))  # as it is read back
-
-
-def identity_of_manifest(directory: Path) -> dict | None:
-    try:
-        manifest = read_manifest(directory) or {}
-        return identity_of(manifest["made_by"], manifest["classes"], len(manifest["parts"]))
-    except (RunError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def is_made(split: Split, identity: dict, made_by: dict) -> bool:
@@ -257,115 +180,6 @@ def begun_parts(output: Path) -> int | None:
             return None
     count = made.get("number of parts") if isinstance(made, dict) else None
     return count if isinstance(count, int) else None
-
-
-def lock(handle: int, directory: Path) -> None:
-    """Lock an open directory. Raises UsageError while another run holds it.
-
-    It waits LOCK_SECONDS, as the workers of a run that was killed hold it for a moment longer.
-    """
-    deadline = time.monotonic() + LOCK_SECONDS
-    while not try_lock(handle):
-        if time.monotonic() > deadline:
-            raise UsageError(
-                f"{directory}: another run is writing it now; wait for it, or give another --output"
-            )
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def unfinished(split: Split, identity: dict) -> Iterator["Unfinished"]:
-    """`<split.output>.partial`, locked: new, or left by an interrupted run of the same command.
-
-    If the block raises, the finished parts are kept; if there are none, the directory is removed.
-    """
-    place = Unfinished(split, partial_name(split.output), identity)
-    place.directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(place.directory, os.O_RDONLY)
-    try:
-        lock(handle, place.directory)
-        place.look()
-        try:
-            place.begin()
-            yield place
-        except BaseException:
-            place.leave()
-            raise
-    finally:
-        os.close(handle)
-
-
-@dataclass
-class Unfinished:
-    split: Split
-    directory: Path
-    identity: dict
-    finished: dict[int, PartReport] = field(default_factory=dict)
-    reports: list[PartReport] = field(default_factory=list)  # of all parts, once they are made
-    complete: bool = False  # only the name is missing
-
-    def look(self) -> None:
-        """Read what an earlier run left. Raises UsageError where that was another command."""
-        names = sorted(os.listdir(self.directory))
-        others = [name for name in names if not name.endswith(TEMPORARY)]
-        if JOURNAL in others:
-            try:
-                before, self.finished = read_journal(self.directory / JOURNAL)
-            except ValueError:
-                raise UsageError(
-                    f"{self.directory / JOURNAL}: cannot be read; remove {self.directory} to start "
-                    "again"
-                ) from None
-            refuse_other(self.directory, before, self.identity)
-        elif MANIFEST in others:
-            before = identity_of_manifest(self.directory) or {}
-            refuse_other(self.directory, before, self.identity)
-            self.complete = True
-        elif others:
-            raise UsageError(
-                f"{self.directory}: holds {others[0]} but no {JOURNAL}, so nothing is known about "
-                "it; remove it, or give another --output"
-            )
-
-    def begin(self) -> None:
-        if self.complete:
-            return
-        self.remove_temporary()
-        text = json.dumps(self.identity) + "\n"
-        text += "".join(report.journal_line(k) for k, report in self.finished.items())
-        write_whole(self.directory / JOURNAL, text.encode())
-
-    def record(self, index: int, report: PartReport) -> None:
-        """Note a part that is on disk."""
-        self.finished[index] = report
-        with open(self.directory / JOURNAL, "ab") as file:
-            file.write(report.journal_line(index).encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def finish(self) -> None:
-        """Give a directory that has its manifest its own name."""
-        (self.directory / JOURNAL).unlink(missing_ok=True)
-        # Replaces an empty directory, and no other.
-        os.rename(self.directory, self.split.output.resolve())
-        sync_directory(self.directory.parent)
-
-    def leave(self) -> None:
-        if self.complete or not self.directory.is_dir():
-            return
-        if not self.finished:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            return
-        self.remove_temporary()
-        print(
-            f"note: {self.directory}: {len(self.finished)} of {self.identity['number of parts']} "
-            "parts are finished and kept; the same command resumes from there",
-            file=sys.stderr,
-        )
-
-    def remove_temporary(self) -> None:
-        for path in self.directory.glob("*" + TEMPORARY):
-            path.unlink(missing_ok=True)
 
 
 def default_num_parts(num_examples: int) -> int:
@@ -440,21 +254,27 @@ class PartTask:
         return "" if digest.hexdigest() == earlier.info["sha256"] else "it was damaged"
 
 
-def part_tasks(place: Unfinished, seed: int, skip_bad: bool) -> Iterator[PartTask]:
-    num_examples, num_parts = len(place.split.names), place.identity["number of parts"]
+def part_tasks(split: Split, place: Unfinished, seed: int, skip_bad: bool) -> Iterator[PartTask]:
+    num_examples, num_parts = len(split.names), place.identity["number of parts"]
     for k, positions in enumerate(shuffled_parts(num_examples, num_parts, seed)):
         earlier = place.finished.get(k)
         if earlier and earlier.bad and not skip_bad:
             earlier = None  # the images may have been replaced
-        yield PartTask(place.directory / part_name(k), place.split, positions.tolist(), earlier)
+        yield PartTask(place.directory / part_name(k), split, positions.tolist(), earlier)
 
 
 def write_parts(
-    place: Unfinished, *, seed: int, skip_bad: bool, num_workers: int, advance: Advance
+    split: Split,
+    place: Unfinished,
+    *,
+    seed: int,
+    skip_bad: bool,
+    num_workers: int,
+    advance: Advance,
 ) -> None:
     """Make the parts that are missing, and fill in the reports of all."""
     reports, outcomes, earlier = {}, Counter[str](), len(place.finished)
-    tasks = part_tasks(place, seed, skip_bad)
+    tasks = part_tasks(split, place, seed, skip_bad)
     running = run_tasks(tasks, num_workers=num_workers, advance=advance)
     with contextlib.closing(running):  # ends the workers whatever happens here
         for k, (report, outcome) in running:
@@ -467,7 +287,7 @@ def write_parts(
         kept, _ = outcomes.pop(KEPT, 0), outcomes.pop("", 0)
         again = "".join(f"; {n} made again, as {why}" for why, n in sorted(outcomes.items()))
         print(
-            f"note: {place.split.output}: {kept} parts of {len(reports)} were there from an "
+            f"note: {place.output}: {kept} parts of {len(reports)} were there from an "
             f"earlier run{again}",
             file=sys.stderr,
         )
@@ -489,7 +309,7 @@ def refuse_bad_images(places: Sequence[Unfinished], num_examples: int, skip_bad:
                 for each in places:
                     each.finished.clear()  # of no use with another number of parts
                 raise RunError(
-                    f"{place.split.output}/{part.info['name']}: would be empty, as all its images "
+                    f"{place.output}/{part.info['name']}: would be empty, as all its images "
                     "are bad (listed above); give fewer --num_parts, or replace the images"
                 )
 
@@ -554,12 +374,14 @@ def write_dataset(
         num_examples = sum(len(split.names) for split in left)
         with contextlib.ExitStack() as stack:
             places = [
-                stack.enter_context(unfinished(split, identities[split.output])) for split in left
+                stack.enter_context(unfinished(split.output, identities[split.output]))
+                for split in left
             ]
             with Progress(num_examples) as progress:
-                for place in places:
+                for split, place in zip(left, places, strict=True):
                     if not place.complete:
                         write_parts(
+                            split,
                             place,
                             seed=seed,
                             skip_bad=skip_bad,
@@ -567,15 +389,15 @@ def write_dataset(
                             advance=progress.advance,
                         )
             refuse_bad_images(places, num_examples, skip_bad)
-            for place in places:
+            for split, place in zip(left, places, strict=True):
                 if not place.complete:
                     write_manifest(
                         place.directory,
                         parts=[part.info for part in place.reports],
                         classes=classes,
                         made_by=made_by
-                        | {"input": input_digest(place.split)}
-                        | report_of(place.reports, place.split.list_changes),
+                        | {"input": input_digest(split)}
+                        | report_of(place.reports, split.list_changes),
                     )
             for place in places:
                 place.finish()

@@ -1,0 +1,167 @@
+"""From a folder of images: training, fine-tuning, resuming and evaluation, with a tiny network."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import model_registry
+import of_cnn_evaluate
+import of_cnn_inference
+import of_cnn_train_val
+import resnet_to_onnx
+from cnns.checkpoint.snapshot import read_description
+from small import ROOT, TINY, call, solid, validation_figures
+
+CLASSES = ("dark", "grey", "light")
+SCRIPTS = {
+    "of_cnn_evaluate.py": of_cnn_evaluate,
+    "of_cnn_inference.py": of_cnn_inference,
+    "resnet_to_onnx.py": resnet_to_onnx,
+}
+
+
+@pytest.fixture(autouse=True)
+def photos(monkeypatch, tmp_path):
+    """Twelve images of each class, whose brightness gives it away."""
+    monkeypatch.setitem(model_registry.MODELS, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = solid(label, len(CLASSES), rng)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.jpg")
+    return tmp_path / "photos"
+
+
+def train(*argv):
+    return call(of_cnn_train_val.main, "--model=tiny", "--device=cpu", "--top_k=2", *argv)
+
+
+def held(directory: str) -> list[str]:
+    return sorted(name for name in os.listdir(directory) if name.startswith("snapshot_"))
+
+
+def test_a_folder_is_fine_tuned_and_the_commands_that_follow_run(photos):
+    first = train("--train_data_dir=photos", "--num_epochs=1", "--batch_size_per_device=8")
+    assert first.status == 0, first.stderr
+    (start,) = os.listdir("output/snapshots")
+    start = f"--model_load_dir=output/snapshots/{start}/snapshot_last"
+    run = train(
+        "--train_data_dir=photos",
+        "--finetune",
+        start,
+        "--num_epochs=3",
+        "--model_save_dir=tuned",
+        "--learning_rate=0.05",
+    )
+    assert run.status == 0, run.stderr
+    assert (
+        "Fine-tuning: --warmup_epochs=1 --keep_snapshots=1 --batch_norm_momentum=0.1; give"
+        in run.stderr
+    )
+    assert "Fine-tuning: --batch_size_per_device=8." in run.stderr
+    assert "photos: unchanged, read from output/cache/photos-" in run.stderr
+    assert held("tuned") == ["snapshot_best", "snapshot_epoch_2", "snapshot_last"]
+    flags = read_description("tuned/snapshot_last").flags
+    assert flags["train_data_dir"] == "photos" and flags["num_epochs"] == 3
+    commands = [line.partition(": ")[2] for line in run.stderr.splitlines()[-3:]]
+    results = {}
+    for command in commands:
+        python, name, *argv = shlex.split(command.replace("PHOTO.jpg", "photos/dark/3.jpg"))
+        assert os.path.samefile(python, sys.executable)
+        name = os.path.basename(name)
+        if name == "resnet_to_onnx.py":  # its default is a picture of the project's directory
+            argv += ["--image_path", "photos/dark/3.jpg"]
+        results[name] = call(SCRIPTS[name].main, *argv)
+        assert results[name].status == 0, results[name].stderr
+    best = read_description("tuned/snapshot_best").metrics["val_top_1"]
+    scored = results["of_cnn_evaluate.py"].stdout
+    assert validation_figures(scored)[0][0] == f"{best:.6f}"
+    assert results["of_cnn_inference.py"].stdout.split()[-1] in CLASSES
+    # Of a folder that the run has split, what it kept for validation is scored.
+    named = call(
+        of_cnn_evaluate.main, "--val_data_dir=photos", "--model_load_dir=tuned/snapshot_best"
+    )
+    assert validation_figures(named.stdout) == validation_figures(scored)
+
+
+def test_the_defaults_of_fine_tuning(photos):
+    first = train("--train_data_dir=photos", "--num_epochs=1", "--batch_size_per_device=8")
+    assert first.status == 0, first.stderr
+    (start,) = os.listdir("output/snapshots")
+    start = f"--model_load_dir=output/snapshots/{start}/snapshot_last"
+    given = of_cnn_train_val.parse_args(["--finetune", start, "--train_data_dir=photos"])
+    for optimizer, rate in (("sgd", 0.1), ("adam", 0.002), ("rmsprop", 0.0072)):
+        given.optimizer = optimizer
+        flags = of_cnn_train_val.make_spec(given).flags
+        assert flags["num_epochs"] == 10 and flags["warmup_epochs"] == 1
+        assert flags["batch_norm_momentum"] == 0.1
+        assert flags["keep_snapshots"] == 1 and flags["batch_size_per_device"] == 8
+        assert flags["learning_rate"] == pytest.approx(rate * 8 / 256)
+    given.batch_norm_momentum = 0.3
+    model = of_cnn_train_val.build_model(of_cnn_train_val.make_spec(given))
+    assert {m.momentum for m in model.modules() if hasattr(m, "running_mean")} == {0.3}
+
+
+def go_back(directory: str) -> None:
+    """Remove all snapshots but that of epoch 0."""
+    for name in held(directory):
+        if name != "snapshot_epoch_0":
+            shutil.rmtree(os.path.join(directory, name))
+
+
+def test_resuming_with_the_folder_moved_and_the_cache_gone(photos):
+    flags = ("--batch_size_per_device=8", "--model_save_dir=run", "--num_epochs=2")
+    whole = train("--train_data_dir=photos", *flags)
+    assert whole.status == 0, whole.stderr
+    go_back("run")
+    shutil.rmtree("output/cache")
+    os.rename(photos, "elsewhere")
+    for path in ("elsewhere/dark/1.jpg", "elsewhere/grey/2.jpg"):
+        os.utime(path)
+    gone = train("--resume=run")
+    assert gone.status == 2 and "there is no directory photos" in gone.stderr
+    again = train("--resume=run", "--train_data_dir=elsewhere")
+    assert again.status == 0, again.stderr
+    assert "Resuming at epoch 1" in again.stderr
+    assert validation_figures(again.stdout) == validation_figures(whole.stdout)[1:]
+    go_back("run")
+    Image.new("RGB", (40, 40)).save("elsewhere/dark/1.jpg")
+    other = train("--resume=run", "--train_data_dir=elsewhere")
+    assert other.status == 2 and "is not what run/snapshot_" in other.stderr
+
+
+def test_flags_of_folders_are_refused_without_one(photos, tmp_path):
+    np.savez("x.npz", images=np.zeros((4, 8, 8, 3), np.uint8), labels=[0, 1, 0, 1])
+    refused = train("--train_data_dir=x.npz", "--val_split=0.2")
+    assert refused.status == 2 and "--val_split belongs to a folder of images" in refused.stderr
+    refused = train("--train_data_dir=photos", "--train_data_part_num=1")
+    assert refused.status == 2 and "--train_data_part_num has no effect" in refused.stderr
+    refused = train("--train_data_dir=photos/train", "--num_epochs=1")
+    assert refused.status == 2
+    assert "photos is not split into train/ and validation/: --train_data_dir=photos" in (
+        refused.stderr
+    )
+
+
+def test_several_processes_convert_once_and_share_the_parts(photos):
+    run = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "tests" / "train_small.py"), "--model=tiny"),
+            *("--device=cpu", "--gpu_num_per_node=2", "--train_data_dir=photos", "--top_k=2"),
+            *("--num_epochs=1", "--batch_size_per_device=4"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("Converting 36 images of photos") == 1
+    assert len(validation_figures(run.stdout)) == 1
