@@ -22,6 +22,7 @@ from cnns.log import notice
 from cnns.models.layers import Switches
 from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT
 from model_registry import MODELS
+from ofrecord_util import DATA_ORDERS
 from optimizer_util import OPTIMIZERS, SCHEDULES
 
 BATCH_SIZE_PER_DEVICE = 64
@@ -179,8 +180,16 @@ BATCH_FLAGS = {
     "batch_size_per_device": Flag(
         "training images per device and step",
         COUNT,
-        otherwise=f"{BATCH_SIZE_PER_DEVICE}, and {CPU_TRIAL['batch_size_per_device']} for "
-        "synthetic data on a CPU",
+        otherwise="a share of --global_batch_size if that is given, else "
+        f"{BATCH_SIZE_PER_DEVICE}, and {CPU_TRIAL['batch_size_per_device']} for synthetic data on "
+        "a CPU",
+        of="start",
+    ),
+    "global_batch_size": Flag(
+        "training images of all devices per step, divided among them; a resumed run keeps it on "
+        "any number of devices",
+        COUNT,
+        otherwise="--batch_size_per_device times the number of devices",
     ),
 }
 AUGMENTATION_FLAGS = {
@@ -206,6 +215,14 @@ TRAIN_DATA_FLAGS = {
         "training images per epoch, drawn from all there are", COUNT, otherwise="all"
     ),
     **AUGMENTATION_FLAGS,
+    "data_order": Flag(
+        "OFRecord parts: native is OneFlow's reader with its buffer, where each device has parts "
+        "of its own; global is an order over all records that depends on --seed and the epoch "
+        "alone, by an index that is kept beside each part",
+        default="native",
+        choices=DATA_ORDERS,
+        fixed=True,
+    ),
     "shuffle_buffer_size": Flag(
         "size in records of the buffer from which OneFlow's OFRecord reader draws; 1: no shuffling "
         "within a part, and each image of a device's share once per epoch",
@@ -594,7 +611,8 @@ def check_data_flags(args: Namespace) -> None:
             if getattr(args, name) != records[name].default:
                 raise UsageError(f"--{name} {why}; leave it out")
 
-    of_parts = ("shuffle_buffer_size", "gpu_image_decoder")
+    of_reader = ("shuffle_buffer_size", "gpu_image_decoder")
+    of_parts = ("data_order", *of_reader)
     if args.train_data_dir is None:
         of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num")
         refuse("needs --train_data_dir, and without it data are synthetic", *of_files)
@@ -603,9 +621,30 @@ def check_data_flags(args: Namespace) -> None:
         return
     if args.train_data_dir.endswith(".npz"):
         refuse("has no effect on an .npz file, which is shuffled as a whole", *of_parts)
+    if args.data_order == "global":
+        refuse("contradicts --data_order=global: it belongs to OneFlow's reader", *of_reader)
     if args.val_data_dir is None:
         of_validation = ("val_data_part_num", "num_val_examples", "val_batch_size_per_device")
         refuse("needs --val_data_dir", *of_validation)
+
+
+def take_batch_size(args: Namespace) -> None:
+    """Divide --global_batch_size among the processes. Raises UsageError where it cannot be."""
+    whole, ranks = args.global_batch_size, num_processes(args)
+    if whole is None:
+        return
+    if whole % ranks:
+        raise UsageError(
+            f"--global_batch_size={whole} cannot be divided among {ranks} processes; their number "
+            "must be a divisor of it"
+        )
+    if args.batch_size_per_device not in (None, whole // ranks):
+        raise UsageError(
+            f"--batch_size_per_device={args.batch_size_per_device} contradicts "
+            f"--global_batch_size={whole}, which is {whole // ranks} for each of {ranks} "
+            "processes; leave one of them out"
+        )
+    args.batch_size_per_device = whole // ranks
 
 
 def finish_train_args(args: Namespace, *, device: str) -> list[str]:
@@ -615,6 +654,7 @@ def finish_train_args(args: Namespace, *, device: str) -> list[str]:
     """
     notices = check_precision_flags(args, device=device)
     check_data_flags(args)
+    take_batch_size(args)
     if args.epsilon is None:
         args.epsilon = EPSILON.get(args.optimizer)
     if args.train_data_dir is None and device == "cpu":
@@ -631,6 +671,7 @@ def finish_train_args(args: Namespace, *, device: str) -> list[str]:
         notices.append("No --val_data_dir: training without validation.")
     if args.batch_size_per_device is None:
         args.batch_size_per_device = BATCH_SIZE_PER_DEVICE
+    args.global_batch_size = args.batch_size_per_device * num_processes(args)
     if args.num_epochs is None:
         args.num_epochs = NUM_EPOCHS
     if args.warmup_epochs is None:

@@ -52,9 +52,16 @@ def unknown_flags(flags: Mapping[str, object], parser: FlagParser, *, path: str)
 
 
 def inherited_flags(
-    flags: Mapping[str, object], parser: FlagParser, *, device: str
+    snapshot: Snapshot, parser: FlagParser, *, given: Namespace, device: str
 ) -> dict[str, object]:
-    """Of the flags in a snapshot, those that a resumed run inherits; on a CPU none of CUDA's."""
+    """Of the flags in a snapshot, those that a resumed run inherits; on a CPU none of CUDA's.
+
+    The global batch is inherited unless the batch of a device is given: `compare_runs` then says
+    what it should be.
+    """
+    flags = snapshot.flags | {"global_batch_size": snapshot.global_batch_size}
+    if "batch_size_per_device" in given:
+        del flags["global_batch_size"]
     known = {name: parser.flags[name] for name in flags if name in parser.flags}
     return {
         name: from_json(flags[name])
@@ -86,8 +93,11 @@ def compare_flags(
         )
     notices = unknown_flags(flags, parser, path=path)
     for name, flag in parser.flags.items():
-        value, before = getattr(args, name), from_json(flags.get(name))
-        if flag.of != "run" or name not in flags or value == before:
+        if flag.of != "run" or not (name in flags or flag.fixed):
+            continue
+        # A fixed flag that a snapshot does not know came later, and had its default before.
+        value, before = getattr(args, name), from_json(flags.get(name, flag.default))
+        if value == before:
             continue
         if flag.fixed:
             raise UsageError(
@@ -121,8 +131,7 @@ def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
         raise UsageError(
             f"--batch_size_per_device={flags['batch_size_per_device']} makes batches of "
             f"{now.global_batch_size} images, but {path} is of a run with batches of "
-            f"{was.global_batch_size}; {ranks} processes need {was.global_batch_size / ranks:g} "
-            "each"
+            f"{was.global_batch_size}; leave the size of batches out"
         )
     if was.steps_per_epoch != now.steps_per_epoch:
         raise UsageError(
@@ -145,9 +154,12 @@ def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
             )
     notices = []
     if ranks_before != ranks:
+        native = kind_of_data(flags["train_data_dir"]) == "OFRecord parts" and (
+            flags["data_order"] == "native"
+        )
+        rest = "in another order" if native else "in the same batches"
         notices.append(
-            f"The run had {ranks_before} processes; what is left of it has its data in another "
-            "order."
+            f"The run had {ranks_before} processes; what is left of it has its data {rest}."
         )
     if flags["gpu_image_decoder"]:
         notices.append(

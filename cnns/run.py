@@ -14,6 +14,7 @@ from oneflow import nn
 
 from cnns.checkpoint.find import link_snapshot, prune_snapshots
 from cnns.checkpoint.snapshot import EPOCH_NAME, PREFIX, Snapshot, save_snapshot
+from cnns.data.order import RecordOrder
 from cnns.distributed import Agreement, average_statistics, wait_for_all
 from cnns.errors import RunError
 from cnns.evaluation import Evaluator
@@ -31,10 +32,19 @@ class Progress:
     step: int = 0  # updates made
     metrics: dict = field(default_factory=dict)  # of the last finished epoch
     best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
+    # RecordOrder.digest of the records used; None where OneFlow's reader chooses them.
+    records_digest: str | None = None
 
     @property
     def current_epoch(self) -> int:
         return 0 if self.epoch is None else self.epoch + 1
+
+    def advance(self, order: RecordOrder | None) -> None:
+        """One iteration more is done."""
+        if order is not None:
+            batch = (self.current_epoch, self.iteration)
+            self.records_digest = order.digest(self.records_digest, *batch)
+        self.iteration, self.step = self.iteration + 1, self.step + 1
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class Parts:
     model: nn.Module
     graph: TrainGraph
     loader: nn.Module
+    record_order: RecordOrder | None  # of the loader; None where OneFlow's reader has its own
     evaluator: Evaluator | None  # None: no validation
     masks: DropoutMasks
     learning_rate: Callable[[int], float]  # of the update made in a step
@@ -163,7 +174,7 @@ class Run:
             done = self.meter.add(output)
             if not compiled:
                 self.meter.restart_clock()
-            progress.iteration, progress.step = iteration, progress.step + 1
+            progress.advance(parts.record_order)
             end = iteration == intervals.steps_per_epoch
             save = intervals.save_steps is not None and iteration % intervals.save_steps == 0
             if iteration % intervals.print_steps == 0 or save or end:

@@ -1,5 +1,6 @@
 """What snapshot.json may say: types, ranges, and what its numbers have to do with one another."""
 
+import re
 from typing import Any
 
 from cnns.data.format import MAX_CLASSES
@@ -25,6 +26,11 @@ def flag(value: Any, where: str) -> None:
             refuse(item, where, "a text, a number, true, false or null")
 
 
+def digest(value: Any, where: str) -> None:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        refuse(value, where, "a SHA-256 in hexadecimal")
+
+
 NUMBER = integer(0, MAX_NUMBER)
 COUNT = integer(1, MAX_NUMBER)
 CHECKSUM = integer(0, (1 << 32) - 1)
@@ -48,6 +54,7 @@ SCHEMA = record(
         ),
         "metrics": record({}, ACCURACIES, others=real()),
         "best": record({}, {"epoch": NUMBER, **ACCURACIES}, others=real()),
+        "records_digest": optional(digest),
         "flags": record({}, others=flag),
         "versions": record({}, others=string),
         "checksums": record({}, others=CHECKSUM),

@@ -58,6 +58,7 @@ class Snapshot:
     train_data: dict | None = None  # Dataset.fingerprint(); None: synthetic
     metrics: dict = field(default_factory=dict)  # of the last finished epoch
     best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
+    records_digest: str | None = None  # of the records used, see cnns.run.Progress
     flags: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     # CRC-32 of the files of arrays, by name; none in snapshots of earlier versions.
