@@ -20,6 +20,7 @@ from cnns.data.crops import Augmentation, random_resized_crop
 from cnns.data.images import Preprocessing
 from cnns.data.order import RecordOrder
 from cnns.distributed import own_rows, to_global
+from cnns.launch.worker import is_worker
 
 AHEAD = 2  # batches that are being made while one is used
 
@@ -37,9 +38,11 @@ class Source(Protocol):
 
 
 def count_threads() -> int:
-    """Threads of this process: the processes of a machine share its cores."""
-    processes = flow.env.get_world_size() // flow.env.get_node_size()
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    """Threads of this process: all of the cores that it is bound to, or its share of a machine."""
+    cores = len(os.sched_getaffinity(0))
+    if cores < (os.cpu_count() or cores) and not is_worker():  # by who started it
+        return cores
+    return max(1, cores // (flow.env.get_world_size() // flow.env.get_node_size()))
 
 
 class PictureLoader(nn.Module):

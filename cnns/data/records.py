@@ -14,6 +14,7 @@ import os
 import platform
 import resource
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,8 @@ class RecordSource:
                 f"{data.path}: indexes of its records cannot be kept there "
                 f"({unkept[0].strerror}); they are made anew at each start."
             )
+        # Of bytes behind a message, which OneFlow's reader would not take.
+        warnings.filterwarnings("ignore", "Unexpected end-group tag", RuntimeWarning)
         counts = np.array(data.part_counts)
         self.starts = np.cumsum(counts) - counts  # number of the first record of each part
         self.offsets = np.concatenate([offsets for offsets, *_ in indexed])
@@ -147,28 +150,27 @@ class RecordSource:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def find(self, number: int) -> tuple[str, int, int]:
-        """The part that holds a record, and where the record begins and ends."""
-        part = int(np.searchsorted(self.starts, number, "right")) - 1
-        return self.paths[part], int(self.offsets[number]), int(self.ends[number])
+    def part_of(self, number: int) -> int:
+        return int(np.searchsorted(self.starts, number, "right")) - 1
 
     def expect(self, numbers: Sequence[int]) -> None:
         """Let the system read ahead, as many records at once as it can."""
         for number in numbers:
             with suppress(OSError):
-                path, start, end = self.find(number)
-                part = self.open_part(path)
+                part = self.open_part(self.paths[self.part_of(number)])
+                start, end = int(self.offsets[number]), int(self.ends[number])
                 os.posix_fadvise(part.fd, start, end - start, os.POSIX_FADV_WILLNEED)
 
     def read(self, number: int) -> tuple[bytes, int, str]:
         """The JPEG and the label of a record, and its place for messages. Raises RunError."""
-        path, start, end = self.find(number)
+        k = self.part_of(number)
+        path, start, end = self.paths[k], int(self.offsets[number]), int(self.ends[number])
         try:
             part = self.open_part(path)  # stays open while it is named here
             data = os.pread(part.fd, end - start, start)
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror}") from None
-        where = f"{path}: the record at byte {start}"
+        where = f"{path}: record {number - self.starts[k]}, at byte {start},"
         whole = len(data) == end - start
         if not whole or LENGTH.unpack_from(data)[0] != end - start - LENGTH.size:
             raise RunError(
