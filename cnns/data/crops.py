@@ -63,5 +63,7 @@ def random_resized_crop(
     across, down = picture.width / width, picture.height / height
     right, bottom = min((x + w) * across, picture.width), min((y + h) * down, picture.height)
     box = (x * across, y * down, right, bottom)
-    crop = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
-    return crop[:, ::-1] if rng.random() < augmentation.flip else crop
+    crop = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    if rng.random() < augmentation.flip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(crop)
