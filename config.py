@@ -24,6 +24,7 @@ from cnns.models.layers import Switches
 from cnns.places import CACHE_ROOT, ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT, VAL_DATA_DIR
 from cnns.resume import num_processes
 from model_registry import MODELS
+from ofrecord_util import DATA_ORDERS
 from optimizer_util import OPTIMIZERS, SCHEDULES
 
 BATCH_SIZE_PER_DEVICE = 64
@@ -199,8 +200,16 @@ BATCH_FLAGS = {
     "batch_size_per_device": Flag(
         "training images per device and step",
         COUNT,
-        otherwise=f"{BATCH_SIZE_PER_DEVICE}, {CPU_TRIAL['batch_size_per_device']} for synthetic "
-        f"data on a CPU, and with --finetune {FINETUNE_BATCH_SIZE}, less for small data",
+        otherwise="a share of --global_batch_size if that is given, else "
+        f"{BATCH_SIZE_PER_DEVICE}, {CPU_TRIAL['batch_size_per_device']} for synthetic data on a "
+        f"CPU, and with --finetune {FINETUNE_BATCH_SIZE}, less for small data",
+        of="start",
+    ),
+    "global_batch_size": Flag(
+        "training images of all devices per step, divided among them; a resumed run keeps it on "
+        "any number of devices",
+        COUNT,
+        otherwise="--batch_size_per_device times the number of devices",
     ),
 }
 AUGMENTATION_FLAGS = {
@@ -227,6 +236,14 @@ TRAIN_DATA_FLAGS = {
         "training images per epoch, drawn from all there are", COUNT, otherwise="all"
     ),
     **AUGMENTATION_FLAGS,
+    "data_order": Flag(
+        "OFRecord parts: native is OneFlow's reader with its buffer, where each device has parts "
+        "of its own; global is an order over all records that depends on --seed and the epoch "
+        "alone, by an index that is kept beside each part",
+        default="native",
+        choices=DATA_ORDERS,
+        fixed=True,
+    ),
     "shuffle_buffer_size": Flag(
         "size in records of the buffer from which OneFlow's OFRecord reader draws; 1: no shuffling "
         "within a part, and each image of a device's share once per epoch",
@@ -707,7 +724,8 @@ def check_data_flags(args: Namespace) -> None:
             if getattr(args, name) != records[name].default:
                 raise UsageError(f"--{name} {why}; leave it out")
 
-    of_parts = ("shuffle_buffer_size", "gpu_image_decoder")
+    of_reader = ("shuffle_buffer_size", "gpu_image_decoder")
+    of_parts = ("data_order", *of_reader)
     if is_photo_folder(args.train_data_dir):
         refuse("has no effect on a folder of images", "train_data_part_num")
     check_folder_flags(args, args.train_data_dir, args.val_data_dir)
@@ -719,9 +737,30 @@ def check_data_flags(args: Namespace) -> None:
         return
     if args.train_data_dir.endswith(".npz"):
         refuse("has no effect on an .npz file, which is shuffled as a whole", *of_parts)
+    if args.data_order == "global":
+        refuse("contradicts --data_order=global: it belongs to OneFlow's reader", *of_reader)
     if not has_validation(args):
         of_validation = ("val_data_part_num", "num_val_examples", "val_batch_size_per_device")
         refuse("needs --val_data_dir", *of_validation)
+
+
+def take_batch_size(args: Namespace) -> None:
+    """Divide --global_batch_size among the processes. Raises UsageError where it cannot be."""
+    whole, ranks = args.global_batch_size, num_processes(vars(args))
+    if whole is None:
+        return
+    if whole % ranks:
+        raise UsageError(
+            f"--global_batch_size={whole} cannot be divided among {ranks} processes; their number "
+            "must be a divisor of it"
+        )
+    if args.batch_size_per_device not in (None, whole // ranks):
+        raise UsageError(
+            f"--batch_size_per_device={args.batch_size_per_device} contradicts "
+            f"--global_batch_size={whole}, which is {whole // ranks} for each of {ranks} "
+            "processes; leave one of them out"
+        )
+    args.batch_size_per_device = whole // ranks
 
 
 def finish_train_args(args: Namespace, *, device: str) -> list[str]:
@@ -731,6 +770,7 @@ def finish_train_args(args: Namespace, *, device: str) -> list[str]:
     """
     notices = check_precision_flags(args, device=device)
     check_data_flags(args)
+    take_batch_size(args)
     if args.epsilon is None:
         args.epsilon = EPSILON.get(args.optimizer)
     if args.train_data_dir is None and device == "cpu":
@@ -758,6 +798,8 @@ def finish_train_args(args: Namespace, *, device: str) -> list[str]:
             )
     if args.batch_size_per_device is None and (not args.finetune or args.train_data_dir is None):
         args.batch_size_per_device = BATCH_SIZE_PER_DEVICE
+    if args.batch_size_per_device is not None:  # else a share of data that are not open yet
+        args.global_batch_size = args.batch_size_per_device * num_processes(vars(args))
     if args.num_epochs is None:
         args.num_epochs = NUM_EPOCHS
     if args.keep_snapshots is None:

@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int | None:
         args = config.make_parser("train").complete(given)
         job = make_job(**config.job_flags(args))
         if job.world_size > 1 or takes_cuda(args.device):
-            memory = config.memory_flags(args, batch="batch_size_per_device")
+            batch = "global_batch_size" if args.global_batch_size else "batch_size_per_device"
+            memory = config.memory_flags(args, batch=batch)
             return launch_script(__file__, argv, job=job, facts=lambda: facts(given), memory=memory)
     spec = make_spec(given)
     log = open_log(spec.flags["log_dir"], "of_cnn_train_val")
@@ -164,19 +165,20 @@ def make_spec(given: Namespace) -> RunSpec:
         args.resume, args.model_save_dir, check=partial(check_flags, parser=parser)
     )
     if resumed is not None:
-        flags = inherited_flags(resumed.snapshot.flags, parser, device=device)
+        flags = inherited_flags(resumed.snapshot, parser, given=given, device=device)
         args = parser.complete(given, flags)
         args.model_load_dir, args.finetune = None, False  # of the first start
         notices += compare_flags(args, resumed.snapshot.flags, parser, path=resumed.path)
     notices += config.finish_train_args(args, device=device)
     start = resumed or open_start(args)
     train_data, val_data = open_data(args, notices)
-    notices += train_data.check_shares(num_processes(vars(args)))
+    if args.data_order == "native":
+        notices += train_data.check_shares(num_processes(vars(args)))
     about = describe_network(args, start, train_data, notices)
     train_data = train_data.for_network(about.num_classes)
     if val_data is not None:
         val_data = val_data.for_network(about.num_classes)
-    batch_size = global_batch_size(args)
+    batch_size = args.global_batch_size
     if args.learning_rate is None:
         rate = config.learning_rate_per_256(about.model, args.optimizer, finetune=args.finetune)
         args.learning_rate = rate * batch_size / 256
@@ -229,17 +231,13 @@ def make_schedule(args: Namespace, plan: Plan) -> Schedule:
     )
 
 
-def global_batch_size(args: Namespace) -> int:
-    return args.batch_size_per_device * num_processes(vars(args))
-
-
 def open_data(args: Namespace, notices: list[str]) -> tuple[Dataset, Dataset | None]:
     """The training and validation data, checked; None: no validation. Adds notices for the user.
 
     Folders of images are converted first.
     """
     if args.train_data_dir is None:
-        batch_size = global_batch_size(args)
+        batch_size = args.global_batch_size
         pool = SyntheticTrainLoader.POOL_BATCHES * batch_size
         if (args.num_val_examples or 0) > pool:
             raise UsageError(
@@ -262,7 +260,8 @@ def open_data(args: Namespace, notices: list[str]) -> tuple[Dataset, Dataset | N
             train_data.num_examples, num_processes(vars(args))
         )
         notices.append(f"Fine-tuning: --batch_size_per_device={args.batch_size_per_device}.")
-    batch_size = global_batch_size(args)
+        args.global_batch_size = args.batch_size_per_device * num_processes(vars(args))
+    batch_size = args.global_batch_size
     if batch_size > train_data.num_examples:
         raise UsageError(
             f"--batch_size_per_device={args.batch_size_per_device} makes batches of {batch_size}, "
@@ -426,6 +425,7 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log, record: Record | None =
         graph=build_train_graph(spec, model, loader),
         loader=loader,
         evaluator=build_evaluator(spec, model, log),
+        record_order=getattr(loader, "record_order", None),
         masks=DropoutMasks(model, seed=flags["seed"], batch_size=spec.batch_size, device=device),
         learning_rate=spec.schedule.rate,
         batch_size=spec.batch_size,
@@ -442,9 +442,30 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log, record: Record | None =
         save_last=flags["save_last"],
     )
     last_good = spec.resumed.path if spec.resumed else None
-    step = spec.progress.step
-    saver = Saver(save_dir, spec.describe, log, last_good=last_good, saved_step=step)
-    return Run(parts, intervals, spec.progress, saver, log, record or Record())
+    progress = start_progress(spec, parts)
+    saver = Saver(save_dir, spec.describe, log, last_good=last_good, saved_step=progress.step)
+    return Run(parts, intervals, progress, saver, log, record or Record())
+
+
+def start_progress(spec: RunSpec, parts: Parts) -> Progress:
+    """Where the run begins.
+
+    Raises RunError where the records that it has used, which follow from seed, epoch and iteration,
+    are not those that its snapshot says.
+    """
+    progress, said = spec.progress, spec.progress.records_digest
+    if parts.record_order is not None and spec.resumed is not None:
+        progress.records_digest = parts.record_order.digest_at(
+            progress.current_epoch, progress.iteration, steps_per_epoch=spec.plan.steps_per_epoch
+        )
+        if said not in (None, progress.records_digest):  # None: of an earlier version
+            raise RunError(
+                f"{spec.resumed.path} is of a run that has used its records in another order than "
+                f"is made here (numpy {spec.resumed.snapshot.versions.get('numpy')} then, "
+                f"{spec.about.versions['numpy']} now); start a new run from the weights with "
+                f"--model_load_dir={spec.resumed.path}"
+            )
+    return progress
 
 
 def check_room(spec: RunSpec, run: Run, *, save_dir: str) -> None:
@@ -492,6 +513,7 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
         ),
         seed=flags["seed"],
         device=spec.device,
+        data_order=flags["data_order"],
         gpu_image_decoder=flags["gpu_image_decoder"],
         first_step=spec.progress.step,
     )

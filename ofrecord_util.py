@@ -34,8 +34,10 @@ from cnns.data.crops import SHUFFLE_BUFFER_SIZE, Augmentation, derive_seeds
 from cnns.data.format import PART_PREFIX
 from cnns.data.images import Preprocessing
 from cnns.data.kinds import Arrays, Dataset, Shards, Synthetic, split_evenly
+from cnns.data.pictures import PictureTrainLoader
+from cnns.data.records import RecordSource
 from cnns.data.synthetic import SyntheticTrainLoader, SyntheticValLoader
-from cnns.distributed import to_global
+from cnns.distributed import to_global, wait_for_all
 from cnns.errors import RunError
 
 
@@ -142,6 +144,22 @@ class OFRecordTrainLoader(OFRecordLoader):
             )
             image = self.normalise(self.resize(decode(record))[0], flip)
             yield to_global(image, self.placement), label
+
+
+class RecordTrainLoader(PictureTrainLoader):
+    """Every record once per epoch, in an order over all parts: --data_order=global.
+
+    The first process of each machine makes the indexes of the parts, where there are none.
+    """
+
+    def __init__(self, data: Shards, **train_loader: Any):
+        first = flow.env.get_local_rank() == 0
+        if not first:
+            wait_for_all()
+        source = RecordSource(data, say=first)
+        if first:
+            wait_for_all()
+        super().__init__(source, **train_loader)
 
 
 class GPUDecodingTrainLoader(nn.Module):
@@ -310,6 +328,10 @@ def allow_open_files(num_parts: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+DATA_ORDERS: dict[str, Callable] = {  # loaders of training from parts
+    "native": OFRecordTrainLoader,
+    "global": RecordTrainLoader,
+}
 LOADERS: dict[type[Dataset], tuple[Callable, Callable]] = {  # of training and validation
     Shards: (OFRecordTrainLoader, OFRecordValLoader),
     Arrays: (ArrayTrainLoader, ArrayValLoader),
@@ -325,14 +347,18 @@ def train_loader(
     augmentation: Augmentation,
     seed: int,
     device: str,
+    data_order: str = "native",
     gpu_image_decoder: bool = False,
     first_step: int = 0,
 ) -> nn.Module:
     """The training loader of a data set. `batch_size` is the global one.
 
-    `first_step` is the step at which a run is resumed; only the GPU's decoder needs to know.
+    `data_order`, a key of DATA_ORDERS, is that of OFRecord parts. `first_step` is the step at which
+    a run is resumed; only the GPU's decoder needs to know.
     """
     loader, _ = LOADERS[type(data)]
+    if isinstance(data, Shards):
+        loader = DATA_ORDERS[data_order]
     if gpu_image_decoder:
         loader = partial(GPUDecodingTrainLoader, first_step=first_step)
     return loader(

@@ -32,7 +32,7 @@ from cnns import errors
 from cnns.data.format import write_whole
 from cnns.errors import RunError, UsageError, describe
 from cnns.inputs import open_input
-from cnns.jsonfile import Damaged, integer, one_of, parse_json, real, record
+from cnns.jsonfile import Damaged, integer, one_of, parse_json, real, record, string
 from cnns.yamlfile import read_yaml
 
 LOG, METRICS, EPOCHS, FLAGS = "log.txt", "metrics.jsonl", "metrics.csv", "flags.yaml"
@@ -57,7 +57,9 @@ COMMON = {
     "samples": integer(1),
     "samples_per_second": real(1e-9),
 }
-OF_TRAINING = record(COMMON | {"loss": real(), "learning_rate": real()}, others=real())
+OF_TRAINING = record(
+    COMMON | {"loss": real(), "learning_rate": real()}, {"records_digest": string}, others=real()
+)
 OF_VALIDATION = record(COMMON, others=real())
 
 
@@ -118,7 +120,7 @@ class FileRecord(Record):
 
     def add(self, kind: str, *, epoch: int, iteration: int, step: int, **figures: Any) -> None:
         entry = {"kind": kind, "epoch": epoch, "iteration": iteration, "step": step}
-        figures = {n: v for n, v in figures.items() if v is not None and math.isfinite(v)}
+        figures = {n: v for n, v in figures.items() if isinstance(v, str) or is_number(v)}
         entry |= figures
         entry["time"] = round(time.time(), 3)
         # Of this process, at its peak.
@@ -127,7 +129,8 @@ class FileRecord(Record):
         self.current.append(entry)
         if self.board is not None:
             for name, value in figures.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+                if is_number(value):
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
             self.board.flush()
 
     def finish_epoch(self) -> None:
@@ -178,6 +181,10 @@ def open_board(directory: str, *, step: int) -> Any:
     from tensorboardX import SummaryWriter  # half a second, for those who ask for it
 
     return SummaryWriter(directory, purge_step=step + 1)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def plain(value: Any) -> Any:

@@ -60,10 +60,16 @@ def unknown_flags(flags: Mapping[str, object], parser: FlagParser, *, path: str)
 
 
 def inherited_flags(
-    flags: Mapping[str, object], parser: FlagParser, *, device: str
+    snapshot: Snapshot, parser: FlagParser, *, given: Namespace, device: str
 ) -> dict[str, object]:
-    """Of the flags in a snapshot, those that a resumed run inherits; on a CPU none of CUDA's."""
-    flags = as_now(flags)
+    """Of the flags in a snapshot, those that a resumed run inherits; on a CPU none of CUDA's.
+
+    The global batch is inherited unless the batch of a device is given: `compare_runs` then says
+    what it should be.
+    """
+    flags = as_now(snapshot.flags) | {"global_batch_size": snapshot.global_batch_size}
+    if "batch_size_per_device" in given:
+        del flags["global_batch_size"]
     known = {name: parser.flags[name] for name in flags if name in parser.flags}
     return {
         name: from_json(flags[name])
@@ -96,8 +102,11 @@ def compare_flags(
     flags = as_now(flags)
     notices = unknown_flags(flags, parser, path=path)
     for name, flag in parser.flags.items():
-        value, before = getattr(args, name), from_json(flags.get(name))
-        if flag.of != "run" or name not in flags or value == before:
+        if flag.of != "run" or not (name in flags or flag.fixed):
+            continue
+        # A fixed flag that a snapshot does not know came later, and had its default before.
+        value, before = getattr(args, name), from_json(flags.get(name, flag.default))
+        if value == before:
             continue
         if flag.fixed:
             raise UsageError(
@@ -132,8 +141,7 @@ def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
         raise UsageError(
             f"--batch_size_per_device={flags['batch_size_per_device']} makes batches of "
             f"{now.global_batch_size} images, but {path} is of a run with batches of "
-            f"{was.global_batch_size}; {ranks} processes need {was.global_batch_size / ranks:g} "
-            "each"
+            f"{was.global_batch_size}; leave the size of batches out"
         )
     if was.steps_per_epoch != now.steps_per_epoch:
         raise UsageError(
@@ -156,8 +164,12 @@ def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
             )
     notices = []
     if ranks_before != ranks:
+        native = kind_of_data(flags["train_data_dir"]) == "OFRecord parts" and (
+            flags["data_order"] == "native"
+        )
+        rest = "in another order" if native else "in the same batches"
         notices.append(
-            f"The run had {ranks_before} processes; the rest of it takes its data in another order."
+            f"The run had {ranks_before} processes; the rest of it takes its data {rest}."
         )
     if flags["gpu_image_decoder"]:
         notices.append(

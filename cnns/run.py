@@ -15,6 +15,7 @@ from oneflow import nn
 from cnns.advice import Outlook, OverfittingWatch
 from cnns.checkpoint.find import link_snapshot, prune_snapshots
 from cnns.checkpoint.snapshot import EPOCH_NAME, PREFIX, Progress, Snapshot, save_snapshot
+from cnns.data.order import RecordOrder
 from cnns.distributed import Agreement, average_statistics, wait_for_all
 from cnns.errors import RunError
 from cnns.evaluation import Evaluator
@@ -44,6 +45,7 @@ class Parts:
     model: nn.Module
     graph: TrainGraph
     loader: nn.Module
+    record_order: RecordOrder | None  # of the loader; None where OneFlow's reader has its own
     evaluator: Evaluator | None  # None: no validation
     masks: DropoutMasks
     learning_rate: Callable[[int], float]  # of the update made in a step
@@ -164,7 +166,7 @@ class Run:
             done = self.meter.add(output)
             if not compiled:
                 self.meter.restart_clock()
-            progress.iteration, progress.step = iteration, progress.step + 1
+            progress.advance(parts.record_order)
             self.bar.step()
             end = iteration == intervals.steps_per_epoch
             save = intervals.save_steps is not None and iteration % intervals.save_steps == 0
@@ -224,6 +226,7 @@ class Run:
             step=step,
             loss=loss,
             learning_rate=self.parts.learning_rate(step - 1),
+            records_digest=self.progress.records_digest,
             loss_scale=self.parts.graph.loss_scale if self.parts.use_fp16 else None,
             **counts.as_figures(seconds),
         )

@@ -92,6 +92,23 @@ def test_trial_on_a_cpu_takes_only_what_was_not_given():
     assert (args.image_size, args.batch_size_per_device, args.num_epochs) == (None, 64, 90)
 
 
+def test_the_global_batch_is_divided_among_processes():
+    def sizes(*argv):
+        args = finish("--gpu_num_per_node=2", "--num_nodes=3", *argv, device="cpu")
+        return args.batch_size_per_device, args.global_batch_size
+
+    assert sizes("--global_batch_size=48") == (8, 48)
+    assert sizes("--batch_size_per_device=5") == (5, 30)
+    assert sizes("--global_batch_size=30", "--batch_size_per_device=5") == (5, 30)
+    assert sizes() == (8, 48) and sizes("--train_data_dir=x") == (64, 384)
+
+
+def test_the_gpu_decoder_reads_in_its_own_order():
+    flags = ("--train_data_dir=x", "--data_order=global", "--gpu_image_decoder")
+    with pytest.raises(UsageError, match="--gpu_image_decoder contradicts --data_order=global"):
+        finish(*flags, device="cuda")
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -109,6 +126,20 @@ def test_trial_on_a_cpu_takes_only_what_was_not_given():
         (["--train_data_dir=x.npz", "--shuffle_buffer_size=9"], "--shuffle_buffer_size has no"),
         (["--train_data_part_num=1"], "--train_data_part_num needs"),
         (["--train_data_dir=x", "--num_val_examples=1"], "--num_val_examples needs"),
+        (["--data_order=global"], "--data_order has no effect on synthetic"),
+        (["--train_data_dir=x.npz", "--data_order=global"], "--data_order has no effect"),
+        (
+            ["--train_data_dir=x", "--data_order=global", "--shuffle_buffer_size=9"],
+            "--shuffle_buffer_size contradicts --data_order=global",
+        ),
+        (
+            ["--global_batch_size=50", "--gpu_num_per_node=4"],
+            "--global_batch_size=50 cannot be divided among 4 processes",
+        ),
+        (
+            ["--global_batch_size=8", "--batch_size_per_device=8", "--gpu_num_per_node=2"],
+            "--batch_size_per_device=8 contradicts --global_batch_size=8, which is 4 for each of 2",
+        ),
     ],
 )
 def test_contradictions_are_refused(argv, words):

@@ -1,5 +1,6 @@
 """What snapshot.json may hold: types, ranges, and how its numbers depend on one another."""
 
+import re
 from typing import Any
 
 from cnns.data.format import MAX_CLASSES
@@ -14,6 +15,11 @@ def flag(value: Any, where: str) -> None:
     for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, str | int | float | None):  # a bool is an int
             refuse(item, where, "a text, a number, true, false or null")
+
+
+def digest(value: Any, where: str) -> None:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        refuse(value, where, "a SHA-256 in hexadecimal")
 
 
 NUMBER = integer(0, MAX_NUMBER)
@@ -39,6 +45,7 @@ SCHEMA = record(
         ),
         "metrics": record({}, ACCURACIES, others=real()),
         "best": record({}, {"epoch": NUMBER, **ACCURACIES}, others=real()),
+        "records_digest": optional(digest),
         "flags": record({}, others=flag),
         "versions": record({}, others=string),
         "checksums": record({}, others=CHECKSUM),

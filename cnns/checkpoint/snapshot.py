@@ -29,6 +29,7 @@ from cnns.checkpoint.description import check_description
 from cnns.checkpoint.files import atomic_directory, write_durably
 from cnns.checkpoint.pickles import excerpt
 from cnns.data.images import Preprocessing, read_preprocessing
+from cnns.data.order import RecordOrder
 from cnns.errors import RunError
 from cnns.jsonfile import Damaged, check_regular, read_json
 from cnns.models.layers import from_standard, to_standard
@@ -51,10 +52,19 @@ class Progress:
     step: int = 0  # updates made
     metrics: dict = field(default_factory=dict)  # of the last finished epoch
     best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
+    # RecordOrder.digest of the records used; None where OneFlow's reader chooses them.
+    records_digest: str | None = None
 
     @property
     def current_epoch(self) -> int:
         return 0 if self.epoch is None else self.epoch + 1
+
+    def advance(self, order: RecordOrder | None) -> None:
+        """One iteration more is done."""
+        if order is not None:
+            batch = (self.current_epoch, self.iteration)
+            self.records_digest = order.digest(self.records_digest, *batch)
+        self.iteration, self.step = self.iteration + 1, self.step + 1
 
 
 @dataclass

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from cnns.data.images import to_rgb
+
 SHUFFLE_BUFFER_SIZE = 1024  # records; less for small data, see ofrecord_util.choose_buffer_size
 
 
@@ -41,19 +43,27 @@ def random_extent(
 
 
 def random_resized_crop(
-    image: np.ndarray, *, size: int, augmentation: Augmentation, rng: np.random.Generator
+    picture: Image.Image, rng: np.random.Generator, *, size: int, augmentation: Augmentation
 ) -> np.ndarray:
-    """A random part of an (H, W, 3) uint8 image, resized to (size, size, 3) and mirrored at random.
+    """A random part of a picture, as (size, size, 3) uint8 RGB, mirrored at random.
 
     Share of the area, uniform, and aspect ratio, uniform in its logarithm, are drawn up to ten
     times until the crop fits (Szegedy et al., https://arxiv.org/abs/1409.4842); else it is the
     largest within their bounds. Bilinear. OneFlow's decoder draws by the same formula.
+
+    A JPEG that is not decoded yet is decoded at a half, a quarter or an eighth of its size where
+    the crop has pixels enough even then.
     """
-    height, width = image.shape[:2]
+    width, height = picture.size
     w, h = random_extent(width, height, augmentation=augmentation, rng=rng)
     x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
-    box = (x, y, x + w, y + h)
-    crop = np.asarray(
-        Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
-    )
-    return crop[:, ::-1] if rng.random() < augmentation.flip else crop
+    picture.draft("RGB", (-(-width * size // w), -(-height * size // h)))
+    if picture.mode != "RGB":
+        picture = to_rgb(picture)
+    across, down = picture.width / width, picture.height / height
+    right, bottom = min((x + w) * across, picture.width), min((y + h) * down, picture.height)
+    box = (x * across, y * down, right, bottom)
+    crop = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    if rng.random() < augmentation.flip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(crop)

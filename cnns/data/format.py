@@ -120,16 +120,18 @@ def count_records(path: str) -> int:
     """
     try:
         with open_input(path, buffering=0) as file:
-            return walk_records(file.fileno(), path)
+            return len(walk_records(file.fileno(), path))
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
 
 
-def walk_records(fd: int, path: str) -> int:
+def walk_records(fd: int, path: str) -> list[int]:
+    """Where each record of an open part begins. Raises OSError, and as `count_records`."""
     size = os.fstat(fd).st_size
-    offset = count = 0
+    offsets: list[int] = []
+    offset = 0
     while offset < size:
-        where = f"{path}: record {count}, at byte {offset},"
+        where = f"{path}: record {len(offsets)}, at byte {offset},"
         cut_off = RunError(
             f"{where} is cut off at byte {size}, the end of the file; copy the part again, or make "
             "it again"
@@ -143,11 +145,11 @@ def walk_records(fd: int, path: str) -> int:
                 f"{where} claims a length of {length} bytes: the part is damaged or is not an "
                 "OFRecord file; copy it again, or make it again"
             )
+        offsets.append(offset)
         offset += LENGTH.size + length
         if offset > size:
             raise cut_off
-        count += 1
-    return count
+    return offsets
 
 
 # Manifest.

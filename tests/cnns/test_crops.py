@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import ofrecord_util
 from cnns.data.crops import Augmentation, random_resized_crop
@@ -161,9 +162,9 @@ def take(loader, num_batches: int) -> np.ndarray:
 
 
 def array_crops(picture: tuple[int, int], directory) -> np.ndarray:
-    rng, pixels = np.random.default_rng(SEED), ramps(picture)
-    settings = {"size": SIZE, "augmentation": Augmentation(), "rng": rng}
-    crops = [random_resized_crop(pixels, **settings) for _ in range(DRAWS)]
+    rng, ramp = np.random.default_rng(SEED), Image.fromarray(ramps(picture))
+    settings = {"size": SIZE, "augmentation": Augmentation()}
+    crops = [random_resized_crop(ramp, rng, **settings) for _ in range(DRAWS)]
     return np.stack(crops).astype(np.float64)
 
 

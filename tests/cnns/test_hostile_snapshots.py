@@ -230,6 +230,7 @@ def test_a_momentum_that_is_switched_on_or_off(before, after):
         ("flags is a list", {"flags": []}),
         ("flags.seed is an object", {"flags": {"seed": {}}}),
         ("versions.python is 3", {"versions": {"python": 3}}),
+        ("records_digest is 'abc'", {"records_digest": "abc"}),
         ("'more', which is unknown", {"more": 1}),
         ("checksums.model.safetensors", {"checksums": {"model.safetensors": -1}}),
         ("format_version is '1'", {"format_version": "1"}),

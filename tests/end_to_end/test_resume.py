@@ -56,10 +56,10 @@ def recipe(data: Path, kind: str) -> list[str]:
     if kind == "synthetic":
         return [*flags, "--num_examples=41"]
     suffix = ".npz" if kind == "arrays" else ""
-    of_parts = ["--shuffle_buffer_size=4"] if kind == "parts" else []
+    of_parts = {"parts": ["--shuffle_buffer_size=4"], "global": ["--data_order=global"]}
     return [
         *flags,
-        *of_parts,
+        *of_parts.get(kind, []),
         f"--train_data_dir={data / 'train'}{suffix}",
         f"--val_data_dir={data / 'validation'}{suffix}",
         "--val_batch_size_per_device=5",
@@ -106,6 +106,7 @@ def figures(stdout: str) -> list[str]:
     "kind, optimizer",
     [
         ("parts", "sgd"),
+        ("global", "sgd"),
         ("arrays", "sgd"),
         ("synthetic", "sgd"),
         ("arrays", "adam"),

@@ -1,5 +1,7 @@
 """Several processes, and two nodes on one machine: the same results, and an end in any case."""
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -225,6 +227,105 @@ def test_stopped_and_resumed_with_two_processes(data, tmp_path):
     for name in names:
         path = f"snapshot_epoch_2/{name}"
         assert tree(tmp_path / "again")[path] == tree(tmp_path / "whole")[path]
+
+
+RECORDING = """
+import os, sys
+sys.path[:0] = {paths}
+import cnns.startup
+from cnns.data.pictures import PictureTrainLoader
+original = PictureTrainLoader.batches
+
+def batches(self, epoch, iteration=0):
+    for step, (image, label) in enumerate(original(self, epoch, iteration), iteration):
+        rows = label.to_local().numpy().tolist()
+        with open(f"read-{os.getpid()}", "a") as file:
+            print(epoch, step, max(0, int(os.environ.get("RANK", "0"))), *rows, file=file)
+        yield image, label
+
+PictureTrainLoader.batches = batches
+import train_small
+"""
+
+
+def records_read(directory):
+    """The numbers of the records of each global batch, by epoch and iteration."""
+    read = {}
+    for path in directory.glob("read-*"):
+        rows = {}
+        for line in path.read_text().splitlines():
+            epoch, iteration, rank, *numbers = map(int, line.split())
+            rows[epoch, iteration] = rank, numbers
+        for batch, (rank, numbers) in rows.items():
+            read.setdefault((batch, len(numbers)), {})[rank] = numbers
+    whole = {}
+    for (batch, _), ranks in sorted(read.items()):
+        numbers = sum((ranks[rank] for rank in sorted(ranks)), [])
+        if len(numbers) == 8:  # else a process was killed before it read its share
+            assert whole.setdefault(batch, numbers) == numbers
+    return whole
+
+
+def test_killed_and_resumed_on_other_numbers_of_processes(tmp_path):
+    """1, 2 and 1 processes read what one process reads that is never stopped."""
+    counts, numbers = (13, 9, 11, 7), itertools.count()
+    (tmp_path / "data").mkdir()
+    levels = np.random.default_rng(0).integers(0, 255, (40, 24, 24, 3), np.uint8)
+    for i, count in enumerate(counts):
+        data = [record(jpeg(levels[n]), n) for n in itertools.islice(numbers, count)]
+        (tmp_path / "data" / f"part-{i:05d}").write_bytes(b"".join(data))
+    code = RECORDING.replace("{paths}", repr([str(ROOT), str(ROOT / "tests")]))
+    (tmp_path / "recording.py").write_text(code)
+    flags = ("--device=cpu", "--model=plain", f"--train_data_dir={tmp_path / 'data'}")
+    flags += ("--num_classes=40", "--data_order=global", "--global_batch_size=8")
+    flags += ("--num_epochs=3", "--learning_rate=0.1", "--loss_print_every_n_iter=1")
+
+    def run(directory, *argv):
+        (tmp_path / directory).mkdir(exist_ok=True)
+        command, pipe = [sys.executable, "../recording.py", *argv], subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=tmp_path / directory, stdout=pipe, stderr=pipe, text=True
+        )
+
+    def until(process, start):
+        lines = []
+        while not (lines and lines[-1].startswith(start)):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.stderr.read()
+
+    out, _ = finish(run("whole", *flags, "--model_save_dir=run"))
+    first = run("run", *flags, "--model_save_dir=run", "--save_every_n_iter=1")
+    until(first, "train: epoch 0, iter 4,")
+    first.kill()
+    first.communicate()
+    second = run("run", "--device=cpu", "--resume=run", "--gpu_num_per_node=2")
+    until(second, "train: epoch 1, iter 3,")
+    second.send_signal(signal.SIGTERM)
+    _, errors = finish(second, 143)
+    assert "The run had 1 processes; what is left of it has its data in the same batch" in errors
+    again = run("run", "--device=cpu", "--resume=run", "--gpu_num_per_node=3")
+    assert "--global_batch_size=8 cannot be divided among 3" in finish(again, 2)[1]
+    third, _ = finish(run("run", "--device=cpu", "--resume=run"))
+    np.testing.assert_allclose(losses(third), losses(out)[-len(losses(third)) :], rtol=1e-5)
+
+    read = records_read(tmp_path / "run")
+    assert read == records_read(tmp_path / "whole") and len(read) == 15
+    digest = ""
+    for (epoch, iteration), batch in sorted(read.items()):
+        text = bytes.fromhex(digest) + np.array([epoch, iteration, *batch], "<i8").tobytes()
+        digest = hashlib.sha256(text).hexdigest()
+    for epoch in range(3):
+        once = sum((batch for (e, _), batch in read.items() if e == epoch), [])
+        assert sorted(once) == list(range(40))
+    for directory in ("whole", "run"):
+        last = read_description(str(tmp_path / directory / "run" / "snapshot_last"))
+        assert last.records_digest == digest
+
+    path = tmp_path / "run" / "run" / "snapshot_epoch_1" / "snapshot.json"
+    said = read_description(str(path.parent)).records_digest
+    path.write_text(path.read_text().replace(said, digest))
+    wrong = run("run", "--device=cpu", "--resume=run/snapshot_epoch_1", "--model_save_dir=other")
+    assert "has used its records in another order than is made here" in finish(wrong, 1)[1]
 
 
 def wait_for_training(run):
