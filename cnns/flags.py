@@ -6,13 +6,12 @@ OneFlow.
 
 import argparse
 import math
-import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cnns.errors import UsageError, printable
+from cnns.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        script = os.path.basename(self.prog)
-        self.exit(2, f"{script}: error: {printable(message)} (--help lists the flags)\n")
+        raise UsageError(f"{message} (--help lists the flags)")
 
 
 def add_switch(
