@@ -39,11 +39,18 @@ from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
 from cnns.data.synthetic import SyntheticTrainLoader
-from cnns.distributed import choose_device, launch_script, place, set_communication, takes_cuda
+from cnns.distributed import (
+    choose_device,
+    launch_script,
+    place,
+    set_communication,
+    share_usage_errors,
+    takes_cuda,
+)
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
 from cnns.graphs import DropoutMasks, TrainGraph
-from cnns.launch.job import make_job
+from cnns.launch.external import find_job, take_numbers
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, notice, open_log
 from cnns.models.model import check_switches
@@ -61,10 +68,11 @@ from optimizer_util import Schedule
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    given = parse_args(argv)
-    if not is_worker():
+    with share_usage_errors():
+        given = parse_args(argv)
         args = config.make_parser("train").complete(given)
-        job = make_job(**config.job_flags(args))
+        job = None if is_worker() else find_job(args)
+    if job is not None:
         if job.world_size > 1 or takes_cuda(args.device):
             memory = config.memory_flags(args, batch="batch_size_per_device")
             return launch_script(__file__, argv, job=job, facts=lambda: facts(given), memory=memory)
@@ -89,6 +97,7 @@ def main(argv: list[str] | None = None) -> int | None:
 def parse_args(argv: list[str] | None) -> Namespace:
     """The flags that were given, and no other."""
     given = config.make_parser("train").parse_args(argv)
+    take_numbers(given)
     if getattr(given, "resume", "auto") != "auto":
         if "model_load_dir" in given:
             raise UsageError(
