@@ -19,6 +19,8 @@ from cnns.data.images import MAX_PIXELS
 from cnns.distributed import choose_device
 from cnns.errors import UsageError
 from cnns.flags import Flag, FlagParser, interval, number, numbers, onnx_path, path, show
+from cnns.launch.external import refuse_ranks
+from cnns.launch.job import CTRL_PORT, START_TIMEOUT
 from cnns.log import notice
 from cnns.models.layers import Switches
 from cnns.places import CACHE_ROOT, ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT, VAL_DATA_DIR
@@ -156,13 +158,13 @@ DEVICE_FLAGS = {
     "ctrl_port": Flag(
         "TCP port of the first machine to which the others connect; OneFlow takes the next one",
         number(int, 1, 65535),
-        50051,
+        CTRL_PORT,
         of="node",
     ),
     "start_timeout": Flag(
         "seconds within which all machines have to connect",
         number(float, 0, above=True),
-        120.0,
+        START_TIMEOUT,
         of="node",
     ),
 }
@@ -603,18 +605,6 @@ def restore_flags(args: Namespace) -> dict:
     return {"models": MODELS, **own, **preprocessing_flags(args)}
 
 
-def job_flags(args: Namespace) -> dict:
-    """The arguments of cnns.launch.job.make_job."""
-    return {
-        "num_nodes": args.num_nodes,
-        "node_ips": args.node_ips,
-        "processes_per_node": args.gpu_num_per_node,
-        "ctrl_port": args.ctrl_port,
-        "node_rank": args.node_rank,
-        "start_timeout": args.start_timeout,
-    }
-
-
 def folder_settings(args: Namespace) -> Settings:
     return Settings(**{name: getattr(args, name) for name in FOLDER_FLAGS})
 
@@ -689,6 +679,7 @@ def check_backend_flags(args: Namespace) -> None:
             "--device=cuda contradicts --backend=onnxruntime, which computes on the CPU; leave it "
             "out"
         )
+    refuse_ranks("--backend=onnxruntime")
     if num_processes(vars(args)) > 1:
         raise UsageError(
             "--num_nodes and --gpu_num_per_node contradict --backend=onnxruntime, which is one "

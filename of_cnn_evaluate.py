@@ -22,13 +22,13 @@ from cnns.checkpoint.snapshot import checksum, read_description, versions
 from cnns.convert.cache import convert_for_evaluation, is_photo_folder
 from cnns.data.datasets import open_val_dataset
 from cnns.data.kinds import Dataset
-from cnns.distributed import launch_script, place, takes_cuda
+from cnns.distributed import launch_script, place, share_usage_errors, takes_cuda
 from cnns.errors import UsageError, run_main
 from cnns.evaluation import ArrayEvaluator, Evaluator
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import limit_top_k
 from cnns.inputs import is_within
-from cnns.launch.job import make_job
+from cnns.launch.external import find_job, take_numbers
 from cnns.launch.worker import is_worker, leave
 from cnns.log import notice, open_log, validation_line
 from cnns.places import SNAPSHOT_ROOT, VAL_DATA_DIR
@@ -36,9 +36,10 @@ from cnns.resume import num_processes
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    args = parse_args(argv)
-    if not is_worker():
-        job = make_job(**config.job_flags(args))
+    with share_usage_errors():
+        args = parse_args(argv)
+        job = None if is_worker() else find_job(args)
+    if job is not None:
         of_oneflow = args.backend == "oneflow"
         if job.world_size > 1 or of_oneflow and takes_cuda(args.device):
             memory = config.memory_flags(args, batch="val_batch_size_per_device")
@@ -71,7 +72,10 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    args = config.make_parser("evaluate", __doc__).read(argv)
+    parser = config.make_parser("evaluate", __doc__)
+    given = parser.parse_args(argv)
+    take_numbers(given)
+    args = parser.complete(given)
     config.check_backend_flags(args)
     config.check_folder_flags(args, args.val_data_dir)
     return args

@@ -26,6 +26,7 @@ from cnns.distributed import launch_script, place, takes_cuda
 from cnns.errors import RunError, UsageError, printable, report, run_main
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import Predictor
+from cnns.launch.external import refuse_ranks
 from cnns.launch.job import Job
 from cnns.launch.worker import is_worker, leave
 from cnns.log import notice
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     args = config.make_parser("inference", __doc__).read(argv)
+    refuse_ranks("classifying")
     config.check_backend_flags(args)
     if num_processes(vars(args)) > 1:
         raise UsageError(

@@ -44,6 +44,7 @@ from cnns.distributed import (
     launch_script,
     place,
     set_communication,
+    share_usage_errors,
     takes_cuda,
 )
 from cnns.errors import RunError, UsageError, run_main
@@ -51,7 +52,7 @@ from cnns.evaluation import Evaluator
 from cnns.flags import CONFIGURED
 from cnns.graphs import DropoutMasks, TrainGraph, limit_top_k
 from cnns.inputs import is_within
-from cnns.launch.job import make_job
+from cnns.launch.external import find_job, take_numbers
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, is_first_rank, notice, open_log
 from cnns.models.model import check_switches
@@ -64,10 +65,11 @@ from optimizer_util import Schedule
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    given = parse_args(argv)
-    if not is_worker():
+    with share_usage_errors():
+        given = parse_args(argv)
         args = config.make_parser("train").complete(given)
-        job = make_job(**config.job_flags(args))
+        job = None if is_worker() else find_job(args)
+    if job is not None:
         if job.world_size > 1 or takes_cuda(args.device):
             batch = "global_batch_size" if args.global_batch_size else "batch_size_per_device"
             memory = config.memory_flags(args, batch=batch)
@@ -103,6 +105,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     given = parser.parse_args(argv)
     if "config" in given:
         setattr(given, CONFIGURED, read_config(given.config, parser.flags))
+    take_numbers(given)
     if getattr(given, "resume", "auto") != "auto":
         if "model_load_dir" in given:
             raise UsageError(

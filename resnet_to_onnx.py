@@ -53,6 +53,7 @@ from cnns.export import (
     softmax,
 )
 from cnns.interrupts import exit_on_signals
+from cnns.launch.external import refuse_ranks
 from cnns.log import notice
 from cnns.places import ONNX_ROOT
 
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
+    refuse_ranks("the export")
     args = config.make_parser("export", __doc__).read(argv)
     for flag in ("external_data", "opset"):
         if args.check_only and getattr(args, flag) != config.EXPORT_FLAGS[flag].default:

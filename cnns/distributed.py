@@ -3,8 +3,9 @@
 import ctypes
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,8 +14,11 @@ from oneflow import nn
 
 from cnns.errors import UsageError
 from cnns.interrupts import Interrupted, Interrupts
+from cnns.launch import external
+from cnns.launch.external import RankJob, make_rank_job
 from cnns.launch.job import Job
 from cnns.launch.parent import launch
+from cnns.launch.watcher import launch_rank
 from cnns.launch.worker import command
 from cnns.log import notice
 
@@ -140,14 +144,37 @@ def launch_script(
     facts: Callable[[], dict] = dict,
     stdin: int | None = subprocess.DEVNULL,
 ) -> int:
-    """Run a script once per device, as cnns.launch.parent.launch does.
+    """Run a script once per device, as cnns.launch.parent.launch does, or as the rank that another
+    launcher has made of this process.
 
     Args:
         argv: as the script's `main` got it.
         memory: `asked` and `flag` of `explain_crash`.
     """
     explain = partial(explain_crash, asked=memory["asked"], flag=memory["flag"])
+    if isinstance(job, RankJob):
+        known = explain(job.local_rank, [OUT_OF_MEMORY]) or ""
+        job = replace(job, devices=flow.cuda.device_count())
+        launch_rank(command(script, argv), job=job, facts=facts, known=known)
     return launch(command(script, argv), job=job, facts=facts, explain=explain, stdin=stdin)
+
+
+@contextmanager
+def share_usage_errors() -> Iterator[None]:
+    """Where another launcher has started this process, end on a UsageError with all other ranks,
+    and print it once.
+    """
+    try:
+        yield
+    except UsageError as error:
+        place = external.place
+        if place is None:
+            raise
+        if not place.address:  # on no rank
+            if place.rank == 0:
+                raise
+            raise SystemExit(error.exit_status) from None
+        launch_rank((), job=make_rank_job(place), error=error)
 
 
 def place(model: nn.Module, device: str) -> nn.Module:

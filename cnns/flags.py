@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import cnns
-from cnns.errors import UsageError, printable
+from cnns.errors import UsageError
 from cnns.hints import FOREIGN, NOT_NEEDED, nearest, nearest_flag
 
 LOOKS_LIKE_A_FLAG = re.compile(r"-[A-Za-z-][^\s=]*(=|$)")
@@ -144,8 +144,7 @@ class Parser(argparse.ArgumentParser):
         return self.examples + super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        script = os.path.basename(self.prog)
-        self.exit(2, f"{script}: error: {printable(message)} (--help lists the flags)\n")
+        raise UsageError(f"{message} (--help lists the flags)")
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None

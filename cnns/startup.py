@@ -8,7 +8,8 @@
   2007 for them. Those that it has for Zen are asked for instead: forward passes take half the time.
 - Under a low limit of open files it aborts, and under one of memory its libraries cannot be mapped;
   both are seen first.
-- A worker of a job of several processes prepares itself, see cnns.launch.worker.
+- A worker of a job of several processes prepares itself, see cnns.launch.worker; what another
+  launcher says of its processes is noted and hidden, see cnns.launch.external.
 - OneFlow installs a handler for SIGINT that ends the process in the middle of native code. Python's
   own is put back, so that Ctrl-C is an exception that clean-up can follow.
 """
@@ -21,8 +22,9 @@ import signal
 import sys
 import threading
 
-from cnns.errors import report
+from cnns.errors import UsageError, report
 from cnns.interrupts import SIGNALS
+from cnns.launch.external import take_place
 from cnns.launch.worker import is_worker, prepare_worker
 
 NVIDIA_DRIVER = "/dev/nvidiactl"
@@ -84,14 +86,13 @@ def import_quietly() -> None:
         sys.exit(130)
 
 
-def refuse_other_launchers() -> None:
-    """End where the environment makes OneFlow wait for processes that nobody starts."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size not in ("", "1") and not is_worker():
-        report(
-            f"WORLD_SIZE={size} is set, as another launcher does; call the script itself, with "
-            "--num_nodes and --gpu_num_per_node, without that variable"
-        )
+def heed_other_launchers() -> None:
+    """Note which rank another launcher has started; OneFlow would wait for the others here."""
+    try:
+        if not is_worker():
+            take_place()
+    except UsageError as error:
+        report(error)
         sys.exit(2)
 
 
@@ -116,7 +117,7 @@ def check_limits() -> None:
         sys.exit(1)
 
 
-refuse_other_launchers()
+heed_other_launchers()
 check_limits()
 prepare_worker()
 choose_blas_kernels()

@@ -18,6 +18,8 @@ SCHEDULERS = (
     ("PMI_RANK", "PMI_SIZE"),
     ("PBS_NODENUM", "PBS_NUM_NODES"),
 )
+CTRL_PORT = 50051
+START_TIMEOUT = 120.0  # seconds
 LISTENING = "0A"  # in /proc/net/tcp
 
 
@@ -29,8 +31,9 @@ class Job:
     node_rank: int = 0
     node_ips: tuple[str, ...] = ()
     processes_per_node: int = 1
-    ctrl_port: int = 50051
-    start_timeout: float = 120.0  # seconds
+    ctrl_port: int = CTRL_PORT
+    start_timeout: float = START_TIMEOUT
+    port_name: str = "--ctrl_port"  # what sets it
 
     @property
     def world_size(self) -> int:
@@ -41,6 +44,19 @@ class Job:
         """The ranks of this node's workers."""
         first = self.node_rank * self.processes_per_node
         return range(first, first + self.processes_per_node)
+
+    @property
+    def master_port(self) -> int:
+        """The port that OneFlow takes on the first of several nodes."""
+        return self.ctrl_port + 1
+
+    @property
+    def machine(self) -> dict:
+        """What node 0 has to know of this machine, beside what has to be the same on each."""
+        return {}
+
+    def parent(self, node_rank: int) -> str:
+        return f"the launching process of {self.node(node_rank)}"
 
     def node(self, node_rank: int) -> str:
         """A node as messages name it."""
@@ -67,7 +83,7 @@ def make_job(
     processes_per_node: int,
     ctrl_port: int,
     node_rank: int | None = None,
-    start_timeout: float = 120.0,
+    start_timeout: float = START_TIMEOUT,
     environ: Mapping[str, str] = os.environ,
 ) -> Job:
     """The job of these flags, seen from this machine. Raises UsageError where they do not fit."""
@@ -189,7 +205,7 @@ def listen(job: Job) -> socket.socket:
     except OSError as error:
         raise RunError(
             f"{job.node(0)} cannot listen on port {job.ctrl_port}: {error.strerror}"
-            f"{who_listens(job.ctrl_port)}; end that, or give every node another --ctrl_port"
+            f"{who_listens(job.ctrl_port)}; end that, or give every node another {job.port_name}"
         ) from None
     sock.setblocking(False)
     return sock

@@ -27,7 +27,7 @@ from cnns.errors import RunError, UsageError, describe, report
 from cnns.interrupts import SIGNALS, STATUSES, is_ignored
 from cnns.launch.channel import MAX_BYTES, PROTOCOL, Channel, brief, difference
 from cnns.launch.job import Job, listen, reserve_port, resolve
-from cnns.launch.worker import ABORT, End, Explain, Worker
+from cnns.launch.worker import END_BY_ABORT, STARTER, End, Explain, Worker, worker_environ
 
 TICK_SECONDS = 0.1
 CONNECT_SECONDS = 1.0  # for one attempt
@@ -55,10 +55,10 @@ async def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         await asyncio.sleep(TICK_SECONDS)
 
 
-def describe_lost(node: str, channel: Channel, why: str) -> str:
+def describe_lost(job: Job, node: int, channel: Channel, why: str) -> str:
     if channel.is_silent:
-        return f"{node} was {why} (is the machine or the network down?)"
-    return f"the launching process of {node} is gone ({why})"
+        return f"{job.node(node)} was {why} (is the machine or the network down?)"
+    return f"{job.parent(node)} is gone ({why})"
 
 
 class Coordinator:
@@ -101,7 +101,7 @@ class Coordinator:
         if self.port is None:  # it may connect again
             del self.nodes[channel.node]
             return
-        text = describe_lost(self.job.node(channel.node), channel, why)
+        text = describe_lost(self.job, channel.node, channel, why)
         self.fail(End(1, f"{text}; all processes were ended"), wait=not channel.is_silent)
 
     def tell_all(self, kind: str, **fields: Any) -> None:
@@ -143,11 +143,14 @@ class Coordinator:
             return End(**message["error"])
         if self.facts is not None and (found := difference(self.facts, message["facts"])):
             return self.differ(found, self.job.node(node))
+        return self.check_address(channel, node, message["facts"].get("device"))
+
+    def check_address(self, channel: Channel, node: int, device: str | None) -> End | None:
         # OneFlow tells machines apart by their addresses, and would wait for ever for the devices
         # of a machine that it takes for part of another.
         addresses = {c.address: n for n, c in self.nodes.items() if 0 < n != node}
         first = ({channel.own_address: 0} | addresses).get(channel.address)
-        if node > 0 and first is not None and message["facts"].get("device") == "cuda":
+        if node > 0 and first is not None and device == "cuda":
             return End(
                 2,
                 f"{self.job.node(first)} and {self.job.node(node)} both have the address "
@@ -169,7 +172,7 @@ class Coordinator:
         if self.job.num_nodes > 1:
             # The address by which others have connected, and a port known in advance, for the sake
             # of firewalls.
-            address, port = self.nodes[1].own_address, self.job.ctrl_port + 1
+            address, port = self.nodes[1].own_address, self.job.master_port
         self.port = reserve_port(port)
         self.tell_all("start", master=(address, self.port.getsockname()[1]))
 
@@ -212,11 +215,11 @@ class Coordinator:
         """Say how the job ends, from what is known."""
         causes = self.causes
         if self.stopped:  # processes that are left alone abort
-            causes = [cause for cause in causes if cause.order != ABORT]
+            causes = [cause for cause in causes if cause.by != END_BY_ABORT]
             if self.working and not causes:  # perhaps rank 0 is still saving
                 return self.expect_stop(self.stop_signal, STOP_LEFT_SECONDS)
         status = 128 + self.stop_signal if self.stopped else 0
-        settle(self.end, min(causes, key=lambda cause: cause.order, default=End(status)))
+        settle(self.end, min(causes, key=lambda cause: cause.by, default=End(status)))
 
     def on_signal(self, number: int, node: int, *, again: bool) -> None:
         at = f" on {self.job.node(node)}"
@@ -278,7 +281,7 @@ class Parent:
             if not is_ignored(number):  # by nohup, or as a background job
                 self.loop.add_signal_handler(number, self.on_signal, number)
         self.loop.call_later(self.job.start_timeout, self.give_up_connecting)
-        if self.error is not None and self.job.node_rank > 0:  # in case nobody can be told
+        if self.error is not None and not self.says_why():  # in case nobody can be told
             report(self.error.text)
         connection = asyncio.create_task(self.stay_connected(connect))
         try:
@@ -300,6 +303,7 @@ class Parent:
     async def stay_connected(self, connect: Callable) -> None:
         hello: dict[str, Any] = {
             "node_rank": self.job.node_rank,
+            "machine": self.job.machine,
             "flags": self.job.flags,
             "facts": self.facts,
         }
@@ -317,7 +321,7 @@ class Parent:
                 if channel.is_silent and self.coordinator is None:
                     self.refused = "what listens there does not answer"
             await asyncio.sleep(TICK_SECONDS)
-        text = describe_lost(self.job.node(0), self.coordinator, self.refused)
+        text = describe_lost(self.job, 0, self.coordinator, self.refused)
         settle(self.end, End(1, f"{text}; all processes of this node were ended"))
 
     def give_up_connecting(self) -> None:
@@ -367,10 +371,20 @@ class Parent:
     def start_workers(self, master: tuple[str, int]) -> None:
         sys.stdout.flush()  # rank 0 writes there as well
         for rank in self.job.ranks:
-            worker = Worker(self.command, job=self.job, rank=rank, master=master, stdin=self.stdin)
-            self.workers.append(worker)
-            self.running.add(rank)
-            self.loop.add_reader(worker.stderr, self.read_stderr, worker)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *self.command],
+                env=worker_environ(self.job, rank, master),
+                stdin=self.stdin,
+                stdout=None if rank == 0 else subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+            self.add_worker(Worker(process, job=self.job, rank=rank))
+
+    def add_worker(self, worker: Worker) -> None:
+        self.workers.append(worker)
+        self.running.add(worker.rank)
+        self.loop.add_reader(worker.stderr, self.read_stderr, worker)
 
     def read_stderr(self, worker: Worker) -> None:
         if not worker.read_stderr():
@@ -379,14 +393,17 @@ class Parent:
     def poll_workers(self) -> None:
         for worker in self.workers:
             if worker.rank in self.running and (code := worker.process.poll()) is not None:
-                self.running.discard(worker.rank)
-                worker.read_stderr()
-                worker.flush()
-                if self.stop_signal is not None and code == -self.stop_signal:
-                    code = 128 + self.stop_signal
-                if not self.end.done() and self.coordinator is not None:
-                    end = worker.outcome(code, self.explain)
-                    self.coordinator.send("exit", rank=worker.rank, end=vars(end))
+                self.on_exit(worker, code)
+
+    def on_exit(self, worker: Worker, code: int) -> None:
+        self.running.discard(worker.rank)
+        worker.read_stderr()
+        worker.flush()
+        if self.stop_signal is not None and code == -self.stop_signal:
+            code = 128 + self.stop_signal
+        if not self.end.done() and self.coordinator is not None:
+            end = worker.outcome(code, self.explain)
+            self.coordinator.send("exit", rank=worker.rank, end=vars(end))
 
     async def end_workers(self, end: End) -> None:
         """End what still runs: SIGTERM, and SIGKILL a moment later."""
@@ -403,6 +420,10 @@ class Parent:
         for worker in self.workers:
             worker.signal_group(number)
 
+    def says_why(self) -> bool:
+        """Whether it prints why the job ends."""
+        return self.error is None or self.job.node_rank == 0
+
     def report(self, end: End) -> None:
         """Print the one line, and on node 0 what the worker that is the cause said last."""
         interrupted = end.status in STATUSES
@@ -410,7 +431,7 @@ class Parent:
             if interrupted or end.status == 0 or not end.text:
                 worker.release(native=not interrupted)
             worker.finish_printing()
-        if end.text and (self.error is None or self.job.node_rank == 0):
+        if end.text and self.says_why():
             report(end.text)
             if self.job.node_rank == 0:
                 sys.stderr.writelines(f"    {line}\n" for line in end.tail)
@@ -443,7 +464,7 @@ def launch(
     async def run() -> int:
         parent = Parent(command, job=job, facts=facts, explain=explain, stdin=stdin)
         if job.node_rank == 0:
-            return await coordinate(parent)
+            return await coordinate(parent, Coordinator(job, parent.facts))
         try:
             address = resolve(job.node_ips[0])
         except UsageError as error:
@@ -453,11 +474,10 @@ def launch(
     return asyncio.run(run())
 
 
-async def coordinate(parent: Parent) -> int:
+async def coordinate(parent: Parent, coordinator: Coordinator) -> int:
     """Run node 0's parent together with the coordinator."""
     listener = listen(parent.job) if parent.job.num_nodes > 1 else None
     ours, theirs = socket.socketpair()
-    coordinator = Coordinator(parent.job, parent.facts)
     serving = asyncio.create_task(coordinator.serve(*await open_connection(sock=theirs)))
     running = asyncio.create_task(coordinator.run(listener))
     status = await parent.run(lambda: open_connection(sock=ours))

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Any
 
 from cnns.errors import forget
 from cnns.interrupts import STATUSES
+from cnns.launch import control
 from cnns.launch.channel import brief
 from cnns.launch.job import Job
 
@@ -74,7 +74,8 @@ def prepare_worker() -> None:
     """
     if not is_worker():
         return
-    sys.excepthook = die
+    sys.excepthook = end_by_exception
+    control.attach()
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     end = time.monotonic() + RANK_0_SECONDS
     while os.environ["RANK"] != "0" and time.monotonic() < end:
@@ -85,7 +86,7 @@ def prepare_worker() -> None:
             time.sleep(0.1)
 
 
-def die(*exception: Any) -> None:
+def end_by_exception(*exception: Any) -> None:
     """Print an uncaught exception as Python does, and leave."""
     sys.__excepthook__(*exception)
     if not issubclass(exception[0], KeyboardInterrupt):
@@ -102,7 +103,7 @@ def leave(status: int) -> int:
         for file in (sys.stdout, sys.stderr):
             with suppress(OSError):  # nobody reads it any more
                 file.flush()
-        os._exit(status)
+        control.end(status)
     return status
 
 
@@ -131,7 +132,8 @@ def worker_environ(job: Job, rank: int, master: tuple[str, int]) -> dict[str, st
     }
 
 
-OWN_WORDS, DEATH, ABORT = range(3)  # OneFlow aborts when another process dies: it is the effect
+# OneFlow aborts when another process dies, so an abort explains least.
+END_BY_ERROR, END_BY_SIGNAL, END_BY_ABORT = range(3)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class End:
     status: int
     text: str = ""
     tail: Sequence[str] = ()  # what the worker that is the cause said last
-    order: int = DEATH  # of several causes the lowest explains the end best, then the first
+    by: int = END_BY_SIGNAL  # of several causes the lowest explains the end, then the first
     at_once: bool = False  # SIGKILL without SIGTERM, and no node is waited for
 
 
@@ -157,28 +159,11 @@ class Worker:
     says of its errors is passed on like everything else.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        job: Job,
-        rank: int,
-        master: tuple[str, int],
-        stdin: int | None,
-    ):
-        self.job, self.rank = job, rank
+    def __init__(self, process: Any, *, job: Job, rank: int):  # subprocess.Popen, or alike
+        self.process, self.job, self.rank = process, job, rank
         self.is_alone = job.world_size == 1
         self.is_shown = rank == 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *command],
-            env=worker_environ(job, rank, master),
-            stdin=stdin,
-            stdout=None if self.is_shown else subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        assert self.process.stderr is not None
-        self.stderr = self.process.stderr
+        self.stderr = process.stderr
         os.set_blocking(self.stderr.fileno(), False)
         self.rest = b""  # of a line
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -280,7 +265,7 @@ class Worker:
         errors = [match[1] for line in words if (match := OWN_ERROR.fullmatch(line))]
         if known or code > 0 and errors:
             text = known or errors[-1]
-            return End(status, f"{who}: {brief(text, 500)}{after}", order=OWN_WORDS)
+            return End(status, f"{who}: {brief(text, 500)}{after}", by=END_BY_ERROR)
         if code > 0:
             what = f"ended with exit status {code}"
             if any(line.startswith("Traceback (most") for line in words):
@@ -293,5 +278,5 @@ class Worker:
             what, words = f"{what} (out of memory?)", []
         elif fatal:
             what = f"{what}: {brief(fatal, 300)}"
-        order = ABORT if code == -signal.SIGABRT else DEATH
-        return End(status, f"{who} {what}{after}", words, order)
+        by = END_BY_ABORT if code == -signal.SIGABRT else END_BY_SIGNAL
+        return End(status, f"{who} {what}{after}", words, by)

@@ -4,6 +4,7 @@ The devices compute nothing. What is looked at: which device a process touches, 
 ask NCCL for the same things in the same order, for otherwise real devices would wait for ever.
 """
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +39,11 @@ def _device():
     fake.require()
 
 
-def start(*flags, cwd, devices=PROCESSES, prefix=(), log="log.%d"):
+def start(*flags, cwd, devices=PROCESSES, prefix=(), log="log.%d", more=None):
     return subprocess.Popen(
         [*prefix, sys.executable, str(ROOT / "tests" / "train_small.py"), *TRAIN, *flags],
         cwd=cwd,
-        env=fake.environment(devices=devices, log=cwd / log),
+        env=fake.environment(devices=devices, log=cwd / log) | (more or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -101,12 +102,14 @@ def check_gradients(log: jobs.Log, *, model: str, use_fp16: bool) -> None:
     assert in_half == (STEPS * kernels if use_fp16 else 0)
 
 
-def check_runs(runs: list[subprocess.Popen], *, cwd: Path, model: str, use_fp16: bool) -> None:
+def check_runs(
+    runs: list[subprocess.Popen], *, cwd: Path, model: str, use_fp16: bool, world_size: int
+) -> None:
     ended = [finish(run) for run in runs]
     assert "validation: epoch 0, " in ended[0][0]
     for out, errors in ended[1:]:
         assert out == errors == ""
-    for log in check_logs(sorted(cwd.glob("log.*")), world_size=PROCESSES * len(runs)):
+    for log in check_logs(sorted(cwd.glob("log.*")), world_size=world_size):
         check_gradients(log, model=model, use_fp16=use_fp16)
 
 
@@ -130,7 +133,7 @@ def test_two_processes_on_two_devices(tmp_path, model, use_fp16):
         *(HALF if use_fp16 else ()),
         cwd=tmp_path,
     )
-    check_runs([run], cwd=tmp_path, model=model, use_fp16=use_fp16)
+    check_runs([run], cwd=tmp_path, model=model, use_fp16=use_fp16, world_size=PROCESSES)
 
 
 @needs_namespaces
@@ -151,7 +154,31 @@ def test_two_nodes_of_two_devices(tmp_path, model, use_fp16):
             )
             for node in nodes
         ]
-        check_runs(runs, cwd=tmp_path, model=model, use_fp16=use_fp16)
+        check_runs(runs, cwd=tmp_path, model=model, use_fp16=use_fp16, world_size=2 * PROCESSES)
+
+
+def start_ranks(*flags, cwd, devices=PROCESSES):
+    """Two processes with the variables that another launcher would give them."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(*flags, cwd=cwd, devices=devices, more=common | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+
+
+def test_two_ranks_of_another_launcher(tmp_path):
+    flags = ("--model=tiny", f"--num_examples={STEPS * 4}", "--model_save_dir=run", *HALF)
+    runs = start_ranks(*flags, cwd=tmp_path)
+    check_runs(runs, cwd=tmp_path, model="tiny", use_fp16=True, world_size=2)
+
+
+def test_fewer_devices_than_ranks(tmp_path):
+    ended = [finish(run, 2, 60) for run in start_ranks("--model=toy", cwd=tmp_path, devices=1)]
+    (line,) = (line for _, errors in ended for line in errors.splitlines() if "error:" in line)
+    assert "may use 1 CUDA devices, and 2 ranks run there" in line
 
 
 def test_fewer_devices_than_processes(tmp_path):

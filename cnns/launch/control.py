@@ -1,0 +1,78 @@
+"""A rank that another launcher has started, as seen from itself: its line to the watcher.
+
+The watcher (cnns.launch.watcher) is a small process beside the rank that is connected to those of
+the other ranks. A rank tells it of signals and of its end, each a line; it tells the rank when to
+leave, so that no rank is gone before the reason is printed and the others know it.
+"""
+
+import atexit
+import ctypes
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from types import FrameType
+
+from cnns import interrupts
+
+CONTROL_MARK = "CNNS_CONTROL"  # the number of the file descriptor
+TELL_SECONDS = 0.5  # for the watcher to tell the others of a signal that ends this rank
+line: socket.socket | None = None  # None: this process was started by a parent of ours
+
+
+def attach() -> None:
+    """To be called before OneFlow is imported; does nothing where there is no watcher."""
+    global line
+    number = os.environ.pop(CONTROL_MARK, None)
+    if number is None:
+        return
+    line = socket.socket(fileno=int(number))
+    line.set_inheritable(False)
+    interrupts.relay = tell_signal
+    for each in interrupts.watched():
+        signal.signal(each, end_by_signal)
+    # OneFlow aborts when another rank is gone. `sleep`, called with the number of SIGABRT, which is
+    # 6, gives the watchers seconds to say which; with its first process a container is gone.
+    libc = ctypes.CDLL(None)
+    libc.signal(ctypes.c_int(signal.SIGABRT), libc.sleep)
+    threading.Thread(target=obey, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)  # not in that thread
+    # The first that is registered runs last, when OneFlow has ended. A failure does not get there.
+    atexit.register(end, 0)
+
+
+def tell(text: str) -> None:
+    assert line is not None
+    with suppress(OSError):  # the watcher is gone: `obey` knows
+        line.sendall(f"{text}\n".encode())
+
+
+def tell_signal(number: int) -> None:
+    tell(f"signal {number}")
+
+
+def end_by_signal(number: int, frame: FrameType | None) -> None:
+    """Outside of training a signal ends this rank at once, and by the watchers all others."""
+    tell_signal(number)
+    tell(f"exit {128 + number}")
+    time.sleep(TELL_SECONDS)
+    os._exit(128 + number)
+
+
+def end(status: int) -> None:
+    """Leave with a status; with that of the job, once it has ended, where there is a watcher."""
+    if line is None:
+        os._exit(status)
+    tell(f"exit {status}")
+    while True:  # until `obey` leaves
+        time.sleep(60)
+
+
+def obey() -> None:
+    """Leave when the watcher says so, or is gone."""
+    assert line is not None
+    with line.makefile() as lines:
+        words = lines.readline().split()
+    os._exit(int(words[1]) if words else 1)
