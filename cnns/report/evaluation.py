@@ -39,6 +39,7 @@ MAX_MISTAKES = 36  # on the contact sheet
 MAX_CONFUSED = 20  # pairs of classes that are listed
 MAX_LISTED = 1000  # classes on the page
 CLASS_COLUMNS = ("label", "class", "images", "predicted", "right", "accuracy", "precision", "f1")
+PAIR_COLUMNS = ("label", "class", "predicted", "predicted_class", "images")
 
 
 @dataclass(frozen=True)
@@ -106,18 +107,9 @@ def write_report(evaluation: Evaluation, folder: str) -> str:
                 draw_confusion(matrix, names, new / "confusion_matrix.png")
         mistakes = [mistake(answers, names, examples, row) for row in evaluation.mistakes]
         if examples.pictures:
-            draw_sheet(
-                [
-                    (
-                        examples.pictures[int(answers.index[row])],
-                        (
-                            f"{each['label']} {each['class']}",
-                            f"{each['probability']:.1%} {each['predicted']} {each['named']}",
-                        ),
-                    )
-                    for row, each in zip(evaluation.mistakes, mistakes, strict=True)
-                ]
-            ).save(new / "mistakes.png")
+            found = [examples.pictures[int(answers.index[row])] for row in evaluation.mistakes]
+            sheet = draw_sheet(list(zip(found, map(caption, mistakes), strict=True)))
+            sheet.save(new / "mistakes.png")
         summary = summarise(evaluation, mistakes)
         content = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
         (new / "report.json").write_text(content)
@@ -178,8 +170,8 @@ def confusion_table(
         return names[number] if number != NONE else "none"
 
     if len(names) > MAX_DENSE:
-        head = ("label", "class", "predicted_label", "predicted_class", "images")
-        return head, ((a, name(a), b, name(b), count) for a, b, count in cells.tolist())
+        cell_list = cells.tolist()
+        return PAIR_COLUMNS, ((a, name(a), b, name(b), count) for a, b, count in cell_list)
     matrix = confusion_matrix(cells, len(names))
     nothing = np.zeros(len(names), np.int32)  # of each label, answers that name no class
     of_none = cells[cells[:, 1] == NONE]
@@ -200,10 +192,16 @@ def mistake(answers: Answers, names: Sequence[str], examples: Examples, row: int
         "label": label,
         "class": names[label],
         "predicted": predicted,
-        "named": names[predicted],
+        "predicted_class": names[predicted],
         "probability": float32(answers.confidence[row]),
         "label_probability": float32(answers.label_probability[row]),
     }
+
+
+def caption(mistake: dict) -> tuple[str, str]:
+    """The label, and the answer. Numbers too, as not every name can be drawn."""
+    said = f"{mistake['probability']:.1%} {mistake['predicted']} {mistake['predicted_class']}"
+    return f"label {mistake['label']} {mistake['class']}", said
 
 
 def summarise(evaluation: Evaluation, mistakes: list[dict]) -> dict[str, Any]:
@@ -239,7 +237,13 @@ def summarise(evaluation: Evaluation, mistakes: list[dict]) -> dict[str, Any]:
             )
         ],
         "most_confused": [
-            {"label": a, "class": names[a], "predicted": b, "named": names[b], "images": count}
+            {
+                "label": a,
+                "class": names[a],
+                "predicted": b,
+                "predicted_class": names[b],
+                "images": count,
+            }
             for a, b, count in most_confused(evaluation.cells, MAX_CONFUSED).tolist()
         ],
         "most_confident_mistakes": mistakes,
@@ -268,7 +272,8 @@ def make_page(evaluation: Evaluation, summary: dict[str, Any], folder: Path) -> 
     parts.append("<h2>Most confident mistakes</h2>")
     if (folder / "mistakes.png").exists():
         parts.append("<p>Black: the label. Red: the answer, with its probability.</p>")
-        parts.append(picture(folder / "mistakes.png", "Most confident mistakes"))
+        sheet = picture(folder / "mistakes.png", "Most confident mistakes")
+        parts.append(f'<div class="wide">{sheet}</div>')
     mistakes, confused = summary["most_confident_mistakes"], summary["most_confused"]
     parts += [table_of(mistakes), "<h2>Classes most often taken for another</h2>"]
     parts += [table_of(confused), "<h2>Classes, the worst first</h2>"]

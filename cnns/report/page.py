@@ -59,6 +59,7 @@ h2 {{ font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }}
 img {{ max-width: 100%; height: auto; }}
 .pictures img {{ width: 100%; }}
 .wide {{ overflow-x: auto; }}
+.wide img {{ max-width: none; }}
 table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
 th, td {{ border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; }}
 th, td {{ text-align: left; white-space: nowrap; }}

@@ -107,7 +107,7 @@ def test_many_classes_have_the_cells_that_are_not_zero_and_no_picture(tmp_path, 
     write_report(evaluate(data, logits, data.labels), str(tmp_path))
     assert not (tmp_path / "confusion_matrix.png").exists()
     cells = [
-        (row["label"], row["predicted_label"], row["images"])
+        (row["label"], row["predicted"], row["images"])
         for row in read_csv(tmp_path / "confusion_matrix.csv")
     ]
     assert ("1", "2", "1") in cells and ("3", "-1", "1") in cells and len(cells) == 7
