@@ -9,7 +9,7 @@ from small import ROOT
 PACKAGE = sorted((ROOT / "cnns").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 # Larger for a reason: tables.
-LARGE = {"config.py": 710}
+LARGE = {"config.py": 730}
 
 
 def imported(path) -> set[str]:
