@@ -425,6 +425,14 @@ RECORD_FLAGS = {
         default=False,
     ),
 }
+REPORT_FLAGS = {
+    "report": Flag(
+        "write what the network gets wrong to this directory: figures of each class, confusion "
+        "matrix, calibration, all predictions, the most confident mistakes; of the first round",
+        path,
+        metavar="DIR",
+    ),
+}
 CONFIG_FLAGS = {
     "config": Flag(
         "take flags from this file: the flags.yaml of a run, YAML with lines `flag: value`, or a "
@@ -525,7 +533,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
                     "rounds over the validation set", COUNT, 1, aliases=("--num_epoch",)
                 )
             },
-            "log": LOG_FLAGS,
+            "log": LOG_FLAGS | REPORT_FLAGS,
         },
         "training",
         None,

@@ -3,6 +3,7 @@
 python3 of_cnn_evaluate.py                                          # the newest run, its best
 python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --model_load_dir=RUN
 python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --backend=onnxruntime
+python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --report=report    # what it gets wrong
 python3 of_cnn_evaluate.py --help
 """
 
@@ -21,17 +22,20 @@ from cnns.checkpoint.find import compare_export, restore
 from cnns.checkpoint.snapshot import checksum, read_description, versions
 from cnns.convert.cache import convert_for_evaluation, is_photo_folder
 from cnns.data.datasets import open_val_dataset
+from cnns.data.images import class_names
 from cnns.data.kinds import Dataset
 from cnns.distributed import launch_script, place, share_usage_errors, takes_cuda
 from cnns.errors import UsageError, run_main
-from cnns.evaluation import ArrayEvaluator, Evaluator
+from cnns.evaluation import ArrayEvaluator, Collector, Evaluator
 from cnns.export import ExportedModel, find_export
 from cnns.graphs import limit_top_k
 from cnns.inputs import is_within
 from cnns.launch.external import find_job, take_numbers
 from cnns.launch.worker import is_worker, leave
-from cnns.log import notice, open_log, validation_line
+from cnns.log import Counts, is_first_rank, notice, open_log, validation_line
 from cnns.places import SNAPSHOT_ROOT, VAL_DATA_DIR
+from cnns.report.folder import check_report_folder
+from cnns.report.metrics import Answers
 from cnns.resume import num_processes
 
 
@@ -44,6 +48,8 @@ def main(argv: list[str] | None = None) -> int | None:
         if job.world_size > 1 or of_oneflow and takes_cuda(args.device):
             memory = config.memory_flags(args, batch="val_batch_size_per_device")
             return launch_script(__file__, argv, job=job, facts=lambda: facts(args), memory=memory)
+    if args.report is not None and is_first_rank():
+        check_report_folder(args.report)
     device, data, (model, about, path) = prepare(args)
     log = open_log(args.log_dir, "of_cnn_evaluate")
     log(f"Restoring model from {path}.")
@@ -58,17 +64,43 @@ def main(argv: list[str] | None = None) -> int | None:
     if top_k < args.top_k:
         notice(f"top_k is {top_k}, as there are {about.num_classes} classes.")
     evaluator: Evaluator
+    settings: dict = {"top_k": top_k, "gives_logits": args.report is not None}
     if args.backend == "onnxruntime":
-        evaluator = ArrayEvaluator(model.logits, loader, top_k=top_k)
+        evaluator = ArrayEvaluator(model.logits, loader, **settings)
     else:
         model = place(model, device)
-        evaluator = Evaluator(model, loader, top_k=top_k, use_fp16=args.use_fp16)
-    for _ in range(args.num_epochs):
-        counts, seconds = evaluator.round()
+        evaluator = Evaluator(model, loader, use_fp16=args.use_fp16, **settings)
+    for i in range(args.num_epochs):
+        collector = Collector(loader) if args.report is not None and i == 0 else None
+        counts, seconds = evaluator.round(collector=collector)
         # Always epoch 0, as OneFlow-Benchmark prints it: the field is the epoch of training.
         log(validation_line(0, loader.num_batches, counts, seconds))
         notice(f"Loss: {counts.loss:.6f}, without label smoothing.")
+        if collector is not None:
+            answers = collector.answers()
+            if is_first_rank():
+                report(args, answers, counts=counts, data=data, about=about, path=path)
     return None
+
+
+def report(
+    args: Namespace, answers: Answers, *, counts: Counts, data: Dataset, about: Any, path: str
+) -> None:
+    """Write the report of a round. Raises RunError where it cannot be written."""
+    from cnns.report.evaluation import Evaluation, write_report  # matplotlib takes a second
+
+    evaluation = Evaluation(
+        about={"network": about.model, "weights": path, "data": data.path, "backend": args.backend},
+        data=data,
+        class_names=class_names(about.num_classes, about.classes or data.classes),
+        answers=answers,
+        counts=counts,
+        top_k=limit_top_k(args.top_k, about.num_classes),
+    )
+    written = write_report(evaluation, args.report)
+    if evaluation.balance_line:
+        notice(evaluation.balance_line)
+    notice(f"Report: {written}")
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -91,6 +123,7 @@ def facts(args: Namespace) -> dict:
         "model": [snapshot.model, snapshot.num_classes, *vars(snapshot.preprocessing).values()],
         "weights": checksum(model),
         "versions": versions(),
+        "report": args.report is not None,
     }
 
 

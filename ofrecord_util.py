@@ -14,7 +14,8 @@ round, of `num_batches`, and have one tensor more in front,
 
     row_mask  (N,) int32, 1 in rows to score, 0 in padding and repetitions
 
-With several processes each makes the rows that its device gets.
+With several processes each makes the rows that its device gets; a validation loader's
+`positions(iteration)` says where those of a batch lie in the data set.
 """
 
 import itertools
@@ -289,15 +290,19 @@ class OFRecordValLoader(OFRecordLoader):
             preprocessing, crop_h=size, crop_w=size, crop_pos_y=0.5, crop_pos_x=0.5
         )
 
+    def positions(self, iteration: int) -> np.ndarray:
+        """Where the rows of a batch that are this process's lie in the data set."""
+        first = self.bounds[self.rank] + iteration * self.batch_size
+        return np.arange(first, first + self.batch_size)
+
     def batches(self) -> Iterator[tuple]:
-        first, end = self.bounds[self.rank], self.bounds[self.rank + 1]
-        end = min(end, self.num_examples)
+        end = min(self.bounds[self.rank + 1], self.num_examples)
         records = self.read(self.share(range(len(self.shards.part_counts))) or [0])
         for i, record in enumerate(itertools.islice(records, self.num_batches)):
-            row = first + np.arange(i * self.batch_size, (i + 1) * self.batch_size)
+            row_mask = (self.positions(i) < end).astype(np.int32)
             image = self.normalise(self.resize(self.decode(record))[0])
             yield (
-                to_global(flow.tensor((row < end).astype(np.int32)), self.placement),
+                to_global(flow.tensor(row_mask), self.placement),
                 to_global(image, self.placement),
                 to_global(self.label(record), self.placement),
             )

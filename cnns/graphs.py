@@ -71,6 +71,9 @@ def in_float32(logits: flow.Tensor) -> flow.Tensor:
     return flow._C.amp_black_identity(logits)
 
 
+NUM_SCORES = 4  # that `score` gives
+
+
 def limit_top_k(top_k: int, num_classes: int) -> int:
     """k of the second accuracy: less than all classes, with which every answer would be right."""
     return min(top_k, max(1, num_classes - 1))
@@ -263,23 +266,38 @@ class DropoutMasks:
 class EvalGraph(QuietGraph):
     """What `score` gives, over all devices, and the sum of `stop` where that is given.
 
+    With `gives_logits` these (N, C) float32 stand before it, each device's rows on that device.
     The graph shares its model with a training graph and follows its updates.
     """
 
-    def __init__(self, model: nn.Module, loader: nn.Module, *, top_k: int, use_fp16: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: nn.Module,
+        *,
+        top_k: int,
+        use_fp16: bool = False,
+        gives_logits: bool = False,
+    ):
         super().__init__()
         self.config.allow_fuse_add_to_output(True)
         self.config.enable_amp(use_fp16)
         self.model = model
         self.loader = loader
         self.top_k = top_k
+        self.gives_logits = gives_logits
 
     def build(
         self, row_mask: flow.Tensor, *batch: flow.Tensor, stop: flow.Tensor | None = None
     ) -> tuple[flow.Tensor, ...]:
         image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
         logits = self.model(image)  # (N, C)
-        return broadcast_outputs(*score(logits, label, row_mask, top_k=self.top_k), stop=stop)
+        scalars = score(logits, label, row_mask, top_k=self.top_k)
+        outputs = broadcast_outputs(*scalars, stop=stop)
+        if not self.gives_logits:
+            return outputs
+        logits = in_float32(logits).to_global(sbp=flow.sbp.split(0))
+        return *outputs[:NUM_SCORES], logits, *outputs[NUM_SCORES:]
 
 
 class PredictGraph(QuietGraph):

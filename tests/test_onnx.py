@@ -332,8 +332,8 @@ def test_evaluation_by_both_backends_gives_the_same_figures(data):
     assert export().status == 0
     for held in ("validation", "validation.npz"):
         flags = f"--val_data_dir={data / held}", "--num_val_examples=18"
-        theirs = evaluate("--backend=onnxruntime", *flags)
-        ours = evaluate("--device=cpu", *flags)
+        theirs = evaluate("--backend=onnxruntime", f"--report=theirs-{held}", *flags)
+        ours = evaluate("--device=cpu", f"--report=ours-{held}", *flags)
         assert theirs.status == ours.status == 0, theirs.stderr + ours.stderr
         figures = small.validation_figures(theirs.stdout)
         assert figures == small.validation_figures(ours.stdout) and len(figures) == 1
@@ -341,6 +341,8 @@ def test_evaluation_by_both_backends_gives_the_same_figures(data):
         assert theirs.stdout.splitlines()[0] == (
             "Restoring model from onnx/model/run_epoch_0.onnx."
         )
+        one, other = (f"{name}-{held}/confusion_matrix.csv" for name in ("theirs", "ours"))
+        assert Path(one).read_text() == Path(other).read_text()
 
 
 @pytest.mark.parametrize(

@@ -7,50 +7,27 @@ Writes report.html, one file that needs no other, and its pictures as PNG: loss,
 rate and throughput over the epochs, the flags in which the runs differ, and a table of the epochs.
 """
 
-import base64
-import html
 import os
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-from matplotlib import font_manager, pyplot
+import cnns.environment  # noqa: F401  (first, see there)
 
 from cnns.data.format import write_whole
 from cnns.errors import UsageError, run_main, say
-from cnns.flags import Parser, show
+from cnns.flags import Parser
 from cnns.record import COLUMNS, RunRecord, read_run
+from cnns.report.page import page, picture, pictures, table, text
+from cnns.report.plots import plot_style, pyplot
 
 MAX_POINTS = 400  # of a curve; beyond that, means over neighbouring lines
 MAX_RUNS = 20
-STYLE = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.dpi": 150,
-    "figure.figsize": (6.4, 4.0),
-    "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "grid.alpha": 0.3,
-    "text.parse_math": False,  # names may hold dollar signs
-}
-CHINESE_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Zen Hei",
-    "SimHei",
-)
 TITLES = {
     "loss": "Loss",
     "accuracy": "Top-1 accuracy",
@@ -67,21 +44,17 @@ def main(argv: list[str] | None = None) -> int | None:
             raise UsageError(
                 f"{run.directory} has no figures yet: a run prints its first line soon"
             )
-    installed = set(font_manager.get_font_names())
-    fonts = ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in installed)]
-    # A name in letters that no font has is drawn as boxes, and stands in the page as it is.
-    warnings.filterwarnings("ignore", "Glyph .* missing from font")
     output = Path(args.output or os.path.join(args.runs[0], "report"))
     output.mkdir(parents=True, exist_ok=True)
     names = name_runs(runs)
-    pictures = {}
-    with matplotlib.rc_context(STYLE | {"font.family": fonts}):
+    files = {}
+    with plot_style():
         for name in TITLES:
-            pictures[name] = output / f"{name}.png"
-            draw(name, runs, names, pictures[name])
-    page = output / "report.html"
-    write_whole(page, make_page(runs, names, pictures).encode())
-    say(str(page), sys.stdout)
+            files[name] = output / f"{name}.png"
+            draw(name, runs, names, files[name])
+    written = output / "report.html"
+    write_whole(written, make_page(runs, names, files).encode())
+    say(str(written), sys.stdout)
     return None
 
 
@@ -123,27 +96,27 @@ def thin(values: Sequence[float]) -> list[float]:
     return [sum(group) / len(group) for group in groups]
 
 
-def draw(picture: str, runs: Sequence[RunRecord], names: Sequence[str], path: Path) -> None:
+def draw(curve: str, runs: Sequence[RunRecord], names: Sequence[str], path: Path) -> None:
     figure, axes = pyplot.subplots()
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         colour = f"C{number % 10}"
         prefix = f"{name}, " if len(runs) > 1 else ""
         train, validation = run.of_kind("train"), run.of_kind("validation")
         x = thin(epochs_done(run, train))
-        if picture in ("loss", "accuracy"):
-            field = "loss" if picture == "loss" else "top_1"
+        if curve in ("loss", "accuracy"):
+            field = "loss" if curve == "loss" else "top_1"
             axes.plot(x, thin([each[field] for each in train]), color=colour, alpha=0.5, lw=1,
                       label=f"{prefix}training")  # fmt: skip
             validation = [each for each in validation if field in each]
             axes.plot(epochs_done(run, validation), [each[field] for each in validation],
                       color=colour, marker="o", ms=3, label=f"{prefix}validation")  # fmt: skip
         else:
-            field = "learning_rate" if picture == "learning_rate" else "samples_per_second"
+            field = "learning_rate" if curve == "learning_rate" else "samples_per_second"
             axes.plot(x, thin([each[field] for each in train]), color=colour, lw=1, label=name)
-    axes.set_title(TITLES[picture], loc="left")
+    axes.set_title(TITLES[curve], loc="left")
     axes.set_xlabel("epochs")
     axes.set_ylim(bottom=0)
-    if picture in ("loss", "accuracy") or len(runs) > 1:
+    if curve in ("loss", "accuracy") or len(runs) > 1:
         axes.legend(frameon=False, fontsize="small")
     figure.savefig(path)
     pyplot.close(figure)
@@ -166,21 +139,6 @@ def state(run: RunRecord) -> str:
     return f"{done} of {planned} epochs" if planned else f"{done} epochs"
 
 
-def cell(value: Any) -> str:
-    if value is None or value == "":
-        return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return html.escape(show(value))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
-    lines += ["".join(f"<td>{cell(value)}</td>" for value in row) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="wide"><table>{body}</table></div>'
-
-
 def summary(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     rows = []
     for run, name in zip(runs, names, strict=True):
@@ -196,53 +154,23 @@ def summary(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     return table(head.split(", "), rows)
 
 
-def make_page(runs: Sequence[RunRecord], names: Sequence[str], pictures: dict[str, Path]) -> str:
-    title = html.escape(" and ".join(names) if len(names) < 3 else f"{len(names)} runs")
-    parts = [f"<h1>{title}</h1>", summary(runs, names), '<div class="pictures">']
-    for name, path in pictures.items():
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f'<img alt="{TITLES[name]}" src="data:image/png;base64,{data}">')
-    parts.append("</div>")
+def make_page(runs: Sequence[RunRecord], names: Sequence[str], files: dict[str, Path]) -> str:
+    title = " and ".join(names) if len(names) < 3 else f"{len(names)} runs"
+    parts = [f"<h1>{text(title)}</h1>", summary(runs, names)]
+    parts.append(pictures(picture(path, TITLES[name]) for name, path in files.items()))
     if len(runs) > 1:
         differing = differing_flags(runs)
         parts.append("<h2>Flags that differ</h2>")
         rows = [(f"--{flag}", *values) for flag, values in differing.items()]
         parts.append(table(("flag", *names), rows) if rows else "<p>None.</p>")
     for run, name in zip(runs, names, strict=True):
-        parts.append(f"<h2>Epochs of {html.escape(name)}</h2>")
+        parts.append(f"<h2>Epochs of {text(name)}</h2>")
         parts.append(table(COLUMNS, ([row.get(c) for c in COLUMNS] for row in run.epochs())))
         rows = [(f"--{flag}", value) for flag, value in run.flags.items()]
         parts.append(
             f"<details><summary>All flags</summary>{table(('flag', 'value'), rows)}</details>"
         )
-    return PAGE.format(title=title, body="\n".join(parts))
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; }}
-body {{ margin: 1.5rem auto; max-width: 70rem; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }}
-.pictures {{ display: grid; gap: 1rem; margin-top: 1rem; }}
-.pictures {{ grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); }}
-img {{ width: 100%; height: auto; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
-th, td {{ border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; }}
-th, td {{ text-align: left; white-space: nowrap; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+    return page(title, parts)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cnns.environment  # noqa: F401  (first, see there)
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console

@@ -95,6 +95,7 @@ CASES = [
     (EVALUATE, "--val_data_dir=cut", 1, "is cut off"),
     (EVALUATE, "--val_data_dir=good", 2, "no snapshot under"),
     (EVALUATE, "--val_data_dir=good --num_val_examples=11", 2, "--num_val_examples=11, but good"),
+    (EVALUATE, "--val_data_dir=good --report=cut", 2, "--report: cut holds part-00000, which"),
     (INFERENCE, "--image_path none.jpg", 2, "there is no file or directory none.jpg"),
     (INFERENCE, "--image_path notes", 2, "the directory notes holds no images"),
     (INFERENCE, "--image_path text.jpg", 2, "no snapshot under"),

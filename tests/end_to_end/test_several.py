@@ -1,5 +1,6 @@
 """Several processes, and two nodes on one machine: the same results, and an end in any case."""
 
+import csv
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ import netns
 from cnns.checkpoint.find import find_resume
 from cnns.checkpoint.snapshot import read_arrays, read_description, read_weights
 from cnns.data.kinds import split_evenly
+from cnns.report.folder import FILES
 from small import (
     RECORD,
     ROOT,
@@ -134,6 +136,27 @@ def test_each_process_normalises_by_its_own_share(runs):
             np.testing.assert_allclose(array, one[name], rtol=1e-3, atol=1e-5)
 
 
+def compare_reports(folders: list[Path], *, top_1: str) -> None:
+    """The same for any number of processes, but for the rounding of probabilities."""
+    assert len(folders) >= 2
+    tables = []
+    for folder in folders:
+        assert sorted(os.listdir(folder)) == sorted(FILES)
+        with open(folder / "predictions.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        summary = json.loads((folder / "report.json").read_text())
+        assert summary["images"] == len(rows) == 21 and f"{summary['top_1']:.6f}" == top_1
+        right = sum(row["label"] == row["label_1"] for row in rows)
+        assert right == round(21 * summary["top_1"])
+        probability = np.array([float(row.pop("probability_1")) for row in rows])
+        where = [[row.get(name) for name in ("index", "part", "record")] for row in rows]
+        tables.append((where, [row["label"] for row in rows], summary["classes"], probability))
+    *first, probability = tables[0]
+    for *other, other_probability in tables[1:]:
+        assert other == first
+        np.testing.assert_allclose(other_probability, probability, rtol=1e-5)
+
+
 @pytest.mark.parametrize("suffix", ["", ".npz"])
 def test_evaluation_is_exact_for_any_number_of_processes(runs, data, suffix):
     root, done = runs
@@ -148,15 +171,18 @@ def test_evaluation_is_exact_for_any_number_of_processes(runs, data, suffix):
             *flags,
             "--model_load_dir=toy-2/snapshot_epoch_1",
             f"--gpu_num_per_node={processes}",
+            *[f"--report={root / f'report{suffix}-{processes}'}"] * (processes != 3),
             cwd=root,
         )
-        out, _ = finish(run)
+        out, errors = finish(run)
+        assert errors.count("Report: ") == (processes != 3)
         figures = validation_figures(out)
         assert len(figures) == 2
         found |= set(figures)
     assert len(found) == 1
+    compare_reports(sorted(root.glob(f"report{suffix}-?")), top_1=found.pop()[0])
     if suffix:  # what training said with two processes of unequal statistics
-        assert found == {validation_figures(done["toy", 2])[-1]}
+        assert figures[-1] == validation_figures(done["toy", 2])[-1]
 
 
 def test_no_image_goes_to_two_processes(tmp_path):
