@@ -26,7 +26,7 @@ from typing import Any
 from cnns.errors import RunError, UsageError, describe, report
 from cnns.interrupts import SIGNALS, STATUSES, is_ignored
 from cnns.launch.channel import MAX_BYTES, PROTOCOL, Channel, brief, difference
-from cnns.launch.job import Job, listen, reserve_port, resolve
+from cnns.launch.job import Job, listen, reserve_port
 from cnns.launch.worker import END_BY_ABORT, STARTER, End, Explain, Worker, worker_environ
 
 TICK_SECONDS = 0.1
@@ -314,7 +314,8 @@ class Parent:
             except asyncio.TimeoutError:
                 self.refused = "timed out"
             except OSError as error:
-                self.refused = os.strerror(error.errno) if error.errno else str(error)
+                number = error.errno or 0  # below 0: a name is not known
+                self.refused = os.strerror(number) if number > 0 else error.strerror or str(error)
             else:
                 channel = Channel(*streams, **hello)
                 self.refused = await channel.run(self)
@@ -465,11 +466,9 @@ def launch(
         parent = Parent(command, job=job, facts=facts, explain=explain, stdin=stdin)
         if job.node_rank == 0:
             return await coordinate(parent, Coordinator(job, parent.facts))
-        try:
-            address = resolve(job.node_ips[0])
-        except UsageError as error:
-            raise UsageError(f"{job.node(job.node_rank)}: {error}") from None
-        return await parent.run(lambda: open_connection(address, job.ctrl_port))
+        # A name is looked up in each attempt: that of a container may be known only once it runs.
+        host, port = job.node_ips[0], job.ctrl_port
+        return await parent.run(lambda: open_connection(host, port, family=socket.AF_INET))
 
     return asyncio.run(run())
 
