@@ -14,7 +14,6 @@ from tqdm import tqdm
 from cnns import errors
 from cnns.errors import RunError, UsageError, printable, say
 
-TERMINAL_MARK = "CNNS_TERMINAL"  # in the environment of a process that draws through its parent
 RUN_AHEAD = 2  # steps; enough for the next to be there when one ends
 
 
@@ -74,13 +73,12 @@ def notice(text: str) -> None:
 class Bar:
     """The progress bar of a run on a terminal: epoch, loss, rate, time left of epoch and run.
 
-    Elsewhere nothing is drawn. With several processes the first one draws on its parent's terminal,
-    which says by TERMINAL_MARK that there is one.
+    Elsewhere nothing is drawn, also where a parent process passes on what this one says.
     """
 
     def __init__(self, num_epochs: int, steps_per_epoch: int):
         self.num_epochs, self.steps_per_epoch = num_epochs, steps_per_epoch
-        self.is_drawn = is_first_rank() and (sys.stderr.isatty() or TERMINAL_MARK in os.environ)
+        self.is_drawn = is_first_rank() and sys.stderr.isatty()
         self.bar: tqdm | None = None
         self.steps, self.start = 0, time.monotonic()  # of this process
 
