@@ -2,7 +2,6 @@
 
 python3 of_cnn_evaluate.py                                          # the newest run, its best
 python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --model_load_dir=RUN
-python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --backend=onnxruntime
 python3 of_cnn_evaluate.py --val_data_dir=DIR/validation --report=report    # what it gets wrong
 python3 of_cnn_evaluate.py --help
 """
@@ -24,7 +23,7 @@ from cnns.convert.cache import convert_for_evaluation, is_photo_folder
 from cnns.data.datasets import open_val_dataset
 from cnns.data.images import class_names
 from cnns.data.kinds import Dataset
-from cnns.distributed import launch_script, place, share_usage_errors, takes_cuda
+from cnns.distributed import launch_script, place, share_usage_errors, takes_cuda, wait_for_all
 from cnns.errors import UsageError, run_main
 from cnns.evaluation import ArrayEvaluator, Collector, Evaluator
 from cnns.export import ExportedModel, find_export
@@ -80,6 +79,7 @@ def main(argv: list[str] | None = None) -> int | None:
             answers = collector.answers()
             if is_first_rank():
                 report(args, answers, counts=counts, data=data, about=about, path=path)
+    wait_for_all()  # a process that ends while others still read from it aborts them
     return None
 
 

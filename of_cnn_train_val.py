@@ -162,7 +162,7 @@ def make_spec(given: Namespace) -> RunSpec:
     parser = config.make_parser("train")
     args = parser.complete(given)
     notices: list[str] = []
-    device = choose_device(args.device, count=args.gpu_num_per_node, notify=notices.append)
+    device = choose_device(args.device, count=args.gpu_num_per_node)
     found = list_snapshots(args.model_save_dir)
     resumed = find_resume(
         args.resume, args.model_save_dir, check=partial(check_flags, parser=parser)
@@ -399,6 +399,7 @@ def make_record(spec: RunSpec, save_dir: str) -> AbstractContextManager[Record]:
         epochs=spec.progress.current_epoch,
         about={
             "flags": flags,
+            "device": spec.device,
             "model": about.model,
             "num_classes": about.num_classes,
             "train_images": spec.train_data.num_examples,

@@ -29,7 +29,7 @@ CAPABILITIES = {"0.9.0": (6, 7, 8)}
 CAPABILITY_ATTRIBUTES = (75, 76)  # major and minor, in CUDA's driver
 
 
-def choose_device(name: str, *, count: int = 1, notify: Callable[[str], None] = notice) -> str:
+def choose_device(name: str, *, count: int = 1) -> str:
     """`cuda` or `cpu` for the flag --device; `auto` takes CUDA where it can be used and says so.
 
     Raises UsageError where CUDA is asked for and there is none, fewer devices than `count`, or one
@@ -46,7 +46,7 @@ def choose_device(name: str, *, count: int = 1, notify: Callable[[str], None] = 
         raise UsageError(f"--device=cuda: {unusable}; give --device=cpu to run on the CPU")
     if name == "auto":
         name = "cuda" if available and not unusable else "cpu"
-        notify(f"Device: {name} (--device=auto{f': {unusable}' if unusable else ''}).")
+        notice(f"Device: {name} (--device=auto{f': {unusable}' if unusable else ''}).")
     if name == "cuda" and flow.cuda.device_count() < count:
         raise UsageError(
             f"--gpu_num_per_node={count}, and this machine has {flow.cuda.device_count()} CUDA "

@@ -116,7 +116,9 @@ class QuietGraph(nn.Graph):
     def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
         if not self.is_compiled:
             return self.compile_quietly(*batch, **more)
-        if min(self.run_seconds, default=SHORT_SECONDS) < SHORT_SECONDS and can_delay(batch):
+        if not can_delay(batch):
+            return super().__call__(*batch, **more)
+        if min(self.run_seconds, default=SHORT_SECONDS) < SHORT_SECONDS:
             for output in self.newest:
                 wait_for(output)
             output = super().__call__(*delayed(batch), **more)

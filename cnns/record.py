@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -112,11 +112,13 @@ class FileRecord(Record):
 
     def close(self) -> None:
         for file in (self.metrics, self.log, self.board):
-            if file is not None:
-                file.close()
+            with suppress(OSError):  # a full disk has been named
+                if file is not None:
+                    file.close()
 
     def line(self, text: str) -> None:
-        self.log.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
+        with suppress(OSError):  # of a full disk, figures and snapshots tell
+            self.log.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
 
     def add(self, kind: str, *, epoch: int, iteration: int, step: int, **figures: Any) -> None:
         entry = {"kind": kind, "epoch": epoch, "iteration": iteration, "step": step}
@@ -125,7 +127,8 @@ class FileRecord(Record):
         entry["time"] = round(time.time(), 3)
         # Of this process, at its peak.
         entry["memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.metrics.write(json.dumps(entry, allow_nan=False) + "\n")
+        with named(self.path(METRICS)):
+            self.metrics.write(json.dumps(entry, allow_nan=False) + "\n")
         self.current.append(entry)
         if self.board is not None:
             for name, value in figures.items():
@@ -147,7 +150,19 @@ class FileRecord(Record):
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.epochs)
-        write_whole(Path(self.path(EPOCHS)), text.getvalue().encode())
+        with named(self.path(EPOCHS)):
+            write_whole(Path(self.path(EPOCHS)), text.getvalue().encode())
+
+
+@contextmanager
+def named(path: str) -> Iterator[None]:
+    """Raise RunError with the name of a file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; make room, then resume with --resume=auto"
+        ) from None
 
 
 @contextmanager
@@ -162,7 +177,8 @@ def open_record(
     try:
         record = FileRecord(directory, step=step, epochs=epochs, tensorboard=tensorboard)
         text = yaml.safe_dump(plain(about), sort_keys=False, allow_unicode=True)
-        write_whole(Path(record.path(FLAGS)), text.encode())
+        with named(record.path(FLAGS)):
+            write_whole(Path(record.path(FLAGS)), text.encode())
         errors.listeners.append(record.line)
     except OSError as error:
         raise RunError(f"cannot write {error.filename or directory}: {error.strerror}") from None

@@ -240,7 +240,9 @@ def test_the_whole_way(name, data, tmp_path, monkeypatch):
         "--device=cpu",
     )
     assert evaluated.status == 0, evaluated.stderr
-    assert validation_figures(evaluated.stdout) == validation_figures(trained.stdout)[1:]
+    # The best epoch, and the earlier of two that are as good.
+    best = max(validation_figures(trained.stdout), key=lambda figures: float(figures[0]))
+    assert validation_figures(evaluated.stdout) == [best]
     photograph = str(ROOT / "data" / "cat.jpg")
     classified = call(of_cnn_inference.main, f"--image_path={photograph}", "--device=cpu")
     assert classified.status == 0, classified.stderr

@@ -19,6 +19,7 @@ from cnns.data.images import IMAGE_SUFFIXES, BadImage, TooLarge, open_image
 from cnns.data.jpeg import walk_jpeg
 from cnns.data.kinds import Shards
 from cnns.errors import RunError, UsageError
+from cnns.hints import path_hint
 from cnns.inputs import check_ordinary, open_input
 from cnns.log import notice
 
@@ -137,7 +138,7 @@ def describe_parent(directory: str, flag: str) -> str:
         if part_names(parent or "."):
             return (
                 f"{parent} holds parts that are not split into train/ and validation/: make them "
-                "anew with --val_split=0.1 (tools/make_ofrecord.py folder)"
+                "again with --val_split=0.1 (tools/make_ofrecord.py folder)"
             )
         with os.scandir(parent or ".") as entries:
             if parent and any(is_image_folder(entry) for entry in entries):
@@ -145,10 +146,8 @@ def describe_parent(directory: str, flag: str) -> str:
                     f"{parent} is not split into train/ and validation/: {flag}={parent} "
                     "--val_split=0.1 splits it"
                 )
-    return (
-        "check the path, or make a data set with tools/make_ofrecord.py or "
-        "tools/make_mini_imagenet.py"
-    )
+    tools = "tools/make_ofrecord.py or tools/make_mini_imagenet.py"
+    return path_hint(directory, f"check the path, or make a data set with {tools}")
 
 
 def is_image_folder(entry: os.DirEntry) -> bool:

@@ -213,6 +213,10 @@ def write_manifest(
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is there with all of `data` or, whatever happens, as it was before."""
     temporary = path.with_name(path.name + TEMPORARY)
-    write_durably(temporary, data)
-    os.replace(temporary, path)
+    try:
+        write_durably(temporary, data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)

@@ -328,7 +328,7 @@ def test_killed_and_resumed_on_other_numbers_of_processes(tmp_path):
     until(second, "train: epoch 1, iter 3,")
     second.send_signal(signal.SIGTERM)
     _, errors = finish(second, 143)
-    assert "The run had 1 processes; what is left of it has its data in the same batch" in errors
+    assert "The run had 1 processes; the rest of it takes its data in the same batch" in errors
     again = run("run", "--device=cpu", "--resume=run", "--gpu_num_per_node=3")
     assert "--global_batch_size=8 cannot be divided among 3" in finish(again, 2)[1]
     third, _ = finish(run("run", "--device=cpu", "--resume=run"))
@@ -398,7 +398,7 @@ def test_an_error_of_one_process_ends_all(data, tmp_path):
     """A disk that is full on the first node: the others would wait for ever."""
     (tmp_path / "run").mkdir()
     flags = recipe(data, "toy", processes=2)
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
     (tmp_path / "sitecustomize.py").write_text(limit)
     run = start(
         *flags,

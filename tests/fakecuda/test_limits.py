@@ -37,13 +37,16 @@ def run(script, *flags, cwd, **device):
     )
 
 
+KNOWN_NOTICES = ("Learning rate:", "Snapshots:", "Epochs:", "Compiling the training graph")
+
+
 def error_line(done, status: int) -> str:
     """The one line of an error; notices may stand before it, and nothing of native code."""
     assert done.returncode == status, (done.stdout, done.stderr)
     *notices, line = done.stderr.splitlines()
     assert ": error: " in line
     for notice in notices:
-        assert notice.startswith(("Learning rate:", "Compiling the training graph"))
+        assert notice.startswith(KNOWN_NOTICES)
     return line
 
 
