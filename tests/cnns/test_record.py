@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 import sys
 
 import pytest
@@ -150,4 +151,13 @@ def test_tensorboard_gets_every_figure(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path):
     with pytest.raises(RunError, match="cannot write"), opened(tmp_path / "missing"):
         pass
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(RunError, match="cannot write .*metrics.jsonl: File too large; make room"):
+        with opened(tmp_path) as record:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            try:
+                fill(record, epochs=3)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(each["kind"] for each in figures(tmp_path))  # whole lines
     assert json.dumps(errors.listeners) == "[]"

@@ -450,7 +450,8 @@ def test_a_full_disk_leaves_the_last_good_snapshot(tmp_path):
     argv = [sys.executable, "-c", code, str(ROOT / "tests"), "--device=cpu", *flags]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "error: cannot write run/metrics.jsonl: File too large; make room" in done.stderr
+    assert "cannot save the model to run/snapshot_last: File too large" in done.stderr
+    assert "earlier snapshots are untouched" in done.stderr
     after = tree(tmp_path / "run")
     assert {n: d for n, d in after.items() if "snapshot_" in n} == {
         n: d for n, d in before.items() if "snapshot_" in n
