@@ -75,6 +75,10 @@ def explain(error: BaseException) -> int:
         forget(sys.stdout)
     else:
         report(text)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk behind it: Python would try again, and exit with 120
+            forget(sys.stdout)
     return status
 
 

@@ -110,6 +110,7 @@ def test_a_log_and_an_output_on_a_full_disk(tmp_path):
             [sys.executable, ROOT / "tools" / "verify_ofrecord.py", data],
             stdout=full,
             stderr=subprocess.PIPE,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             text=True,
         )
     assert done.returncode == 1 and "cannot write to standard output" in done.stderr
