@@ -27,6 +27,7 @@ from cnns.distributed import launch_script, place, share_usage_errors, takes_cud
 from cnns.errors import UsageError, run_main
 from cnns.evaluation import ArrayEvaluator, Collector, Evaluator
 from cnns.export import ExportedModel, find_export
+from cnns.flags.checks import check_backend_flags, check_folder_flags, take_device
 from cnns.graphs import limit_top_k
 from cnns.inputs import is_within
 from cnns.launch.external import find_job, take_numbers
@@ -108,8 +109,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     given = parser.parse_args(argv)
     take_numbers(given)
     args = parser.complete(given)
-    config.check_backend_flags(args)
-    config.check_folder_flags(args, args.val_data_dir)
+    check_backend_flags(args)
+    check_folder_flags(args, args.val_data_dir)
     return args
 
 
@@ -133,7 +134,7 @@ def prepare(args: Namespace) -> tuple[str, Dataset, tuple]:
     The network is (model, what has its preprocessing and num_classes, path).
     """
     of_oneflow = args.backend == "oneflow"
-    device = config.take_device(args) if of_oneflow else "cpu"
+    device = take_device(args) if of_oneflow else "cpu"
     path, data = args.val_data_dir, None
     # The labels of a folder are the network's, so it waits for that; the rest is checked first.
     if path is not None and not is_photo_folder(path):

@@ -25,6 +25,7 @@ from cnns.data.images import Preprocessing, class_names, find_images, load_image
 from cnns.distributed import launch_script, place, takes_cuda
 from cnns.errors import RunError, UsageError, printable, report, run_main
 from cnns.export import ExportedModel, find_export
+from cnns.flags.checks import check_backend_flags, take_device
 from cnns.graphs import Predictor
 from cnns.launch.external import refuse_ranks
 from cnns.launch.job import Job
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str] | None) -> Namespace:
     args = config.make_parser("inference", __doc__).read(argv)
     refuse_ranks("classifying")
-    config.check_backend_flags(args)
+    check_backend_flags(args)
     if num_processes(vars(args)) > 1:
         raise UsageError(
             "--num_nodes and --gpu_num_per_node: classifying runs on one device; leave them out"
@@ -72,7 +73,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 
 def oneflow_backend(args: Namespace) -> tuple[Predict, Preprocessing, list[str]]:
-    device = config.take_device(args)
+    device = take_device(args)
     model, snapshot, path = restore(**config.restore_flags(args), switches=config.switches(args))
     notice(f"Restoring model from {path}.")
     predictor = Predictor(place(model, device), device=device, use_fp16=args.use_fp16)

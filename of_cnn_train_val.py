@@ -13,7 +13,6 @@ import cnns.startup  # noqa: F401  (first, see there)
 
 import io
 import os
-import shlex
 import sys
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
@@ -27,17 +26,15 @@ from oneflow import nn
 import config
 import ofrecord_util
 import optimizer_util
-from cnns.advice import check_disk, most_snapshots, snapshot_bytes
-from cnns.checkpoint.find import find_resume, find_snapshot, list_snapshots, open_save_dir, position
+from cnns.advice import check_disk, most_snapshots, next_steps, snapshot_bytes
+from cnns.checkpoint.find import find_resume, list_snapshots, open_save_dir, position
 from cnns.checkpoint.snapshot import PREFIX, Progress, Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
-from cnns.checkpoint.weights import Checkpoint, check_fits, open_checkpoint, standard_shapes
+from cnns.checkpoint.weights import Checkpoint, standard_shapes
 from cnns.configfile import read_config
-from cnns.convert.cache import convert_for_training, is_photo_folder
+from cnns.convert.cache import is_photo_folder
 from cnns.data.crops import Augmentation
-from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
-from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.distributed import (
     choose_device,
     cuda_devices,
@@ -49,13 +46,13 @@ from cnns.distributed import (
 )
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
-from cnns.flags import CONFIGURED
+from cnns.flags.defaults import learning_rate_per_256
+from cnns.flags.parser import CONFIGURED
 from cnns.graphs import DropoutMasks, TrainGraph, limit_top_k
-from cnns.inputs import is_within
 from cnns.launch.external import find_job, take_numbers
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, is_first_rank, notice, open_log
-from cnns.models.model import check_switches
+from cnns.prepare import describe_network, open_data, open_start
 from cnns.record import Record, describe_process, open_record
 from cnns.resume import check_flags, compare_flags, compare_runs, inherited_flags, num_processes
 from cnns.run import Intervals, Parts, Run, Saver, announce
@@ -94,7 +91,12 @@ def main(argv: list[str] | None = None) -> int | None:
         )
         run.run()
         if spec.flags["finetune"] or is_photo_folder(spec.flags["train_data_dir"]):
-            for text in next_steps(spec, save_dir, has_best=bool(run.progress.best)):
+            name = "best" if run.progress.best else f"epoch_{spec.flags['num_epochs'] - 1}"
+            for text in next_steps(
+                f"{save_dir}/{PREFIX}{name}",
+                val_data=spec.val_data.path if spec.val_data else None,
+                scripts=os.path.dirname(os.path.abspath(__file__)),
+            ):
                 notice(text)
     return None
 
@@ -173,17 +175,24 @@ def make_spec(given: Namespace) -> RunSpec:
         args.model_load_dir, args.finetune = None, False  # of the first start
         notices += compare_flags(args, resumed.snapshot.flags, parser, path=resumed.path)
     notices += config.finish_train_args(args, device=device)
-    start = resumed or open_start(args)
-    train_data, val_data = open_data(args, notices)
+    start = resumed or open_start(args, MODELS)
+    train_data, val_data = open_data(args, notices, settings=config.folder_settings(args))
     if args.data_order == "native":
         notices += train_data.check_shares(num_processes(vars(args)))
-    about = describe_network(args, start, train_data, notices)
+    about = describe_network(
+        args,
+        notices,
+        models=MODELS,
+        start=start,
+        train_data=train_data,
+        switches=config.switches(args),
+    )
     train_data = train_data.for_network(about.num_classes)
     if val_data is not None:
         val_data = val_data.for_network(about.num_classes)
     batch_size = args.global_batch_size
     if args.learning_rate is None:
-        rate = config.learning_rate_per_256(about.model, args.optimizer, finetune=args.finetune)
+        rate = learning_rate_per_256(MODELS[about.model], args.optimizer, finetune=args.finetune)
         args.learning_rate = rate * batch_size / 256
         notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
     top_k = limit_top_k(args.top_k, about.num_classes)
@@ -234,104 +243,6 @@ def make_schedule(args: Namespace, plan: Plan) -> Schedule:
     )
 
 
-def open_data(args: Namespace, notices: list[str]) -> tuple[Dataset, Dataset | None]:
-    """The training and validation data, checked; None: no validation. Adds notices for the user.
-
-    Folders of images are converted first.
-    """
-    if args.train_data_dir is None:
-        batch_size = args.global_batch_size
-        pool = SyntheticTrainLoader.POOL_BATCHES * batch_size
-        if (args.num_val_examples or 0) > pool:
-            raise UsageError(
-                f"--num_val_examples={args.num_val_examples}, but synthetic data have {pool} "
-                "images; give at most that, or leave the flag out"
-            )
-        epoch = args.num_examples or config.SYNTHETIC_STEPS_PER_EPOCH * batch_size
-        val_data = Synthetic(num_examples=args.num_val_examples or pool, seed=args.seed)
-        return replace(val_data, num_examples=epoch), val_data
-    settings = config.folder_settings(args)
-    train_dir, val_dir, about = convert_for_training(
-        args.train_data_dir, args.val_data_dir, settings=settings
-    )
-    notices += about
-    train_data = open_train_dataset(
-        train_dir, part_num=args.train_data_part_num, num_examples=args.num_examples
-    )
-    if args.batch_size_per_device is None:
-        args.batch_size_per_device = config.finetune_batch_size(
-            train_data.num_examples, num_processes(vars(args))
-        )
-        notices.append(f"Fine-tuning: --batch_size_per_device={args.batch_size_per_device}.")
-        args.global_batch_size = args.batch_size_per_device * num_processes(vars(args))
-    batch_size = args.global_batch_size
-    if batch_size > train_data.num_examples:
-        raise UsageError(
-            f"--batch_size_per_device={args.batch_size_per_device} makes batches of {batch_size}, "
-            f"and there are {train_data.num_examples} training images; give a smaller one"
-        )
-    if val_dir is None:
-        return train_data, None
-    return train_data, open_val_dataset(
-        val_dir, part_num=args.val_data_part_num, num_examples=args.num_val_examples
-    )
-
-
-def open_start(args: Namespace) -> Checkpoint | None:
-    """The weights to start from, of any format. Raises UsageError where --finetune has none."""
-    if args.finetune and args.model is not None and args.model_load_dir is None:
-        args.model_load_dir = MODELS[args.model].installed_weights()
-    if args.model_load_dir is not None:
-        path = find_snapshot(args.model_load_dir, models=MODELS)
-        return open_checkpoint(path, models=MODELS, model=args.model)
-    if args.finetune:
-        installed = ", ".join(name for name, entry in MODELS.items() if entry.weights)
-        raise UsageError(
-            "--finetune needs --model_load_dir, the weights to start from, or a --model with "
-            f"installed ones ({installed})"
-        )
-    return None
-
-
-def describe_network(
-    args: Namespace, start: Checkpoint | None, train_data: Dataset, notices: list[str]
-) -> Snapshot:
-    """What the network is; adds notices for the user.
-
-    Model, class count and preprocessing are those of the flags, else of the weights to start from,
-    else of the training data and the table of models.
-    """
-    known = start.snapshot if start else None
-    if start is not None:
-        notices += start.notices()
-        check_fits(
-            start,
-            models=MODELS,
-            model=args.model,
-            num_classes=args.num_classes,
-            finetune=args.finetune if args.resume is None else None,
-        )
-    model = args.model or (known.model if known else "resnet50")
-    check_switches(MODELS, model, config.switches(args))
-    num_classes: int | None
-    if known and not args.finetune:
-        num_classes, classes = known.num_classes, train_data.classes or known.classes
-    else:
-        num_classes = args.num_classes or train_data.num_classes
-        if num_classes is None and known:
-            num_classes = known.num_classes
-        classes = train_data.classes
-    if num_classes is None:
-        num_classes = 1000
-        if args.train_data_dir is not None:
-            notices.append(
-                f"Classes: 1000 ({args.train_data_dir} does not say; see --num_classes)."
-            )
-    own = known.preprocessing if known else MODELS[model].preprocessing()
-    preprocessing = MODELS[model].override(own, **config.preprocessing_flags(args))
-    return Snapshot(model, num_classes, preprocessing, classes)
-
-
 def facts(given: Namespace) -> dict:
     """What has to be the same on every node. Raises as `make_spec`."""
     with redirect_stderr(io.StringIO()):  # the processes will print it
@@ -354,28 +265,6 @@ def check_still_newest(spec: RunSpec) -> None:
         if new:
             path, _ = min(new)
             raise RunError(f"{path} has been written meanwhile by another run; start again")
-
-
-def next_steps(spec: RunSpec, save_dir: str, *, has_best: bool) -> list[str]:
-    """The commands for what comes after a run."""
-    name = "best" if has_best else f"epoch_{spec.flags['num_epochs'] - 1}"
-    python = sys.executable
-    if is_within(python, os.getcwd()) or is_within(sys.prefix, os.getcwd()):
-        python = os.path.relpath(python)
-    flags = [f"--model_load_dir={os.path.normpath(save_dir)}/{PREFIX}{name}"]
-    scored = [f"--val_data_dir={spec.val_data.path}"] if spec.val_data else []
-    steps = {
-        "Score it": ["of_cnn_evaluate.py", *flags, *scored],
-        "Classify": ["of_cnn_inference.py", *flags, "--image_path", "PHOTO.jpg"],
-        "Export it": ["resnet_to_onnx.py", *flags],
-    }
-    if not scored:
-        del steps["Score it"]
-    root = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
-    return [
-        f"{what}: {shlex.join([python, os.path.normpath(os.path.join(root, script)), *more])}"
-        for what, (script, *more) in steps.items()
-    ]
 
 
 # Building it.

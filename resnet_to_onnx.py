@@ -52,6 +52,7 @@ from cnns.export import (
     is_utf_8,
     softmax,
 )
+from cnns.flags.run import EXPORT_FLAGS
 from cnns.interrupts import exit_on_signals
 from cnns.launch.external import refuse_ranks
 from cnns.log import notice
@@ -106,7 +107,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     refuse_ranks("the export")
     args = config.make_parser("export", __doc__).read(argv)
     for flag in ("external_data", "opset"):
-        if args.check_only and getattr(args, flag) != config.EXPORT_FLAGS[flag].default:
+        if args.check_only and getattr(args, flag) != EXPORT_FLAGS[flag].default:
             raise UsageError(f"--{flag} has no effect with --check_only; leave it out")
     return args
 

@@ -1,14 +1,17 @@
-"""What a run tells its user beside its lines: its length, its disk, and that it overfits."""
+"""What a run tells its user beside its lines: length, disk, overfitting, what comes next."""
 
 import math
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 
 from oneflow import nn
 
 from cnns.checkpoint.training import buffers_of, parameters
 from cnns.errors import UsageError
+from cnns.inputs import is_within
 from cnns.log import Counts, is_first_rank, notice
 
 OUTLOOK_STEPS = 10  # after which the time of a run is told
@@ -79,6 +82,33 @@ class OverfittingWatch:
             f"epoch {best_epoch}. More data, a larger --wd, a smaller --random_area or fewer "
             "--num_epochs may help."
         )
+
+
+def next_steps(snapshot: str, *, val_data: str | None, scripts: str) -> list[str]:
+    """The commands for what comes after a run.
+
+    Args:
+        snapshot: The one to go on with.
+        val_data: Path of the validation data, if there are any.
+        scripts: The directory of the scripts.
+    """
+    python = sys.executable
+    if is_within(python, os.getcwd()) or is_within(sys.prefix, os.getcwd()):
+        python = os.path.relpath(python)
+    flags = [f"--model_load_dir={os.path.normpath(snapshot)}"]
+    scored = [f"--val_data_dir={val_data}"] if val_data else []
+    steps = {
+        "Score it": ["of_cnn_evaluate.py", *flags, *scored],
+        "Classify": ["of_cnn_inference.py", *flags, "--image_path", "PHOTO.jpg"],
+        "Export it": ["resnet_to_onnx.py", *flags],
+    }
+    if not scored:
+        del steps["Score it"]
+    root = os.path.relpath(scripts)
+    return [
+        f"{what}: {shlex.join([python, os.path.normpath(os.path.join(root, script)), *more])}"
+        for what, (script, *more) in steps.items()
+    ]
 
 
 # Disk.

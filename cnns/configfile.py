@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cnns.errors import UsageError
-from cnns.flags import Flag
+from cnns.flags.parser import Flag
 from cnns.jsonfile import Damaged, brief, read_json
 from cnns.record import FLAGS
 from cnns.yamlfile import read_yaml

@@ -7,7 +7,7 @@ from typing import Any
 
 from cnns.checkpoint.snapshot import DESCRIPTION, Snapshot
 from cnns.errors import RunError, UsageError
-from cnns.flags import Flag, FlagParser
+from cnns.flags.parser import Flag, FlagParser
 from cnns.jsonfile import brief
 
 # What flags were in snapshots of earlier versions that say null.

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 import config
 import model_registry
 from cnns.errors import UsageError, run_main
-from cnns.flags import number
+from cnns.flags.checks import check_backend_flags
+from cnns.flags.values import number
 from cnns.models.model import default_resize_shorter
 from config import epochs_to_steps
 from fuzz import bounded, fuzz
@@ -254,7 +255,7 @@ def test_any_flags(data):
                 assert 0 < plan.steps_per_epoch <= plan.total_steps
                 assert 0 <= plan.warmup_steps < plan.total_steps
         elif script != "export":
-            config.check_backend_flags(args)
+            check_backend_flags(args)
 
     with bounded():
         result = call(main, *argv)

@@ -21,6 +21,7 @@ from cnns.data.images import Preprocessing
 from cnns.data.kinds import Synthetic
 from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.distributed import place, set_communication
+from cnns.flags.devices import CUDA_FLAGS
 from cnns.graphs import EvalGraph, PredictGraph, TrainGraph
 from cnns.models.layers import Switches, from_standard
 from small import TINY, Tiny, call, losses, tree, validation_figures, write_parts
@@ -221,7 +222,7 @@ def test_half_precision_on_a_cpu_is_float32(tmp_path):
 @pytest.mark.long
 @pytest.mark.usefixtures("_tiny_model", "_any_layout")
 def test_training_goes_on_in_another_layout(tmp_path, monkeypatch):
-    flags = [flag for flag in config.CUDA_FLAGS if flag != "channel_last"]
+    flags = [flag for flag in CUDA_FLAGS if flag != "channel_last"]
     monkeypatch.setattr(config, "CUDA_FLAGS", flags)
     whole = train("--model_save_dir=whole")
     assert whole.status == 0, whole.stderr
@@ -256,7 +257,7 @@ def test_training_goes_on_in_another_layout(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_tiny_model")
-@pytest.mark.parametrize("flag", config.CUDA_FLAGS)
+@pytest.mark.parametrize("flag", CUDA_FLAGS)
 def test_a_cpu_refuses_what_needs_cuda(flag, tmp_path):
     write_parts(tmp_path / "train", [[0, 1, 2, 3] * 3])
     value = "=4" if flag.startswith("nccl") else ""

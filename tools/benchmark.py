@@ -47,7 +47,8 @@ from cnns.data.images import CLASSES_FILE, read_classes, read_picture
 from cnns.distributed import choose_device, place
 from cnns.errors import RunError, UsageError, run_main
 from cnns.export import ExportedModel
-from cnns.flags import Parser, add_switch, number
+from cnns.flags.parser import Parser, add_switch
+from cnns.flags.values import number
 from cnns.graphs import Predictor
 from cnns.interrupts import exit_on_signals
 from cnns.log import limit_run_ahead

@@ -29,7 +29,10 @@ from cnns.data.datasets import open_train_dataset
 from cnns.data.images import Preprocessing, class_names
 from cnns.data.kinds import Dataset
 from cnns.errors import RunError, UsageError, run_main
-from cnns.flags import Parser, number
+from cnns.flags.data import AUGMENTATION_FLAGS, FOLDER_FLAGS
+from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE
+from cnns.flags.parser import Parser
+from cnns.flags.values import number
 from cnns.log import notice
 from model_registry import MODELS
 
@@ -53,16 +56,16 @@ def make_parser() -> Parser:
     parser.formatter_class = argparse.HelpFormatter  # the texts of flags name their defaults
     group = parser.add_argument_group("as in training")
     flags = config.make_parser("train").flags
-    own = {"model": "resnet50", "batch_size_per_device": config.BATCH_SIZE_PER_DEVICE}
-    names = ("seed", *own, "image_size", *config.AUGMENTATION_FLAGS, "shuffle_buffer_size")
-    for name in (*names, *config.FOLDER_FLAGS):
+    own = {"model": "resnet50", "batch_size_per_device": BATCH_SIZE_PER_DEVICE}
+    names = ("seed", *own, "image_size", *AUGMENTATION_FLAGS, "shuffle_buffer_size")
+    for name in (*names, *FOLDER_FLAGS):
         flags[name].add_to(group, name)
         parser.set_defaults(**{name: own.get(name, flags[name].default)})
     return parser
 
 
 def open_data(args: Namespace) -> Dataset:
-    settings = Settings(**{name: getattr(args, name) for name in config.FOLDER_FLAGS})
+    settings = Settings(**{name: getattr(args, name) for name in FOLDER_FLAGS})
     path, _, notices = convert_for_training(args.data, None, settings=settings)
     for text in notices:
         notice(text)

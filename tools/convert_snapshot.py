@@ -21,7 +21,7 @@ from cnns.checkpoint.find import find_snapshot
 from cnns.checkpoint.snapshot import save_snapshot
 from cnns.checkpoint.weights import check_fits, open_checkpoint
 from cnns.errors import UsageError, run_main
-from cnns.flags import Parser
+from cnns.flags.parser import Parser
 from cnns.interrupts import exit_on_signals
 from cnns.log import notice
 

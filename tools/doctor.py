@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cnns.errors import run_main, say
-from cnns.flags import Parser, add_switch
+from cnns.flags.parser import Parser, add_switch
 
 ROOT = Path(__file__).resolve().parent.parent
 CTRL_PORT = 50051

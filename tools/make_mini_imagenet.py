@@ -19,7 +19,8 @@ from cnns.convert.jpegs import encode_jpeg
 from cnns.convert.writer import Example, Split, write_dataset
 from cnns.data.images import CLASSES_FILE, read_classes, read_picture
 from cnns.errors import run_main
-from cnns.flags import Parser, number
+from cnns.flags.parser import Parser
+from cnns.flags.values import number
 from cnns.interrupts import exit_on_signals
 
 DATA = CLASSES_FILE.parent

@@ -35,7 +35,8 @@ from cnns.convert.writer import (
 )
 from cnns.data.images import CLASSES_FILE, MAX_PIXELS, read_classes
 from cnns.errors import RunError, UsageError, printable, run_main
-from cnns.flags import Parser, add_switch, number
+from cnns.flags.parser import Parser, add_switch
+from cnns.flags.values import number
 from cnns.inputs import Tree, open_input, unpacked_limit
 from cnns.interrupts import exit_on_signals
 from tools import cifar, imagenet

@@ -21,7 +21,7 @@ import cnns.environment  # noqa: F401  (first, see there)
 
 from cnns.data.format import write_whole
 from cnns.errors import UsageError, run_main, say
-from cnns.flags import Parser
+from cnns.flags.parser import Parser
 from cnns.record import COLUMNS, RunRecord, read_run
 from cnns.report.page import page, picture, pictures, table, text
 from cnns.report.plots import plot_style, pyplot

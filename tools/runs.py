@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cnns.errors import RunError, UsageError, printable, run_main, say
-from cnns.flags import Parser, add_switch, show
+from cnns.flags.parser import Parser, add_switch, show
 from cnns.places import SNAPSHOT_ROOT
 from cnns.record import METRICS, RunRecord, read_run
 

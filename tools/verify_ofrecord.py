@@ -39,7 +39,8 @@ from cnns.data.format import (
 from cnns.data.images import BadImage
 from cnns.data.jpeg import walk_jpeg
 from cnns.errors import RunError, UsageError, printable, run_main
-from cnns.flags import Parser, add_switch, number
+from cnns.flags.parser import Parser, add_switch
+from cnns.flags.values import number
 from cnns.hints import path_hint
 from cnns.inputs import open_input
 from cnns.interrupts import exit_on_signals

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cnns.startup  # noqa: F401  (before oneflow, see there)
 
 import config
-from cnns.flags import Flag, FlagParser, Parser
+from cnns.flags.parser import Flag, FlagParser, Parser
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 

@@ -12,7 +12,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from cnns.data.images import MAX_PIXELS, BadImage, open_image, orientation, to_rgb, upright
 from cnns.data.jpeg import CHANNELS, JpegInfo, walk_jpeg
-from cnns.flags import Parser, number
+from cnns.flags.parser import Parser
+from cnns.flags.values import number
 
 
 def add_max_pixels(parser: Parser) -> None:

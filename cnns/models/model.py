@@ -42,7 +42,7 @@ class Model:
     switches: frozenset[str] = frozenset()  # the fields of Switches that it has
     # Per 256 images, where they are not those of config.LEARNING_RATE_PER_256.
     learning_rates: Mapping[str, float] = field(default_factory=dict)
-    # What a first try on a CPU takes in place of config.CPU_TRIAL.
+    # What a first try on a CPU takes in place of cnns.flags.defaults.CPU_TRIAL.
     trial: Mapping[str, int] = field(default_factory=dict)
     # The package of requirements.txt that has weights of it, and the file in that.
     weights: tuple[str, str] | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cnns.errors import printable
-from cnns.flags import show
+from cnns.flags.parser import show
 
 
 def text(value: str) -> str:

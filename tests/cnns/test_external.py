@@ -34,7 +34,7 @@ from cnns.checkpoint.snapshot import state_arrays
 from cnns.checkpoint.weights import open_checkpoint
 from cnns.errors import RunError, UsageError
 from cnns.models.model import Model
-from config import PUBLISHED_FOLDER
+from cnns.places import PUBLISHED_FOLDER
 from fuzz import bounded, damaged, fuzz
 from small import MODELS, ROOT, Tiny, ballast, call, script, write_parts
 from tools import convert_snapshot

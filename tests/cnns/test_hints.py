@@ -8,7 +8,7 @@ import pytest
 
 import cnns
 import config
-from cnns.flags import Parser
+from cnns.flags.parser import Parser
 from cnns.hints import FOREIGN, NOT_NEEDED, nearest_path
 from small import ROOT, call
 from tools import make_ofrecord

@@ -1,0 +1,62 @@
+"""Defaults that depend on the device, the data, the network or other flags.
+
+Nothing here parses or checks: see training.py and checks.py beside this file.
+"""
+
+from collections.abc import Mapping
+
+from cnns.models.model import Model
+
+BATCH_SIZE_PER_DEVICE = 64
+NUM_EPOCHS = 90
+WARMUP_EPOCHS = 5
+SYNTHETIC_STEPS_PER_EPOCH = 30
+# What a run on synthetic data takes on a CPU, so that a first try ends in about a minute.
+CPU_TRIAL = {"image_size": 64, "batch_size_per_device": 8, "num_epochs": 2}
+# Learning rates per 256 images of global batch. sgd: Goyal et al. (arXiv:1706.02677) scaled as in
+# NVIDIA's and OneFlow's ResNet-50 v1.5; adam: its paper's 0.001; rmsprop: 0.045 at batch 1600, of
+# the Inception-v3 paper (arXiv:1512.00567).
+LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072}
+KEEP_SNAPSHOTS = 3
+# What --finetune takes unless flags say otherwise; docs/weights.md has how they were found.
+# The momentum of EfficientNet's batch norms, 0.01, is for long runs: after 90 steps its running
+# statistics are still mostly those of ImageNet, and validation lags far behind training.
+FINETUNE = {
+    "num_epochs": 10,
+    "warmup_epochs": 1.0,
+    "keep_snapshots": 1,
+    "batch_norm_momentum": 0.1,
+}
+FINETUNE_RATE_PER_256 = {"sgd": 0.1, "adam": 0.002, "rmsprop": 0.0072}
+# Largest and smallest batch per device; the smallest that gives an epoch so many steps is between.
+FINETUNE_BATCH_SIZE, FINETUNE_MIN_BATCH_SIZE, FINETUNE_STEPS = 32, 8, 10
+EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
+
+
+def describe_learning_rates(models: Mapping[str, Model]) -> str:
+    text = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATE_PER_256.items())
+    text += ", per 256 images of global batch"
+    networks: dict[tuple[str, float], list[str]] = {}
+    for model, entry in sorted(models.items()):
+        for own in entry.learning_rates.items():
+            networks.setdefault(own, []).append(model)
+    for (optimizer, rate), names in networks.items():
+        text += f"; {optimizer} for {' and '.join(names)}: {rate:g}"
+    tuned = ", ".join(f"{rate:g} for {name}" for name, rate in FINETUNE_RATE_PER_256.items())
+    return f"{text}; with --finetune {tuned}"
+
+
+def finetune_batch_size(num_examples: int, num_processes: int) -> int:
+    """Images per device and step that --finetune takes: so that small data have some steps."""
+    share = num_examples // num_processes
+    size = FINETUNE_BATCH_SIZE
+    while size > FINETUNE_MIN_BATCH_SIZE and share < size * FINETUNE_STEPS:
+        size //= 2
+    return max(1, min(size, share))
+
+
+def learning_rate_per_256(model: Model, optimizer: str, *, finetune: bool) -> float:
+    """The peak learning rate unless one is given, per 256 images of global batch."""
+    own = model.learning_rates.get(optimizer)
+    rate = (FINETUNE_RATE_PER_256 if finetune else LEARNING_RATE_PER_256)[optimizer]
+    return rate if own is None else min(own, rate) if finetune else own

@@ -1,0 +1,103 @@
+"""Flags of the optimizer, its schedule and the batches."""
+
+from collections.abc import Iterable, Mapping
+
+from cnns.flags.defaults import (
+    BATCH_SIZE_PER_DEVICE,
+    CPU_TRIAL,
+    EPSILON,
+    FINETUNE,
+    FINETUNE_BATCH_SIZE,
+    WARMUP_EPOCHS,
+    describe_learning_rates,
+)
+from cnns.flags.parser import Flag
+from cnns.flags.values import COUNT, number, numbers, optimizer_name
+from cnns.models.model import Model
+
+BATCH_FLAGS = {
+    "batch_size_per_device": Flag(
+        "training images per device and step",
+        COUNT,
+        otherwise="a share of --global_batch_size if that is given, else "
+        f"{BATCH_SIZE_PER_DEVICE}, {CPU_TRIAL['batch_size_per_device']} for synthetic data on a "
+        f"CPU, and with --finetune {FINETUNE_BATCH_SIZE}, less for small data",
+        of="start",
+    ),
+    "global_batch_size": Flag(
+        "training images of all devices per step, divided among them; a resumed run keeps it on "
+        "any number of devices",
+        COUNT,
+        otherwise="--batch_size_per_device times the number of devices",
+    ),
+}
+
+
+def optimizer_flags(
+    models: Mapping[str, Model], optimizers: Iterable[str], schedules: Iterable[str]
+) -> dict[str, Flag]:
+    return {
+        "optimizer": Flag(
+            "adam decays weights decoupled from the gradient; --model_update=momentum is sgd",
+            optimizer_name,
+            "sgd",
+            choices=optimizers,
+            aliases=("--model_update",),
+            fixed=True,
+        ),
+        "learning_rate": Flag(
+            "peak learning rate", number(float, 0), otherwise=describe_learning_rates(models)
+        ),
+        "wd": Flag(
+            "weight decay of every parameter except those of batch norms",
+            number(float, 0),
+            1 / 32768,
+            otherwise="1/32768",
+        ),
+        "momentum": Flag("momentum", number(float, 0, 1), 0.875, needs=("optimizer", ("sgd",))),
+        "decay_rate": Flag(
+            "decay of the mean square", number(float, 0, 1), 0.9, needs=("optimizer", ("rmsprop",))
+        ),
+        "epsilon": Flag(
+            "added to the denominator of the update",
+            number(float, 0),
+            otherwise=" and ".join(f"{value:g} for {name}" for name, value in EPSILON.items()),
+            needs=("optimizer", tuple(EPSILON)),
+        ),
+        "gradient_clipping": Flag(
+            "largest global norm of the gradients, before weight decay is added; 0: no limit",
+            number(float, 0),
+            0.0,
+        ),
+        "batch_norm_momentum": Flag(
+            "share of the newest batch in the running statistics of batch norms",
+            number(float, 0, 1, above=True),
+            otherwise=f"the network's own, and {FINETUNE['batch_norm_momentum']:g} with --finetune",
+        ),
+        "label_smoothing": Flag("label smoothing factor", number(float, 0, 1), 0.1),
+        "warmup_epochs": Flag(
+            "epochs of linear warm-up from 0",
+            number(float, 0),
+            otherwise=f"{WARMUP_EPOCHS}, {FINETUNE['warmup_epochs']:g} with --finetune, but at "
+            "most half of the run",
+        ),
+        "lr_decay": Flag("schedule after the warm-up", str.lower, "cosine", choices=schedules),
+        "lr_step_epochs": Flag(
+            "epochs after which the rate is divided by 10",
+            numbers(None, low=0),
+            (30.0, 60.0, 80.0),
+            needs=("lr_decay", ("step",)),
+        ),
+        "lr_decay_rate": Flag(
+            "factor per --lr_decay_epochs",
+            number(float, 0, 1, above=True),
+            0.94,
+            needs=("lr_decay", ("exponential",)),
+        ),
+        "lr_decay_epochs": Flag(
+            "epochs per --lr_decay_rate",
+            number(float, 0, above=True),
+            2.0,
+            needs=("lr_decay", ("exponential",)),
+        ),
+    }
