@@ -150,6 +150,7 @@ def prepare(args: Namespace) -> tuple[str, Dataset, tuple]:
         flags = flags_of_run(exported)
     if path is None:
         path = own_val_data(flags, path=network[2])
+        check_folder_flags(args, path)
     known = network[1]
     if data is None and is_photo_folder(path):
         data = open_folder(args, path, known, flags)

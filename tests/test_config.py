@@ -126,6 +126,7 @@ def test_the_gpu_decoder_reads_in_its_own_order():
         (["--val_batch_size_per_device=4"], "--val_batch_size_per_device has no effect"),
         (["--train_data_dir=x.npz", "--shuffle_buffer_size=9"], "--shuffle_buffer_size has no"),
         (["--train_data_part_num=1"], "--train_data_part_num needs"),
+        (["--cache_dir=x"], "--cache_dir needs --train_data_dir"),
         (["--train_data_dir=x", "--num_val_examples=1"], "--num_val_examples needs"),
         (["--data_order=global"], "--data_order has no effect on synthetic"),
         (["--train_data_dir=x.npz", "--data_order=global"], "--data_order has no effect"),

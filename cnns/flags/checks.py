@@ -87,7 +87,7 @@ def has_validation(args: Namespace) -> bool:
 def check_folder_flags(args: Namespace, *paths: str | None) -> None:
     """Refuse flags of folders of images where there is none. What does not exist is named later."""
     given = [path for path in paths if path is not None]
-    if not all(map(os.path.exists, given)) or any(map(is_photo_folder, given)):
+    if not (given and all(map(os.path.exists, given))) or any(map(is_photo_folder, given)):
         return
     for name, flag in FOLDER_FLAGS.items():
         if getattr(args, name) != flag.default:
