@@ -430,7 +430,7 @@ def project(tmp_path):
 
 
 @needs_namespaces
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_train_sh_on_two_machines(project, data, processes):
     environ = os.environ | {
         "NUM_NODES": "2",

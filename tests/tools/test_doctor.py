@@ -72,7 +72,7 @@ def test_without_oneflow(monkeypatch):
     assert doctor.probe()["error"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_step_is_that_of_the_training_script():
     found = doctor.training_step()
     rate = re.fullmatch(r"ResNet-18, 64 px, batch 16: ([\d.]+) samples/s", found.value)
