@@ -4,7 +4,7 @@
   lines on file descriptor 2 that look like faults but are not. They are held back, and only they:
   whatever else is written during the import is passed on, and where an NVIDIA driver is present its
   warnings stay, for there they mean something.
-- The OpenBLAS in OneFlow's wheel does not know AMD's processors since Zen 3, nor Intel's newer ones,
+- The OpenBLAS in OneFlow's wheel does not know AMD's processors since Zen 3 nor Intel's newer ones,
   and takes kernels from 2004 to 2007 for them. The best that it has, those for Zen and Haswell (it
   has none for AVX-512), are asked for instead: products of matrices are up to 5 times as fast.
 - Under a low limit of open files it aborts, and under one of memory its libraries cannot be mapped;
