@@ -1,8 +1,9 @@
 """A rank that another launcher has started, as seen from itself: its line to the watcher.
 
 The watcher (cnns.launch.watcher) is a small process beside the rank that is connected to those of
-the other ranks. A rank tells it of signals and of its end, each a line; it tells the rank when to
-leave, so that no rank is gone before the reason is printed and the others know it.
+the other ranks. A rank tells it of signals and of its end, each a line; it tells the rank of
+signals that came to others, and when to leave, so that no rank is gone before the reason is printed
+and the others know it.
 """
 
 import atexit
@@ -20,6 +21,7 @@ from cnns import interrupts
 CONTROL_MARK = "CNNS_CONTROL"  # the number of the file descriptor
 TELL_SECONDS = 0.5  # for the watcher to tell the others of a signal that ends this rank
 line: socket.socket | None = None  # None: this process was started by a parent of ours
+is_passed_on = False  # the next signal: it came to another rank
 
 
 def attach() -> None:
@@ -50,7 +52,11 @@ def tell(text: str) -> None:
 
 
 def tell_signal(number: int) -> None:
-    tell(f"signal {number}")
+    """Tell of a signal that was sent to this rank."""
+    global is_passed_on
+    if not is_passed_on:
+        tell(f"signal {number}")
+    is_passed_on = False
 
 
 def end_by_signal(number: int, frame: FrameType | None) -> None:
@@ -71,8 +77,13 @@ def end(status: int) -> None:
 
 
 def obey() -> None:
-    """Leave when the watcher says so, or is gone."""
+    """Take signals of other ranks from the watcher, and leave when it says so, or is gone."""
+    global is_passed_on
     assert line is not None
     with line.makefile() as lines:
-        words = lines.readline().split()
-    os._exit(int(words[1]) if words else 1)
+        for kind, number in map(str.split, lines):
+            if kind == "exit":
+                os._exit(int(number))
+            is_passed_on = True
+            os.kill(os.getpid(), int(number))
+    os._exit(1)

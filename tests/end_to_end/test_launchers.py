@@ -110,6 +110,12 @@ def error_lines(errors):
     return [line for line in errors.splitlines() if line.startswith("train_small.py: error: ")]
 
 
+def says_killed(line, who):
+    """By which signal is known as long as nobody has waited for the process."""
+    ends = ("died without a word (killed, or out of memory?)", "was killed by SIGKILL")
+    return any(f"{who} {end}" in line for end in ends)
+
+
 def wait_for_line(run, prefix):
     line = run.stdout.readline()
     while line and not line.startswith(prefix):
@@ -193,7 +199,7 @@ def test_a_killed_rank_ends_all(launcher, rank, tmp_path):
     wait_until(lambda: not processes(tmp_path))
     assert time.monotonic() - begin < PROMISE
     (line,) = error_lines(errors)
-    assert f"rank {rank} on {socket.gethostname()} died without a word" in line
+    assert says_killed(line, f"rank {rank} on {socket.gethostname()}")
 
 
 @pytest.mark.parametrize(
@@ -257,17 +263,16 @@ def both(*argv, cwd, other=(), ranks=("0", "1"), size=2):
         ((), ("0", "1"), ["--num_epochs", "0"]),  # wrong on both
         (("--num_epochs=3",), ("0", "1"), ["--num_epochs", "0"]),  # on the first
         (("--seed=2",), ("0", "1"), ["--seed differs", "on rank 0 on", "on rank 1 on"]),
-        ((), ("0", "0"), ["say that they are rank 0"]),
+        ((), ("0", "0"), ["two processes say that they are rank 0"]),
     ],
 )
 def test_what_does_not_fit_is_said_once(tmp_path, other, ranks, words):
     wrong = "--num_epochs=0" if words[0] == "--num_epochs" else "--num_epochs=1"
-    flags = (*SYNTHETIC[:5], wrong, f"--start_timeout={12 if ranks == ('0', '0') else 20}")
+    flags = (*SYNTHETIC[:5], wrong, "--start_timeout=20")
     ended, statuses = both(*flags, cwd=tmp_path, other=other, ranks=ranks)
     lines = [line for _, errors in ended for line in error_lines(errors)]
-    if ranks == ("0", "0"):  # the second cannot take the port either
-        assert any("cannot listen on port" in line and "MASTER_PORT" in line for line in lines)
-        return
+    if ranks == ("0", "0"):  # each is the one that speaks
+        lines = sorted(set(lines))
     assert statuses == [2, 2] and len(lines) == 1
     for word in words:
         assert word in lines[0]
@@ -406,7 +411,7 @@ def test_srun(slurm, data, own, tmp_path):
         wait_until(lambda: not processes(tmp_path))
         assert time.monotonic() - begin < PROMISE
         (line,) = error_lines(errors)
-        assert f"rank {rank} on n{rank + 1} died without a word" in line
+        assert says_killed(line, f"rank {rank} on n{rank + 1}")
 
 
 @pytest.mark.slow
