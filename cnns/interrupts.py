@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
@@ -14,9 +13,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STATUSES = tuple(128 + number for number in SIGNALS)  # of a clean end
 
 
-# Where another launcher has started this process: tells its watcher of a signal, and the watcher
-# decides what a second one means.
-relay: Callable[[int], None] | None = None
+# Whether another launcher has started this process: its watcher decides what a second one means.
+has_watcher = False
 
 
 class Interrupted(RunError):
@@ -89,12 +87,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        if relay is not None:
-            relay(number)
         if self.received is not None:
             return
         self.received = number
-        for each in watched() if relay is None else ():
+        for each in watched() if not has_watcher else ():
             signal.signal(each, signal.SIG_DFL)  # ends the process even within native code
         name = signal.Signals(number).name
         line = f"{name}: ending after this iteration; a second one ends at once.\n"

@@ -95,7 +95,7 @@ def launch_rank(
         start_new_session=True,
     )
     for number in watched():
-        signal.signal(number, lambda number, _: control.sendall(f"signal {number}\n".encode()))
+        signal.signal(number, lambda number, _: control.sendall(bytes([number])))
     assert watcher.stdin is not None
     with watcher.stdin:
         watcher.stdin.write(json.dumps(spec).encode())
@@ -135,6 +135,7 @@ class Rank:
     def __init__(self, pid: int, stderr: int, tell: Callable[[str], None]):
         self.pid, self.stderr = pid, os.fdopen(stderr, "rb", buffering=0)
         self.tell = tell
+        self.num_sent = 0  # signals that it will tell of as if others had sent them
         self.returncode: int | None = None  # of a process that is gone
 
     def fatal_signal(self) -> int:
@@ -146,7 +147,7 @@ class Rank:
             return 0
 
     def send_signal(self, number: int) -> None:
-        """By a line: the rank must not take it for a second one that was sent to it."""
+        self.num_sent += 1
         self.tell(f"signal {int(number)}")
 
     def kill(self) -> None:
@@ -293,13 +294,15 @@ class Watcher(Parent):
             data = self.control.recv(1 << 12)
         except ConnectionError:
             data = b""
-        *lines, self.rest = (self.rest + data).split(b"\n")
+        for byte in data:
+            if byte in SIGNALS and self.process.num_sent:
+                self.process.num_sent -= 1
+            elif byte in SIGNALS:
+                self.on_signal(byte)
+        text = bytes(byte for byte in data if byte == ord("\n") or byte >= ord(" "))
+        *lines, self.rest = (self.rest + text).split(b"\n")
         for line in lines:
-            kind, number = line.decode().split()
-            if kind == "signal":
-                self.on_signal(int(number))
-            else:
-                self.end_rank(int(number))
+            self.end_rank(int(line.removeprefix(b"exit ")))
         if not data:
             self.loop.remove_reader(self.control)
             self.process.returncode = -self.process.fatal_signal()

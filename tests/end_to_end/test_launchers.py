@@ -30,14 +30,33 @@ for RANK in $RANKS; do export RANK; "$@" & pids="$pids $!"; done
 for pid in $pids; do wait $pid || status=$?; done
 exit $status
 """
-MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "2")
-needs_mpi = pytest.mark.skipif(
-    shutil.which("mpirun") is None, reason="needs mpirun (Debian: openmpi-bin)"
-)
+# By the names that both have where they are installed beside each other.
+MPI = {
+    "mpi": (
+        "mpirun.openmpi",
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+        "-np",
+        "2",
+    ),
+    "mpich": ("mpiexec.hydra", "-np", "2"),
+}
+PACKAGES = {"mpi": "openmpi-bin", "mpich": "mpich"}
 
 
-def mpi(*values, marks=()):
-    return pytest.param("mpi", *values, marks=[needs_mpi, *marks])
+def mpi(*values, marks=(), kind="mpi"):
+    program = MPI[kind][0]
+    missing = shutil.which(program) is None
+    needs = pytest.mark.skipif(missing, reason=f"needs {program} (Debian: {PACKAGES[kind]})")
+    return pytest.param(kind, *values, marks=[needs, *marks])
+
+
+def slow(launcher, *values):
+    if launcher in MPI:
+        return mpi(*values, marks=[pytest.mark.slow], kind=launcher)
+    return pytest.param(launcher, *values, marks=pytest.mark.slow)
 
 
 def free_port() -> int:
@@ -62,8 +81,10 @@ def start(launcher, *argv, cwd, ranks="0 1", more=None, size=2, prefix=()):
     elif launcher == "oneflow":
         own = ("-m", "oneflow.distributed.launch", "--nproc_per_node=2", f"--master_port={port}")
         command[1:1] = own
-    elif launcher == "mpi":
-        command[:0] = MPIRUN
+    elif launcher in MPI:
+        command[:0] = MPI[launcher]
+        if launcher == "mpich":  # it has no number of a job, for a port of its own
+            environ["MASTER_PORT"] = str(port)
     return subprocess.Popen(
         [*prefix, *command],
         cwd=cwd,
@@ -163,7 +184,7 @@ def check_same(out, own):
     assert validation_figures(out) == validation_figures(own)
 
 
-@pytest.mark.parametrize("launcher", ["pods", "oneflow", mpi()])
+@pytest.mark.parametrize("launcher", ["pods", "oneflow", mpi(), slow("mpich")])
 def test_the_same_results_as_under_a_parent_of_ours(launcher, data, own, tmp_path):
     out, errors = finish(start(launcher, *recipe(data), "--model_save_dir=run", cwd=tmp_path))
     check_same(out, own)
@@ -184,9 +205,11 @@ def test_the_same_results_as_under_a_parent_of_ours(launcher, data, own, tmp_pat
         ("pods", 0),
         ("oneflow", 1),
         mpi(1),
-        pytest.param("pods", 1, marks=pytest.mark.slow),
-        pytest.param("oneflow", 0, marks=pytest.mark.slow),
-        mpi(0, marks=[pytest.mark.slow]),
+        slow("pods", 1),
+        slow("oneflow", 0),
+        slow("mpi", 0),
+        slow("mpich", 0),
+        slow("mpich", 1),
     ],
 )
 def test_a_killed_rank_ends_all(launcher, rank, tmp_path):
@@ -203,28 +226,54 @@ def test_a_killed_rank_ends_all(launcher, rank, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "number"),
     [
-        "pods",
-        pytest.param("oneflow", marks=pytest.mark.slow),
-        mpi(marks=[pytest.mark.slow]),
+        ("pods", signal.SIGTERM),
+        slow("pods", signal.SIGHUP),
+        slow("oneflow", signal.SIGHUP),
+        slow("oneflow", signal.SIGINT),
+        slow("mpi", signal.SIGTERM),
+        slow("mpi", signal.SIGINT),
+        slow("mpich", signal.SIGTERM),
+        slow("mpich", signal.SIGINT),
     ],
 )
-def test_stopped_by_a_signal_to_one_rank_and_resumed(launcher, data, tmp_path):
+def test_stopped_by_a_signal_to_one_rank_and_resumed(launcher, number, data, tmp_path):
     flags = (*recipe(data, epochs=4), "--model_save_dir=run", "--resume=auto")
     run = start(launcher, *flags, cwd=tmp_path)
     wait_for_line(run, "train: epoch 1, iter 2,")
     (process,) = processes(tmp_path, rank=1)
-    os.kill(process, signal.SIGTERM)
-    out, errors = finish(run, 143, 1)  # oneflow.distributed.launch has a status of its own
+    os.kill(process, number)
+    # oneflow.distributed.launch has a status of its own.
+    out, errors = finish(run, 1 if launcher == "oneflow" else 128 + number)
     assert "Saving model to run/snapshot_last." in out
     (line,) = error_lines(errors)
-    assert "interrupted by SIGTERM; resume with --resume=run/snapshot_last" in line
+    assert f"interrupted by {number.name}; resume with --resume=run/snapshot_last" in line
     stopped = read_description(str(tmp_path / "run" / "snapshot_last"))
     wait_until(lambda: not processes(tmp_path))
     out, _ = finish(start(launcher, *flags, cwd=tmp_path))
     assert out.count("validation:") == 4 - stopped.epoch - 1
     assert (tmp_path / "run" / "snapshot_epoch_3").exists()
+
+
+def test_a_second_signal_ends_all_at_once(tmp_path):
+    """While one rank does not go on, so that the first one cannot end the run."""
+    run = start("pods", *SYNTHETIC, cwd=tmp_path)
+    wait_for_line(run, "train:")
+    (stopped,), (process,) = (processes(tmp_path, rank=rank) for rank in (0, 1))
+    os.kill(stopped, signal.SIGSTOP)
+    for _ in range(2):  # as launchers send it, to the process and to its group
+        os.kill(process, signal.SIGTERM)
+        time.sleep(0.2)
+    time.sleep(1.5)
+    assert run.poll() is None
+    begin = time.monotonic()
+    os.kill(process, signal.SIGTERM)
+    _, errors = finish(run, 143)
+    wait_until(lambda: not processes(tmp_path))
+    assert time.monotonic() - begin < PROMISE
+    (line,) = error_lines(errors)
+    assert f"ended at once by SIGTERM on rank 1 on {socket.gethostname()}" in line
 
 
 @pytest.mark.slow
