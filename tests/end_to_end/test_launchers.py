@@ -218,7 +218,7 @@ def test_a_killed_rank_ends_all(launcher, rank, tmp_path):
     (process,) = processes(tmp_path, rank=rank)
     os.kill(process, signal.SIGKILL)
     begin = time.monotonic()
-    _, errors = finish(run, 1, 137)
+    _, errors = finish(run, 9 if launcher == "mpich" else 1, 137)
     wait_until(lambda: not processes(tmp_path))
     assert time.monotonic() - begin < PROMISE
     (line,) = error_lines(errors)
@@ -474,47 +474,72 @@ def test_a_batch_script_with_a_parent_of_ours(slurm, data, own, tmp_path):
     check_same(output.read_text(), own)
 
 
+class Example:
+    """Jobs of examples/slurm.sbatch with a small network, in a directory like this one."""
+
+    def __init__(self, slurm, data, directory):
+        self.slurm, self.data, self.directory = slurm, data, directory
+        for path in ROOT.iterdir():
+            if path.suffix == ".py" or path.name in ("data", "cnns"):
+                os.symlink(path, directory / path.name)
+        shutil.copy(ROOT / "train.sh", directory)  # it would go where a link leads
+        (directory / "env.sh").write_text(f"python={sys.executable}\n")
+
+    def submit(self, *options, epochs=60):
+        own = ("--parsable", "-n2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
+        export = f"--export=ALL,RUN=run,DATA_ROOT={self.data},NUM_EPOCH={epochs}"
+        places = (f"--chdir={self.directory}", f"--output={self.directory / 'out'}", export)
+        flags = ("--model=resnet18", "--image_size=32", "--batch_size_per_device=2")
+        more = ("--device=cpu", "--warmup_epochs=0", "--loss_print_every_n_iter=1")
+        script = str(ROOT / "examples" / "slurm.sbatch")
+        self.job = self.slurm("sbatch", *own, *places, *options, script, *flags, *more).strip()
+
+    def text(self):
+        output = self.directory / "out"
+        return output.read_text() if output.exists() else ""
+
+    def wait_for(self, words, *, times, seconds):
+        wait_until(lambda: self.text().count(words) >= times, seconds)
+
+    def resumed(self, times):
+        # A job that is queued again waits for two minutes, unless told otherwise.
+        self.slurm("scontrol", "update", f"JobId={self.job}", "StartTime=now", check=False)
+        return self.text().count("Resuming at epoch") == times
+
+    def cancel(self):
+        self.slurm("scancel", self.job)
+        command = ("squeue", "-h", "-j", self.job, "-o", "%T")
+        wait_until(lambda: not self.slurm(*command, check=False).strip(), 60)
+
+
 @pytest.mark.slow
 @needs_slurm
 def test_the_example_of_a_batch_script(slurm, data, tmp_path):
-    """Preempted and queued again, stopped by --signal, cancelled; each time it goes on."""
-    for path in ROOT.iterdir():
-        if path.suffix == ".py" or path.name in ("data", "cnns", "train.sh"):
-            os.symlink(path, tmp_path / path.name)
-    (tmp_path / "train.sh").unlink()  # it would go where the link leads
-    shutil.copy(ROOT / "train.sh", tmp_path)
-    (tmp_path / "env.sh").write_text(f"python={sys.executable}\n")
-    flags = ("--model=resnet18", "--image_size=32", "--batch_size_per_device=2", "--device=cpu")
-    output = tmp_path / "out"
+    """Preempted and queued again, stopped by a signal, cancelled; each time it goes on."""
+    example = Example(slurm, data, tmp_path)
+    example.submit("--time=10")
+    example.wait_for("train: epoch 1,", times=3, seconds=200)
+    slurm("scontrol", "requeue", example.job)  # as preemption does
+    example.wait_for("interrupted by SIGTERM", times=1, seconds=60)
+    wait_until(lambda: example.resumed(1), 240)
+    slurm("scancel", "--signal=TERM", example.job)
+    example.wait_for("interrupted by SIGTERM", times=2, seconds=60)
+    wait_until(lambda: example.resumed(2), 240)
+    example.cancel()
+    assert example.text().count("interrupted by SIGTERM") == 3
+    lines = example.text().splitlines()
+    assert not any("died" in line or "Traceback" in line for line in lines)
 
-    def submit(*options, epochs):
-        own = ("--parsable", "-n2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
-        export = f"--export=ALL,RUN=run,DATA_ROOT={data},NUM_EPOCH={epochs}"
-        places = (f"--chdir={tmp_path}", f"--output={output}", export)
-        script = str(ROOT / "examples" / "slurm.sbatch")
-        more = ("--warmup_epochs=0", "--loss_print_every_n_iter=1")
-        return slurm("sbatch", *own, *places, *options, script, *flags, *more).strip()
 
-    def text():
-        return output.read_text() if output.exists() else ""
-
-    def state(job):
-        return slurm("squeue", "-h", "-j", job, "-o", "%T", check=False).strip()
-
-    def resumed(times):
-        # A job that is queued again waits for two minutes, unless told otherwise.
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-        return text().count("Resuming at epoch") == times
-
-    job = submit("--time=10", epochs=60)
-    wait_until(lambda: text().count("train: epoch 1,") >= 3, 200)
-    slurm("scontrol", "requeue", job)  # as preemption does
-    wait_until(lambda: "interrupted by SIGTERM" in text(), 60)
-    wait_until(lambda: resumed(1), 240)
-    slurm("scancel", "--signal=TERM", job)  # to the steps, as --signal does before the end
-    wait_until(lambda: text().count("interrupted by SIGTERM") == 2, 60)
-    wait_until(lambda: resumed(2), 240)
-    slurm("scancel", job)
-    wait_until(lambda: not state(job), 60)
-    assert text().count("interrupted by SIGTERM") == 3
-    assert not any("died" in line or "Traceback" in line for line in text().splitlines())
+@pytest.mark.slow
+@needs_slurm
+def test_a_signal_of_slurm_before_the_time_is_over(slurm, data, tmp_path):
+    """Which Slurm sends up to a minute earlier than asked for, to the tasks of the step."""
+    example = Example(slurm, data, tmp_path)
+    example.submit("--time=3", "--signal=TERM@60", epochs=1000)
+    example.wait_for("train: epoch 0,", times=1, seconds=110)
+    example.wait_for("interrupted by SIGTERM", times=1, seconds=180)
+    wait_until(lambda: example.resumed(1), 240)
+    example.cancel()
+    assert "DUE TO TIME LIMIT" not in example.text()
+    assert not any("died" in line for line in example.text().splitlines())
