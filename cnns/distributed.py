@@ -3,6 +3,7 @@
 import ctypes
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from cnns.log import notice
 # which a driver could make code for others. Another OneFlow is not judged.
 CAPABILITIES = {"0.9.0": (6, 7, 8)}
 CAPABILITY_ATTRIBUTES = (75, 76)  # major and minor, in CUDA's driver
+SIGNAL_SECONDS = 2.0  # for a signal of one process to reach the others
 
 
 def choose_device(name: str, *, count: int = 1) -> str:
@@ -241,6 +243,10 @@ class Agreement:
         if self.alone:
             self.interrupts.check()
         elif done is not None and done[-1].numpy() > 0:
+            # Who has started this process passes on what another one got, perhaps later than that.
+            end = time.monotonic() + SIGNAL_SECONDS
+            while self.interrupts.received is None and time.monotonic() < end:
+                time.sleep(0.01)
             raise Interrupted(self.interrupts.received or signal.SIGTERM)
 
 

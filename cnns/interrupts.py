@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
@@ -14,8 +13,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STATUSES = tuple(128 + number for number in SIGNALS)  # of a clean end
 
 
-# Where another launcher has started this process: tells the other ranks of a signal.
-relay: Callable[[int], None] | None = None
+# Whether another launcher has started this process: its watcher decides what a second one means.
+has_watcher = False
 
 
 class Interrupted(RunError):
@@ -67,8 +66,8 @@ def _exit(number: int, frame: FrameType | None) -> None:
 class Interrupts:
     """While entered, the first of SIGNALS is kept for `check`; the second kills at once.
 
-    Where another launcher has started this process it does not: launchers signal processes and
-    their groups, twice and more, and kill what does not end. A SIGHUP that is ignored stays so.
+    Where another launcher has started this process, its watcher does that: launchers signal
+    processes and their groups, so two within a second are one. A SIGHUP that is ignored stays so.
 
     with Interrupts() as interrupts:
         for batch in batches:
@@ -90,14 +89,11 @@ class Interrupts:
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             return
-        self.received, second = number, ""
-        if relay is not None:
-            relay(number)
-        else:
-            second = "; a second one ends at once"
-            for each in watched():
-                signal.signal(each, signal.SIG_DFL)  # ends the process even within native code
-        line = f"{signal.Signals(number).name}: ending after this iteration{second}.\n"
+        self.received = number
+        for each in watched() if not has_watcher else ():
+            signal.signal(each, signal.SIG_DFL)  # ends the process even within native code
+        name = signal.Signals(number).name
+        line = f"{name}: ending after this iteration; a second one ends at once.\n"
         with suppress(OSError):  # the terminal is gone
             os.write(2, line.encode())  # not `print`, which the signal may have interrupted
 

@@ -1,13 +1,15 @@
 """A rank that another launcher has started, as seen from itself: its line to the watcher.
 
 The watcher (cnns.launch.watcher) is a small process beside the rank that is connected to those of
-the other ranks. A rank tells it of signals and of its end, each a line; it tells the rank when to
-leave, so that no rank is gone before the reason is printed and the others know it.
+the other ranks. A rank tells it of its end, a line, and of each signal, a byte that Python writes
+even where the signal falls into native code. It tells the rank of signals that came to others, and
+when to leave, so that no rank is gone before the reason is printed and the others know it.
 """
 
 import atexit
 import ctypes
 import os
+import select
 import signal
 import socket
 import threading
@@ -30,7 +32,9 @@ def attach() -> None:
         return
     line = socket.socket(fileno=int(number))
     line.set_inheritable(False)
-    interrupts.relay = tell_signal
+    line.setblocking(False)  # else it cannot be the one that signals are written to
+    signal.set_wakeup_fd(line.fileno(), warn_on_full_buffer=False)
+    interrupts.has_watcher = True
     for each in interrupts.watched():
         signal.signal(each, end_by_signal)
     # OneFlow aborts when another rank is gone. `sleep`, called with the number of SIGABRT, which is
@@ -49,13 +53,8 @@ def tell(text: str) -> None:
         line.sendall(f"{text}\n".encode())
 
 
-def tell_signal(number: int) -> None:
-    tell(f"signal {number}")
-
-
 def end_by_signal(number: int, frame: FrameType | None) -> None:
     """Outside of training a signal ends this rank at once, and by the watchers all others."""
-    tell_signal(number)
     tell(f"exit {128 + number}")
     time.sleep(TELL_SECONDS)
     os._exit(128 + number)
@@ -71,8 +70,18 @@ def end(status: int) -> None:
 
 
 def obey() -> None:
-    """Leave when the watcher says so, or is gone."""
+    """Take signals of other ranks from the watcher, and leave when it says so, or is gone."""
     assert line is not None
-    with line.makefile() as lines:
-        words = lines.readline().split()
-    os._exit(int(words[1]) if words else 1)
+    rest = b""
+    while True:
+        select.select([line], [], [])
+        data = b""
+        with suppress(ConnectionError):
+            data = line.recv(1 << 12)
+        if not data:
+            os._exit(1)
+        *lines, rest = (rest + data).split(b"\n")
+        for kind, number in map(bytes.split, lines):
+            if kind == b"exit":
+                os._exit(int(number))
+            os.kill(os.getpid(), int(number))

@@ -19,18 +19,19 @@ import socket
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import NoReturn
 
 from cnns.errors import RunError, UsageError, describe, report
 from cnns.interrupts import SIGNALS, watched
-from cnns.launch.channel import Channel
+from cnns.launch.channel import HELLO_SECONDS, MAGIC, Channel
 from cnns.launch.control import CONTROL_MARK
 from cnns.launch.external import NODES_MARK, Place, RankJob
 from cnns.launch.job import reserve_port
 from cnns.launch.parent import (
+    CONNECT_SECONDS,
     REAP_SECONDS,
     TELL_SECONDS,
     TERM_SECONDS,
@@ -41,8 +42,9 @@ from cnns.launch.parent import (
     settle,
     wait_until,
 )
-from cnns.launch.worker import NATIVE, End, Explain, Worker, worker_environ
+from cnns.launch.worker import NATIVE, End, Explain, Worker, signal_name, worker_environ
 
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 PLACE_OF_CODE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from cnns.launch import watcher; watcher.main()"
@@ -93,14 +95,14 @@ def launch_rank(
         start_new_session=True,
     )
     for number in watched():
-        signal.signal(number, lambda number, _: control.sendall(f"signal {number}\n".encode()))
+        signal.signal(number, lambda number, _: control.sendall(bytes([number])))
     assert watcher.stdin is not None
     with watcher.stdin:
         watcher.stdin.write(json.dumps(spec).encode())
     theirs.close()
     os.close(reading)
-    with control.makefile() as lines:
-        kind, _, rest = lines.readline().partition(" ")
+    with control.makefile("rb", buffering=0) as lines:  # what follows is for the next program
+        kind, _, rest = lines.readline().decode().partition(" ")
     if kind == "exit":
         sys.stdout.flush()
         os._exit(int(rest))
@@ -130,19 +132,34 @@ def keep_open(number: int) -> None:
 class Rank:
     """The process of a rank, which is the watcher's parent, as Worker sees a child."""
 
-    def __init__(self, pid: int, stderr: int):
+    def __init__(self, pid: int, stderr: int, tell: Callable[[str], None]):
         self.pid, self.stderr = pid, os.fdopen(stderr, "rb", buffering=0)
+        self.tell = tell
+        self.num_sent = 0  # signals that it will tell of as if others had sent them
         self.returncode: int | None = None  # of a process that is gone
 
+    def fatal_signal(self) -> int:
+        """The signal that is ending the process; 0: not known, or it is gone already."""
+        try:
+            with open(f"/proc/{self.pid}/stat", encoding="ascii", errors="replace") as file:
+                return int(file.read().split()[-1]) & 0x7F  # its last field is as `waitpid` has it
+        except (OSError, ValueError):
+            return 0
+
     def send_signal(self, number: int) -> None:
+        self.num_sent += 1
+        self.tell(f"signal {int(number)}")
+
+    def kill(self) -> None:
         if os.getppid() == self.pid:
             with suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class RankWorker(Worker):
     def signal_group(self, number: int) -> None:
-        self.process.send_signal(number)
+        """Only SIGKILL is asked for, after a fault of the watcher."""
+        self.process.kill()
 
     def outcome(self, code: int, explain: Explain) -> End:
         """What it means; the `code` of a rank that has not said that it ends is -SIGKILL."""
@@ -151,8 +168,11 @@ class RankWorker(Worker):
         words = self.last_words()
         if any(map(NATIVE.match, words)):
             return super().outcome(-signal.SIGABRT, explain)
-        text = f"{self.job.rank(self.rank)} died without a word (killed, or out of memory?)"
-        return End(1, f"{text}; all processes were ended")
+        number, text = -self.process.returncode, "died without a word (killed, or out of memory?)"
+        if number > 0:
+            why = " (out of memory?)" if number == signal.SIGKILL else ""
+            text = f"was killed by {signal_name(number)}{why}"
+        return End(1, f"{self.job.rank(self.rank)} {text}; all processes were ended")
 
 
 class RankCoordinator(Coordinator):
@@ -233,7 +253,7 @@ class Watcher(Parent):
             explain=lambda _, words: known if any("out of memory" in w for w in words) else None,
             stdin=None,
         )
-        self.process = Rank(spec["rank"], spec["stderr"])
+        self.process = Rank(spec["rank"], spec["stderr"], self.tell)
         self.control = socket.socket(fileno=spec["control"])
         self.control.setblocking(False)
         self.rest = b""  # of a line of the rank
@@ -274,16 +294,18 @@ class Watcher(Parent):
             data = self.control.recv(1 << 12)
         except ConnectionError:
             data = b""
-        *lines, self.rest = (self.rest + data).split(b"\n")
+        for byte in data:
+            if byte in SIGNALS and self.process.num_sent:
+                self.process.num_sent -= 1
+            elif byte in SIGNALS:
+                self.on_signal(byte)
+        text = bytes(byte for byte in data if byte == ord("\n") or byte >= ord(" "))
+        *lines, self.rest = (self.rest + text).split(b"\n")
         for line in lines:
-            kind, number = line.decode().split()
-            if kind == "signal":
-                self.on_signal(int(number))
-            else:
-                self.end_rank(int(number))
+            self.end_rank(int(line.removeprefix(b"exit ")))
         if not data:
             self.loop.remove_reader(self.control)
-            self.process.returncode = 0
+            self.process.returncode = -self.process.fatal_signal()
             self.end_rank(-signal.SIGKILL)
 
     def end_rank(self, code: int) -> None:
@@ -305,7 +327,7 @@ class Watcher(Parent):
         await wait_until(lambda: not self.others(), TELL_SECONDS if patient else LEAVE_SECONDS)
         self.tell(f"exit {end.status}")
         await wait_until(lambda: self.process.returncode is not None, TERM_SECONDS)
-        self.process.send_signal(signal.SIGKILL)
+        self.process.kill()
         await wait_until(lambda: self.process.returncode is not None, REAP_SECONDS)
 
     def report(self, end: End) -> None:
@@ -334,7 +356,7 @@ async def watch(spec: dict) -> None:
         status, text = spec["error"]
         raise UsageError(text) if status == 2 else RunError(text)
 
-    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def connect() -> Streams:
         try:
             return await open_connection(place.address, job.ctrl_port, family=socket.AF_INET)
         except socket.gaierror:
@@ -352,4 +374,18 @@ async def watch(spec: dict) -> None:
         )
         await coordinate(watcher, coordinator)
     except RunError as error:  # a port in use
-        watcher.cannot_listen(error)
+        if await is_coordinator(connect):  # which says what is wrong with a second rank 0
+            await watcher.run(connect)
+        else:
+            watcher.cannot_listen(error)
+
+
+async def is_coordinator(connect: Callable[[], Awaitable[Streams]]) -> bool:
+    """Whether what listens says what a coordinator says first."""
+    try:
+        reader, writer = await asyncio.wait_for(connect(), CONNECT_SECONDS)
+        line = await asyncio.wait_for(reader.readline(), HELLO_SECONDS)
+        writer.close()
+        return json.loads(line)["magic"] == MAGIC
+    except (OSError, asyncio.TimeoutError, LookupError, TypeError, ValueError):
+        return False

@@ -150,6 +150,11 @@ class End:
 Explain = Callable[[int, Sequence[str]], str | None]  # number on this node, last words
 
 
+def signal_name(number: int) -> str:
+    names = {each.value: each.name for each in signal.Signals}
+    return names.get(number, f"signal {number}")
+
+
 class Worker:
     """One process of the job, in a session of its own: the terminal's Ctrl-C does not reach it.
 
@@ -271,8 +276,7 @@ class Worker:
             if any(line.startswith("Traceback (most") for line in words):
                 what = f"failed: {brief(next(filter(str.strip, reversed(words))), 500)}"
             return End(status, f"{who} {what}{after}", words)
-        names = {number.value: number.name for number in signal.Signals}
-        what = f"was killed by {names.get(-code, f'signal {-code}')}"
+        what = f"was killed by {signal_name(-code)}"
         fatal = next((match[1] for line in words if (match := FATAL.fullmatch(line))), "")
         if code == -signal.SIGKILL:
             what, words = f"{what} (out of memory?)", []

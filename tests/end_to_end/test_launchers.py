@@ -30,14 +30,33 @@ for RANK in $RANKS; do export RANK; "$@" & pids="$pids $!"; done
 for pid in $pids; do wait $pid || status=$?; done
 exit $status
 """
-MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "2")
-needs_mpi = pytest.mark.skipif(
-    shutil.which("mpirun") is None, reason="needs mpirun (Debian: openmpi-bin)"
-)
+# By the names that both have where they are installed beside each other.
+MPI = {
+    "mpi": (
+        "mpirun.openmpi",
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+        "-np",
+        "2",
+    ),
+    "mpich": ("mpiexec.hydra", "-np", "2"),
+}
+PACKAGES = {"mpi": "openmpi-bin", "mpich": "mpich"}
 
 
-def mpi(*values, marks=()):
-    return pytest.param("mpi", *values, marks=[needs_mpi, *marks])
+def mpi(*values, marks=(), kind="mpi"):
+    program = MPI[kind][0]
+    missing = shutil.which(program) is None
+    needs = pytest.mark.skipif(missing, reason=f"needs {program} (Debian: {PACKAGES[kind]})")
+    return pytest.param(kind, *values, marks=[needs, *marks])
+
+
+def slow(launcher, *values):
+    if launcher in MPI:
+        return mpi(*values, marks=[pytest.mark.slow], kind=launcher)
+    return pytest.param(launcher, *values, marks=pytest.mark.slow)
 
 
 def free_port() -> int:
@@ -62,8 +81,10 @@ def start(launcher, *argv, cwd, ranks="0 1", more=None, size=2, prefix=()):
     elif launcher == "oneflow":
         own = ("-m", "oneflow.distributed.launch", "--nproc_per_node=2", f"--master_port={port}")
         command[1:1] = own
-    elif launcher == "mpi":
-        command[:0] = MPIRUN
+    elif launcher in MPI:
+        command[:0] = MPI[launcher]
+        if launcher == "mpich":  # it has no number of a job, for a port of its own
+            environ["MASTER_PORT"] = str(port)
     return subprocess.Popen(
         [*prefix, *command],
         cwd=cwd,
@@ -108,6 +129,12 @@ def wait_until(condition, timeout=PROMISE):
 
 def error_lines(errors):
     return [line for line in errors.splitlines() if line.startswith("train_small.py: error: ")]
+
+
+def says_killed(line, who):
+    """By which signal is known as long as nobody has waited for the process."""
+    ends = ("died without a word (killed, or out of memory?)", "was killed by SIGKILL")
+    return any(f"{who} {end}" in line for end in ends)
 
 
 def wait_for_line(run, prefix):
@@ -157,7 +184,7 @@ def check_same(out, own):
     assert validation_figures(out) == validation_figures(own)
 
 
-@pytest.mark.parametrize("launcher", ["pods", "oneflow", mpi()])
+@pytest.mark.parametrize("launcher", ["pods", "oneflow", mpi(), slow("mpich")])
 def test_the_same_results_as_under_a_parent_of_ours(launcher, data, own, tmp_path):
     out, errors = finish(start(launcher, *recipe(data), "--model_save_dir=run", cwd=tmp_path))
     check_same(out, own)
@@ -178,9 +205,11 @@ def test_the_same_results_as_under_a_parent_of_ours(launcher, data, own, tmp_pat
         ("pods", 0),
         ("oneflow", 1),
         mpi(1),
-        pytest.param("pods", 1, marks=pytest.mark.slow),
-        pytest.param("oneflow", 0, marks=pytest.mark.slow),
-        mpi(0, marks=[pytest.mark.slow]),
+        slow("pods", 1),
+        slow("oneflow", 0),
+        slow("mpi", 0),
+        slow("mpich", 0),
+        slow("mpich", 1),
     ],
 )
 def test_a_killed_rank_ends_all(launcher, rank, tmp_path):
@@ -189,36 +218,62 @@ def test_a_killed_rank_ends_all(launcher, rank, tmp_path):
     (process,) = processes(tmp_path, rank=rank)
     os.kill(process, signal.SIGKILL)
     begin = time.monotonic()
-    _, errors = finish(run, 1, 137)
+    _, errors = finish(run, 9 if launcher == "mpich" else 1, 137)
     wait_until(lambda: not processes(tmp_path))
     assert time.monotonic() - begin < PROMISE
     (line,) = error_lines(errors)
-    assert f"rank {rank} on {socket.gethostname()} died without a word" in line
+    assert says_killed(line, f"rank {rank} on {socket.gethostname()}")
 
 
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "number"),
     [
-        "pods",
-        pytest.param("oneflow", marks=pytest.mark.slow),
-        mpi(marks=[pytest.mark.slow]),
+        ("pods", signal.SIGTERM),
+        slow("pods", signal.SIGHUP),
+        slow("oneflow", signal.SIGHUP),
+        slow("oneflow", signal.SIGINT),
+        slow("mpi", signal.SIGTERM),
+        slow("mpi", signal.SIGINT),
+        slow("mpich", signal.SIGTERM),
+        slow("mpich", signal.SIGINT),
     ],
 )
-def test_stopped_by_a_signal_to_one_rank_and_resumed(launcher, data, tmp_path):
+def test_stopped_by_a_signal_to_one_rank_and_resumed(launcher, number, data, tmp_path):
     flags = (*recipe(data, epochs=4), "--model_save_dir=run", "--resume=auto")
     run = start(launcher, *flags, cwd=tmp_path)
     wait_for_line(run, "train: epoch 1, iter 2,")
     (process,) = processes(tmp_path, rank=1)
-    os.kill(process, signal.SIGTERM)
-    out, errors = finish(run, 143, 1)  # oneflow.distributed.launch has a status of its own
+    os.kill(process, number)
+    # oneflow.distributed.launch has a status of its own.
+    out, errors = finish(run, 1 if launcher == "oneflow" else 128 + number)
     assert "Saving model to run/snapshot_last." in out
     (line,) = error_lines(errors)
-    assert "interrupted by SIGTERM; resume with --resume=run/snapshot_last" in line
+    assert f"interrupted by {number.name}; resume with --resume=run/snapshot_last" in line
     stopped = read_description(str(tmp_path / "run" / "snapshot_last"))
     wait_until(lambda: not processes(tmp_path))
     out, _ = finish(start(launcher, *flags, cwd=tmp_path))
     assert out.count("validation:") == 4 - stopped.epoch - 1
     assert (tmp_path / "run" / "snapshot_epoch_3").exists()
+
+
+def test_a_second_signal_ends_all_at_once(tmp_path):
+    """While one rank does not go on, so that the first one cannot end the run."""
+    run = start("pods", *SYNTHETIC, cwd=tmp_path)
+    wait_for_line(run, "train:")
+    (stopped,), (process,) = (processes(tmp_path, rank=rank) for rank in (0, 1))
+    os.kill(stopped, signal.SIGSTOP)
+    for _ in range(2):  # as launchers send it, to the process and to its group
+        os.kill(process, signal.SIGTERM)
+        time.sleep(0.2)
+    time.sleep(1.5)
+    assert run.poll() is None
+    begin = time.monotonic()
+    os.kill(process, signal.SIGTERM)
+    _, errors = finish(run, 143)
+    wait_until(lambda: not processes(tmp_path))
+    assert time.monotonic() - begin < PROMISE
+    (line,) = error_lines(errors)
+    assert f"ended at once by SIGTERM on rank 1 on {socket.gethostname()}" in line
 
 
 @pytest.mark.slow
@@ -257,17 +312,16 @@ def both(*argv, cwd, other=(), ranks=("0", "1"), size=2):
         ((), ("0", "1"), ["--num_epochs", "0"]),  # wrong on both
         (("--num_epochs=3",), ("0", "1"), ["--num_epochs", "0"]),  # on the first
         (("--seed=2",), ("0", "1"), ["--seed differs", "on rank 0 on", "on rank 1 on"]),
-        ((), ("0", "0"), ["say that they are rank 0"]),
+        ((), ("0", "0"), ["two processes say that they are rank 0"]),
     ],
 )
 def test_what_does_not_fit_is_said_once(tmp_path, other, ranks, words):
     wrong = "--num_epochs=0" if words[0] == "--num_epochs" else "--num_epochs=1"
-    flags = (*SYNTHETIC[:5], wrong, f"--start_timeout={12 if ranks == ('0', '0') else 20}")
+    flags = (*SYNTHETIC[:5], wrong, "--start_timeout=20")
     ended, statuses = both(*flags, cwd=tmp_path, other=other, ranks=ranks)
     lines = [line for _, errors in ended for line in error_lines(errors)]
-    if ranks == ("0", "0"):  # the second cannot take the port either
-        assert any("cannot listen on port" in line and "MASTER_PORT" in line for line in lines)
-        return
+    if ranks == ("0", "0"):  # each is the one that speaks
+        lines = sorted(set(lines))
     assert statuses == [2, 2] and len(lines) == 1
     for word in words:
         assert word in lines[0]
@@ -406,7 +460,7 @@ def test_srun(slurm, data, own, tmp_path):
         wait_until(lambda: not processes(tmp_path))
         assert time.monotonic() - begin < PROMISE
         (line,) = error_lines(errors)
-        assert f"rank {rank} on n{rank + 1} died without a word" in line
+        assert says_killed(line, f"rank {rank} on n{rank + 1}")
 
 
 @pytest.mark.slow
@@ -420,47 +474,72 @@ def test_a_batch_script_with_a_parent_of_ours(slurm, data, own, tmp_path):
     check_same(output.read_text(), own)
 
 
+class Example:
+    """Jobs of examples/slurm.sbatch with a small network, in a directory like this one."""
+
+    def __init__(self, slurm, data, directory):
+        self.slurm, self.data, self.directory = slurm, data, directory
+        for path in ROOT.iterdir():
+            if path.suffix == ".py" or path.name in ("data", "cnns"):
+                os.symlink(path, directory / path.name)
+        shutil.copy(ROOT / "train.sh", directory)  # it would go where a link leads
+        (directory / "env.sh").write_text(f"python={sys.executable}\n")
+
+    def submit(self, *options, epochs=60):
+        own = ("--parsable", "-n2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
+        export = f"--export=ALL,RUN=run,DATA_ROOT={self.data},NUM_EPOCH={epochs}"
+        places = (f"--chdir={self.directory}", f"--output={self.directory / 'out'}", export)
+        flags = ("--model=resnet18", "--image_size=32", "--batch_size_per_device=2")
+        more = ("--device=cpu", "--warmup_epochs=0", "--loss_print_every_n_iter=1")
+        script = str(ROOT / "examples" / "slurm.sbatch")
+        self.job = self.slurm("sbatch", *own, *places, *options, script, *flags, *more).strip()
+
+    def text(self):
+        output = self.directory / "out"
+        return output.read_text() if output.exists() else ""
+
+    def wait_for(self, words, *, times, seconds):
+        wait_until(lambda: self.text().count(words) >= times, seconds)
+
+    def resumed(self, times):
+        # A job that is queued again waits for two minutes, unless told otherwise.
+        self.slurm("scontrol", "update", f"JobId={self.job}", "StartTime=now", check=False)
+        return self.text().count("Resuming at epoch") == times
+
+    def cancel(self):
+        self.slurm("scancel", self.job)
+        command = ("squeue", "-h", "-j", self.job, "-o", "%T")
+        wait_until(lambda: not self.slurm(*command, check=False).strip(), 60)
+
+
 @pytest.mark.slow
 @needs_slurm
 def test_the_example_of_a_batch_script(slurm, data, tmp_path):
-    """Preempted and queued again, stopped by --signal, cancelled; each time it goes on."""
-    for path in ROOT.iterdir():
-        if path.suffix == ".py" or path.name in ("data", "cnns", "train.sh"):
-            os.symlink(path, tmp_path / path.name)
-    (tmp_path / "train.sh").unlink()  # it would go where the link leads
-    shutil.copy(ROOT / "train.sh", tmp_path)
-    (tmp_path / "env.sh").write_text(f"python={sys.executable}\n")
-    flags = ("--model=resnet18", "--image_size=32", "--batch_size_per_device=2", "--device=cpu")
-    output = tmp_path / "out"
+    """Preempted and queued again, stopped by a signal, cancelled; each time it goes on."""
+    example = Example(slurm, data, tmp_path)
+    example.submit("--time=10")
+    example.wait_for("train: epoch 1,", times=3, seconds=200)
+    slurm("scontrol", "requeue", example.job)  # as preemption does
+    example.wait_for("interrupted by SIGTERM", times=1, seconds=60)
+    wait_until(lambda: example.resumed(1), 240)
+    slurm("scancel", "--signal=TERM", example.job)
+    example.wait_for("interrupted by SIGTERM", times=2, seconds=60)
+    wait_until(lambda: example.resumed(2), 240)
+    example.cancel()
+    assert example.text().count("interrupted by SIGTERM") == 3
+    lines = example.text().splitlines()
+    assert not any("died" in line or "Traceback" in line for line in lines)
 
-    def submit(*options, epochs):
-        own = ("--parsable", "-n2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
-        export = f"--export=ALL,RUN=run,DATA_ROOT={data},NUM_EPOCH={epochs}"
-        places = (f"--chdir={tmp_path}", f"--output={output}", export)
-        script = str(ROOT / "examples" / "slurm.sbatch")
-        more = ("--warmup_epochs=0", "--loss_print_every_n_iter=1")
-        return slurm("sbatch", *own, *places, *options, script, *flags, *more).strip()
 
-    def text():
-        return output.read_text() if output.exists() else ""
-
-    def state(job):
-        return slurm("squeue", "-h", "-j", job, "-o", "%T", check=False).strip()
-
-    def resumed(times):
-        # A job that is queued again waits for two minutes, unless told otherwise.
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-        return text().count("Resuming at epoch") == times
-
-    job = submit("--time=10", epochs=60)
-    wait_until(lambda: text().count("train: epoch 1,") >= 3, 200)
-    slurm("scontrol", "requeue", job)  # as preemption does
-    wait_until(lambda: "interrupted by SIGTERM" in text(), 60)
-    wait_until(lambda: resumed(1), 240)
-    slurm("scancel", "--signal=TERM", job)  # to the steps, as --signal does before the end
-    wait_until(lambda: text().count("interrupted by SIGTERM") == 2, 60)
-    wait_until(lambda: resumed(2), 240)
-    slurm("scancel", job)
-    wait_until(lambda: not state(job), 60)
-    assert text().count("interrupted by SIGTERM") == 3
-    assert not any("died" in line or "Traceback" in line for line in text().splitlines())
+@pytest.mark.slow
+@needs_slurm
+def test_a_signal_of_slurm_before_the_time_is_over(slurm, data, tmp_path):
+    """Which Slurm sends up to a minute earlier than asked for, to the tasks of the step."""
+    example = Example(slurm, data, tmp_path)
+    example.submit("--time=3", "--signal=TERM@60", epochs=1000)
+    example.wait_for("train: epoch 0,", times=1, seconds=110)
+    example.wait_for("interrupted by SIGTERM", times=1, seconds=180)
+    wait_until(lambda: example.resumed(1), 240)
+    example.cancel()
+    assert "DUE TO TIME LIMIT" not in example.text()
+    assert not any("died" in line for line in example.text().splitlines())
