@@ -2,7 +2,6 @@
 
 import io
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
@@ -15,6 +14,7 @@ from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from cnns.checkpoint.snapshot import local
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
 from cnns.models.layers import Dropout
+from cnns.runorder import queue_before_start
 
 # Of dynamic loss scaling. 2^16 is more than float16 holds (65504), but the first float16 value of a
 # backward pass is the logits' gradient, which is at most the scale / batch size.
@@ -24,11 +24,6 @@ LOSS_SCALE = {
     "backoff_factor": 0.5,
     "growth_interval": 2000,
 }
-
-# Runs of a graph on a CPU that take less are delayed, as the first few of them show.
-SHORT_SECONDS = 0.008
-TIMED_RUNS = 20  # on a busy machine a short one may seem long
-DELAY_SIDE = 512  # of a product of matrices, which takes about 4 ms
 
 
 def hits(logits: flow.Tensor, label: flow.Tensor, top_k: int) -> tuple[flow.Tensor, flow.Tensor]:
@@ -103,58 +98,22 @@ def score(
 class QuietGraph(nn.Graph):
     """Holds back what OneFlow prints while it compiles, and drops it where that raises.
 
-    OneFlow 0.9.0 starts a run of a graph and only then notes it, and a run that is over before that
-    corrupts memory; so where runs are short, each gets an input that takes a while to compute, once
-    the run before it is over. docs/oneflow-notes.md tells more.
+    OneFlow 0.9.0 starts a run of a graph before it queues it, and a run that is over by then
+    corrupts memory; that is corrected before the first run, see `cnns.runorder`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.run_seconds: list[float] = []  # of the first runs
-        self.newest: list = []  # what the newest short run gave
+        queue_before_start()
 
     def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
-        if not self.is_compiled:
-            return self.compile_quietly(*batch, **more)
-        if not can_delay(batch):
+        if self.is_compiled:
             return super().__call__(*batch, **more)
-        if min(self.run_seconds, default=SHORT_SECONDS) < SHORT_SECONDS:
-            for output in self.newest:
-                wait_for(output)
-            output = super().__call__(*delayed(batch), **more)
-            self.newest = [output]
-        elif len(self.run_seconds) < TIMED_RUNS:
-            start = time.perf_counter()
-            output = super().__call__(*batch, **more)
-            wait_for(output)
-            self.run_seconds.append(time.perf_counter() - start)
-        else:
-            output = super().__call__(*batch, **more)
-        return output
-
-    def compile_quietly(self, *batch: flow.Tensor, **more: Any) -> Any:
         printed = io.StringIO()
         with redirect_stdout(printed), redirect_stderr(printed):
             output = super().__call__(*batch, **more)
         sys.stderr.write(printed.getvalue())
         return output
-
-
-def wait_for(output: Any) -> None:
-    """Wait until a graph's run is over."""
-    local(output[0] if isinstance(output, tuple | list) else output).numpy()
-
-
-def can_delay(batch: Sequence[flow.Tensor]) -> bool:
-    """Whether `delayed` knows how: on CUDA it was not tried, and processes may time differently."""
-    return bool(batch) and batch[0].placement.type == "cpu" and flow.env.get_world_size() == 1
-
-
-def delayed(batch: Sequence[flow.Tensor]) -> Sequence[flow.Tensor]:
-    """The same, of which the last, the labels if there are any, is known only after some ms."""
-    last = batch[-1]
-    x = flow.zeros(DELAY_SIDE, DELAY_SIDE, placement=last.placement, sbp=flow.sbp.broadcast)
-    return *batch[:-1], last + flow.matmul(x, x).sum().to(last.dtype)
 
 
 class TrainGraph(QuietGraph):

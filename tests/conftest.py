@@ -32,7 +32,7 @@ def pytest_addoption(parser):
         "--fuzz",
         type=float,
         metavar="MINUTES",
-        help="run the fuzzers only, each for so long, with other examples each time",
+        help="run the fuzzers only, each for so long (of the processor), with other examples",
     )
 
 

@@ -2,9 +2,12 @@
 
 sh test.sh --fuzz=30               # every fuzzer for 30 minutes, with other examples each time
 sh test.sh --fuzz=30 -k test_tar   # one of them
+
+Minutes are of the processor, so that they mean the same on a busy machine.
 """
 
 import contextlib
+import os
 import resource
 import signal
 import struct
@@ -15,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+SECONDS_BETWEEN_LINES = 300.0  # of the processor
 SECONDS = 5.0  # of the processor, that one input may take
 ALARM_SECONDS = 60  # after which it is stopped
 # That one input may add: a picture of 200 million pixels, twice; other readers have 256 MiB.
@@ -42,6 +46,12 @@ def fuzz(examples: int) -> Callable:
     return lambda test: pytest.mark.fuzz(bounded_run(test))
 
 
+def processor_seconds() -> float:
+    """Of this process, all its threads, and its children that have ended."""
+    now = os.times()
+    return now.user + now.system + now.children_user + now.children_system
+
+
 class Fuzzing:
     """A plugin of pytest: runs each fuzzer for so many minutes, and says how much it tried."""
 
@@ -50,7 +60,7 @@ class Fuzzing:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool:
-        test, count, start = pyfuncitem.obj, 0, time.monotonic()
+        test, count, start = pyfuncitem.obj, 0, processor_seconds()
         inner = test.hypothesis.inner_test
 
         def counted(*args, **kwargs):
@@ -64,19 +74,31 @@ class Fuzzing:
             test._hypothesis_internal_use_settings, derandomize=False, max_examples=1000
         )
         arguments = pyfuncitem._fixtureinfo.argnames
+        said = start
+
+        def tried() -> str:
+            return f"{count:,} in {(processor_seconds() - start) / 60:.1f} minutes"
+
         try:
-            while time.monotonic() - start < self.seconds:
+            while processor_seconds() - start < self.seconds:
                 test(**{name: pyfuncitem.funcargs[name] for name in arguments})
+                if processor_seconds() - said >= SECONDS_BETWEEN_LINES:
+                    said = processor_seconds()
+                    self.say(f"{pyfuncitem.nodeid}: {tried()}")
         finally:
-            minutes = (time.monotonic() - start) / 60
-            pyfuncitem.user_properties.append(("fuzz", f"{count:,} in {minutes:.1f} minutes"))
+            pyfuncitem.user_properties.append(("fuzz", tried()))
         return True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         tried = dict(report.user_properties).get("fuzz")
+        if report.when == "call" and tried is not None:
+            self.say(f"{report.nodeid}: {tried}, {report.outcome}")
+
+    def say(self, line: str) -> None:
         terminal = self.plugins.get_plugin("terminalreporter")  # not in the workers of xdist
-        if terminal is not None and report.when == "call" and tried is not None:
-            terminal.write_line(f"\n{report.nodeid}: {tried}, {report.outcome}", flush=True)
+        if terminal is not None:
+            with self.plugins.get_plugin("capturemanager").global_and_fixture_disabled():
+                terminal.write_line(f"\n{line}", flush=True)
 
 
 @st.composite

@@ -1,8 +1,5 @@
 """The graphs: exact counts, exact evaluation, and training that really trains."""
 
-import subprocess
-import sys
-
 import numpy as np
 import oneflow as flow
 import pytest
@@ -12,7 +9,6 @@ from oneflow import nn
 
 import ofrecord_util
 import optimizer_util
-from cnns import graphs
 from cnns.data.datasets import open_val_dataset
 from cnns.data.images import Preprocessing
 from cnns.data.kinds import Synthetic
@@ -22,7 +18,7 @@ from cnns.errors import RunError, UsageError
 from cnns.evaluation import Evaluator
 from cnns.graphs import Predictor, TrainGraph, hits
 from cnns.log import limit_run_ahead
-from small import ROOT, Tiny, Toy, ballast, write_parts
+from small import Tiny, ballast, write_parts
 
 PREPROCESSING = Preprocessing(32, 32, (123.0, 117.0, 104.0), (58.0, 57.0, 57.0))
 
@@ -274,54 +270,3 @@ def test_choose_device(capsys):
     assert "cpu" in capsys.readouterr().err
     with pytest.raises(UsageError, match="--device=cuda"):
         choose_device("cuda")
-
-
-class Short(Toy):
-    """Without what makes the other networks here take some 20 ms."""
-
-    def forward(self, image):
-        return self.fc(self.bn(self.conv(image)).relu().mean(dim=(2, 3)))
-
-
-@pytest.mark.parametrize("seconds, count", [(0.0, 0), (1000.0, graphs.TIMED_RUNS + 2)])
-def test_short_runs_are_delayed_and_give_the_same(monkeypatch, seconds, count):
-    calls = []
-    delayed = graphs.delayed
-    monkeypatch.setattr(graphs, "delayed", lambda batch: calls.append(1) or delayed(batch))
-    monkeypatch.setattr(graphs, "SHORT_SECONDS", seconds)
-    predictor = graphs.Predictor(place(Toy(10), "cpu"), device="cpu")
-    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    results = [predictor(images) for _ in range(1 + graphs.TIMED_RUNS + 3)]
-    assert len(calls) == count
-    assert all((result == results[0]).all() for result in results)
-
-
-SHORT_RUNS = """
-import os, sys, time
-sys.path[:0] = ["tests", "tests/cnns"]
-import cnns.startup
-import numpy as np
-from test_graph import Short, graphs, place
-predictor = graphs.Predictor(place(Short(10), "cpu"), device="cpu")
-end, count = time.monotonic() + 20, 0
-while time.monotonic() < end:
-    predictor(np.ones((1, 3, 32, 32), np.float32))
-    count += 1
-print(count, flush=True)
-os._exit(0)
-"""
-
-
-@pytest.mark.slow
-def test_short_runs_do_not_abort_on_a_busy_machine():
-    """Without the delay, about half of these processes end with a memory fault."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-    try:
-        for _ in range(20):
-            command = [sys.executable, "-c", SHORT_RUNS]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
