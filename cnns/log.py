@@ -45,6 +45,27 @@ class Counts:
         }
 
 
+@dataclass
+class Sums:
+    """What the next line shows, of the iterations since the last one."""
+
+    steps: int = 0
+    loss: float = 0.0
+    top_1: int = 0
+    top_k: int = 0
+    seconds: float = 0.0
+
+    def add(self, losses: list[float], counts: Counts, seconds: float) -> None:
+        self.steps += len(losses)
+        for loss in losses:  # one after the other: a stop between them does not change the sum
+            self.loss += loss
+        self.top_1, self.top_k = self.top_1 + counts.top_1, self.top_k + counts.top_k
+        self.seconds += seconds
+
+    def counts(self, batch_size: int) -> Counts:
+        return Counts(self.top_1, self.top_k, self.steps * batch_size)
+
+
 def train_line(epoch: int, iteration: int, loss: float, counts: Counts, seconds: float) -> str:
     return f"train: epoch {epoch}, iter {iteration}, loss: {loss:.6f}, {figures(counts, seconds)}"
 

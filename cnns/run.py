@@ -21,7 +21,7 @@ from cnns.errors import RunError
 from cnns.evaluation import Evaluator
 from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.interrupts import Interrupted, Interrupts
-from cnns.log import Bar, Log, Meter, notice, train_line, validation_line
+from cnns.log import Bar, Counts, Log, Meter, Sums, notice, train_line, validation_line
 from cnns.record import Record
 
 
@@ -120,7 +120,7 @@ class Run:
     ):
         self.parts, self.intervals, self.progress = parts, intervals, progress
         self.saver, self.log, self.record = saver, log, record
-        self.meter = Meter(parts.batch_size)
+        self.meter, self.sums = Meter(parts.batch_size), Sums(**(progress.unprinted or {}))
         self.bar = Bar(intervals.num_epochs, intervals.steps_per_epoch)
         self.outlook = Outlook(intervals.num_epochs * intervals.steps_per_epoch)
         self.watch = OverfittingWatch()
@@ -145,7 +145,7 @@ class Run:
                     self.save_epoch()
                     self.agreement.check(None)
             except Interrupted as interrupted:
-                self.print_line()
+                self.print_stop()
                 if progress.step > self.saver.saved_step:
                     self.saver.save("last", self.parts, progress, replace=True)
                 wait_for_all()  # the first may be saving
@@ -201,8 +201,44 @@ class Run:
 
     def print_line(self) -> None:
         """Print the iterations since the last line. Raises RunError for bad labels or losses."""
-        if not self.meter.pending:
+        if not self.read_meter():
             return
+        sums, self.sums, self.progress.unprinted = self.sums, Sums(), None
+        counts, loss, step = self.show(sums), sums.loss / sums.steps, self.progress.step
+        self.bar.show(step=step, loss=loss, rate=counts.samples / sums.seconds)
+        self.watch.add(counts)
+        self.outlook.add(step, steps=sums.steps, seconds=sums.seconds)
+        self.record.add(
+            "train",
+            epoch=self.progress.current_epoch,
+            iteration=self.progress.iteration,
+            step=step,
+            loss=loss,
+            learning_rate=self.parts.learning_rate(step - 1),
+            records_digest=self.progress.records_digest,
+            loss_scale=self.parts.graph.loss_scale if self.parts.use_fp16 else None,
+            **counts.as_figures(sums.seconds),
+        )
+
+    def print_stop(self) -> None:
+        """Print what the next line would have shown, and keep it for that of the resumed run."""
+        if self.read_meter():
+            self.show(self.sums)
+            self.progress.unprinted = vars(self.sums)
+
+    def show(self, sums: Sums) -> Counts:
+        counts = sums.counts(self.parts.batch_size)
+        epoch, iteration = self.progress.current_epoch, self.progress.iteration
+        self.log(train_line(epoch, iteration, sums.loss / sums.steps, counts, sums.seconds))
+        return counts
+
+    def read_meter(self) -> bool:
+        """Add the iterations that are done to the sums. False: there are none.
+
+        Raises RunError for bad labels or losses.
+        """
+        if not self.meter.pending:
+            return False
         losses, counts, bad_labels, seconds = self.meter.read()
         epoch, iteration = self.progress.current_epoch, self.progress.iteration
         if bad_labels:
@@ -214,22 +250,8 @@ class Run:
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             self.refuse_loss(losses[bad[0]], back=len(losses) - 1 - bad[0])
-        loss, step = sum(losses) / len(losses), self.progress.step
-        self.log(train_line(epoch, iteration, loss, counts, seconds))
-        self.bar.show(step=step, loss=loss, rate=counts.samples / seconds)
-        self.watch.add(counts)
-        self.outlook.add(step, steps=len(losses), seconds=seconds)
-        self.record.add(
-            "train",
-            epoch=epoch,
-            iteration=iteration,
-            step=step,
-            loss=loss,
-            learning_rate=self.parts.learning_rate(step - 1),
-            records_digest=self.progress.records_digest,
-            loss_scale=self.parts.graph.loss_scale if self.parts.use_fp16 else None,
-            **counts.as_figures(seconds),
-        )
+        self.sums.add(losses, counts, seconds)
+        return True
 
     def refuse_loss(self, loss: float, *, back: int) -> None:
         """Raise RunError for the loss of the step that lies `back` steps before the newest."""

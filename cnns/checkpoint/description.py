@@ -26,6 +26,9 @@ NUMBER = integer(0, MAX_NUMBER)
 COUNT = integer(1, MAX_NUMBER)
 CHECKSUM = integer(0, (1 << 32) - 1)
 ACCURACIES = {"val_top_1": real(0, 1), "val_top_k": real(0, 1), "num_val_examples": COUNT}
+UNPRINTED = record(
+    {"steps": COUNT, "loss": real(), "top_1": NUMBER, "top_k": NUMBER, "seconds": real(1e-9)}
+)
 SCHEMA = record(
     {
         "format_version": integer(1),
@@ -46,6 +49,7 @@ SCHEMA = record(
         "metrics": record({}, ACCURACIES, others=real()),
         "best": record({}, {"epoch": NUMBER, **ACCURACIES}, others=real()),
         "records_digest": optional(digest),
+        "unprinted": optional(UNPRINTED),
         "flags": record({}, others=flag),
         "versions": record({}, others=string),
         "checksums": record({}, others=CHECKSUM),
@@ -69,5 +73,10 @@ def check_description(content: Any) -> None:
             f"step is {step}, but {finished} epochs of {steps_per_epoch} iterations and "
             f"{iteration} make {finished * steps_per_epoch + iteration}"
         )
+    if unprinted := content.get("unprinted"):
+        steps = unprinted["steps"]
+        images = steps * (content.get("global_batch_size") or 0)
+        if steps > iteration or not unprinted["top_1"] <= unprinted["top_k"] <= images:
+            raise Damaged(f"unprinted has more than the {iteration} iterations of the epoch")
     if best is not None and best >= finished:
         raise Damaged(f"the best epoch is {best}, and {finished} are finished")

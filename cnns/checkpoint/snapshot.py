@@ -54,6 +54,7 @@ class Progress:
     best: dict = field(default_factory=dict)  # epoch and metrics of the best so far, by top-1
     # RecordOrder.digest of the records used; None where OneFlow's reader chooses them.
     records_digest: str | None = None
+    unprinted: dict | None = None  # the fields of Sums, where a run was stopped between two lines
 
     @property
     def current_epoch(self) -> int:

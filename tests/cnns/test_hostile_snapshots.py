@@ -202,6 +202,8 @@ def test_a_momentum_that_is_switched_on_or_off(before, after):
 
 # snapshot.json.
 
+UNPRINTED = {"steps": 1, "loss": 1.5, "top_1": 1, "top_k": 1, "seconds": 0.5}
+
 
 @pytest.mark.parametrize(
     "words, fields",
@@ -231,6 +233,13 @@ def test_a_momentum_that_is_switched_on_or_off(before, after):
         ("flags.seed is an object", {"flags": {"seed": {}}}),
         ("versions.python is 3", {"versions": {"python": 3}}),
         ("records_digest is 'abc'", {"records_digest": "abc"}),
+        ("unprinted is 3", {"unprinted": 3}),
+        ("unprinted.loss is '1'", {"unprinted": UNPRINTED | {"loss": "1"}}),
+        ("unprinted has more than the 0 iterations", {"unprinted": UNPRINTED}),
+        (
+            "unprinted has more than the 1 iterations",
+            {"iteration": 1, "step": 7, "unprinted": UNPRINTED | {"top_k": 10**9}},
+        ),
         ("'more', which is unknown", {"more": 1}),
         ("checksums.model.safetensors", {"checksums": {"model.safetensors": -1}}),
         ("format_version is '1'", {"format_version": "1"}),

@@ -23,7 +23,7 @@ from cnns.evaluation import Evaluator
 from cnns.interrupts import Interrupts
 from cnns.log import Counts
 from cnns.record import read_metrics
-from small import RECORD, ROOT, TINY, call, tree, write_sets
+from small import MODELS, RECORD, ROOT, TINY, call, tree, write_sets
 
 NUM_CLASSES = 4
 EPOCHS = 3
@@ -31,7 +31,8 @@ EPOCHS = 3
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch, tmp_path):
-    monkeypatch.setitem(model_registry.MODELS, "tiny", TINY)
+    for name in ("tiny", "toy"):
+        monkeypatch.setitem(model_registry.MODELS, name, MODELS[name])
     monkeypatch.chdir(tmp_path)
 
 
@@ -136,10 +137,33 @@ def test_stopped_and_resumed_equals_never_stopped(data, stop_at, kind, optimizer
         assert set(arrays(one)) == {"model.safetensors", "training.safetensors"}
         assert arrays(one) == arrays(other), name
         assert description(one) == description(other)
-    # The stop between two lines, and that alone, made one line into two.
-    assert [line for line in lines if "iter 4" not in line and "epoch 1, iter 6" not in line] == [
-        line for line in figures(whole.stdout) if "epoch 1, iter 6" not in line
-    ]
+    # The stop between two lines, and that alone, prints one more. The next one is what it would
+    # have been, and what is written down is that of a run that was never stopped.
+    more = [line for line in lines if ", iter 4, " in line]
+    assert len(more) == 1 and [line for line in lines if line not in more] == figures(whole.stdout)
+    assert record(Path("run")) == record(Path("whole"))
+    assert epochs(Path("run")) == epochs(Path("whole"))
+
+
+def test_stopped_twenty_times_and_resumed(data, stop_at):
+    """SIGTERM at random moments, also twice between two lines, and before one step is done."""
+    rng = random.Random(0)
+    flags = [*recipe(data, "arrays"), "--loss_print_every_n_iter=4", "--model=toy"]
+    whole = train(*flags, "--model_save_dir=whole")
+    assert whole.status == 0, whole.stderr
+    stops = 0
+    while stops < 20:
+        stop_at(rng.choice((1, 1, 2, 3, 5)))
+        run = train(*flags, "--model_save_dir=run", "--resume=auto")
+        assert run.status in (0, 143), run.stderr
+        stops += run.status == 143
+        if run.status == 0 or stops == 20:
+            stop_at(None)
+            assert train(*flags, "--model_save_dir=run", "--resume=auto").status == 0
+            assert record(Path("run")) == record(Path("whole"))
+            assert epochs(Path("run")) == epochs(Path("whole"))
+            assert arrays("run/snapshot_last") == arrays("whole/snapshot_last")
+            shutil.rmtree("run")
 
 
 def process(*argv, **more) -> subprocess.Popen:
