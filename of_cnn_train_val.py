@@ -52,6 +52,7 @@ from cnns.graphs import DropoutMasks, TrainGraph, limit_top_k
 from cnns.launch.external import find_job, take_numbers
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, is_first_rank, notice, open_log
+from cnns.losses import build_loss
 from cnns.prepare import describe_network, open_data, open_start
 from cnns.record import Record, describe_process, open_record
 from cnns.resume import check_flags, compare_flags, compare_runs, inherited_flags, num_processes
@@ -430,7 +431,12 @@ def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> Tra
         loader,
         optimizer,
         spec.schedule.build(optimizer),
-        label_smoothing=flags["label_smoothing"],
+        loss=build_loss(
+            flags["loss"],
+            label_smoothing=flags["label_smoothing"],
+            target_threshold=flags["bce_target_threshold"],
+            sum_classes=bool(flags["bce_sum"]),
+        ),
         top_k=spec.top_k,
         use_fp16=flags["use_fp16"],
         num_nodes=flags["num_nodes"],

@@ -13,6 +13,7 @@ from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
 from cnns.checkpoint.snapshot import local
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
+from cnns.losses import main_label
 from cnns.models.layers import Dropout
 from cnns.runorder import queue_before_start
 
@@ -119,7 +120,9 @@ class QuietGraph(nn.Graph):
 class TrainGraph(QuietGraph):
     """One call is one step: load, forward, backward, update, all on the device.
 
-    A network with dropout needs the `masks` of the step; see `DropoutMasks`.
+    The loader gives images and labels, and where it mixes images, what `cnns.losses` says as well;
+    `loss` is one of those. A network with dropout needs the `masks` of the step; see
+    `DropoutMasks`.
 
     Returns four scalars that stay there, over the batches of all devices: mean loss (that of an
     auxiliary classifier is in it, times the network's `auxiliary_weight`), top-1 hits,
@@ -135,7 +138,7 @@ class TrainGraph(QuietGraph):
         optimizer: flow.optim.Optimizer,
         schedule: LRScheduler | None = None,
         *,
-        label_smoothing: float,
+        loss: nn.Module,
         top_k: int,
         use_fp16: bool = False,
         num_nodes: int = 1,
@@ -150,7 +153,7 @@ class TrainGraph(QuietGraph):
             self.set_grad_scaler(flow.amp.GradScaler(**LOSS_SCALE))
         self.model = model
         self.loader = loader
-        self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.cross_entropy = loss
         self.auxiliary_weight = getattr(model, "auxiliary_weight", 0.0)
         self.dropouts = dropouts(model)
         self.top_k = top_k
@@ -170,7 +173,8 @@ class TrainGraph(QuietGraph):
         masks: Sequence[flow.Tensor] = (),
         stop: flow.Tensor | None = None,
     ) -> tuple[flow.Tensor, ...]:
-        image, label = self.loader(*batch)  # (N, 3, H, W) float32, (N,) int32
+        # (N, 3, H, W) float32, (N,) int32; mixed: (N,) int32, (N,) float32
+        image, label, *mixed = self.loader(*batch)
         for layer, mask in zip(self.dropouts, masks, strict=True):
             layer.mask = mask
         logits, auxiliary = self.model(image), None  # (N, C)
@@ -180,12 +184,12 @@ class TrainGraph(QuietGraph):
         # The loss kernel aborts the process on a label it has no logit for.
         valid = in_range(label, logits)
         label = label * valid
-        loss = self.cross_entropy(logits, label)  # ()
+        loss = self.cross_entropy(logits, label, *mixed)  # ()
         if auxiliary is not None:
-            auxiliary_loss = self.cross_entropy(in_float32(auxiliary), label)
+            auxiliary_loss = self.cross_entropy(in_float32(auxiliary), label, *mixed)
             loss = loss + self.auxiliary_weight * auxiliary_loss
         loss.backward()
-        top_1, top_k = hits(logits, label, self.top_k)
+        top_1, top_k = hits(logits, main_label(label, tuple(mixed)), self.top_k)
         return broadcast_outputs(loss, top_1.sum(), top_k.sum(), (1 - valid).sum(), stop=stop)
 
 

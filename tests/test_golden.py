@@ -24,6 +24,7 @@ import resnet_model
 from cnns.checkpoint.snapshot import state_arrays
 from cnns.distributed import place, to_device
 from cnns.graphs import Predictor, TrainGraph
+from cnns.losses import CrossEntropy
 from golden import seeded
 from small import Tiny
 
@@ -120,7 +121,11 @@ def test_a_step(golden, batch, resnet50):
         model, "sgd", learning_rate=rate, weight_decay=0.0, momentum=0.0
     )
     graph = TrainGraph(
-        model.train(), Given(), optimizer, label_smoothing=golden["label_smoothing"], top_k=5
+        model.train(),
+        Given(),
+        optimizer,
+        loss=CrossEntropy(label_smoothing=golden["label_smoothing"]),
+        top_k=5,
     )
     loss = float(graph(*on_device(*batch))[0].numpy())
     after = state_arrays(model)
@@ -182,7 +187,7 @@ def train(training: dict, weight_decay: float) -> tuple[np.ndarray, dict[str, np
         Given(),
         optimizer,
         schedule.build(optimizer),
-        label_smoothing=training["label_smoothing"],
+        loss=CrossEntropy(label_smoothing=training["label_smoothing"]),
         top_k=5,
     )
     losses = [

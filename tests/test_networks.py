@@ -27,6 +27,7 @@ from cnns.distributed import place, to_device
 from cnns.errors import UsageError
 from cnns.export import ExportedModel
 from cnns.graphs import DropoutMasks, Predictor, TrainGraph
+from cnns.losses import CrossEntropy
 from cnns.models.alexnet import AlexNet
 from cnns.models.layers import Dropout, adaptive_mean
 from cnns.models.model import Model
@@ -138,7 +139,7 @@ def test_the_graph_drops_what_the_masks_say():
         model,
         Given(),
         flow.optim.SGD(model.parameters(), lr=1.0),
-        label_smoothing=0.0,
+        loss=CrossEntropy(label_smoothing=0.0),
         top_k=1,
     )
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from cnns.data.kinds import Synthetic
 from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.distributed import place
 from cnns.graphs import TrainGraph
+from cnns.losses import CrossEntropy
 from optimizer_util import Schedule
 from small import TINY, ballast
 
@@ -150,7 +151,7 @@ def test_only_batch_norms_do_not_decay(name, num_decaying, total):
         preprocessing=TINY.preprocessing(),
         device="cpu",
     )
-    graph = TrainGraph(model, loader, optimizer, label_smoothing=0.1, top_k=5)
+    graph = TrainGraph(model, loader, optimizer, loss=CrossEntropy(label_smoothing=0.1), top_k=5)
     graph.build_graph(*next(loader.batches()))
     updates = [op for op in graph._full_graph_proto.net.op if op.name.endswith("_optimizer")]
     found = {

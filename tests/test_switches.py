@@ -23,6 +23,7 @@ from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.distributed import place, set_communication
 from cnns.flags.devices import CUDA_FLAGS
 from cnns.graphs import EvalGraph, PredictGraph, TrainGraph
+from cnns.losses import CrossEntropy
 from cnns.models.layers import Switches, from_standard
 from small import TINY, Tiny, call, losses, tree, validation_figures, write_parts
 
@@ -145,7 +146,7 @@ def make_train_graph(*, use_fp16, num_nodes=1):
         model,
         loader,
         optimizer,
-        label_smoothing=0.1,
+        loss=CrossEntropy(label_smoothing=0.1),
         top_k=5,
         use_fp16=use_fp16,
         num_nodes=num_nodes,

@@ -13,6 +13,7 @@ from cnns.flags.defaults import (
 )
 from cnns.flags.parser import Flag
 from cnns.flags.values import COUNT, number, numbers, optimizer_name
+from cnns.losses import LOSSES
 from cnns.models.model import Model
 
 BATCH_FLAGS = {
@@ -74,7 +75,24 @@ def optimizer_flags(
             number(float, 0, 1, above=True),
             otherwise=f"the network's own, and {FINETUNE['batch_norm_momentum']:g} with --finetune",
         ),
+        "loss": Flag(
+            "cross_entropy, or bce: each class by itself, as in the A recipes of timm",
+            str.lower,
+            "cross_entropy",
+            choices=LOSSES,
+        ),
         "label_smoothing": Flag("label smoothing factor", number(float, 0, 1), 0.1),
+        "bce_target_threshold": Flag(
+            "targets above it count as 1 and all others as 0; A recipes: 0.2",
+            number(float, 0, 1),
+            otherwise="targets as mixing and smoothing leave them",
+            needs=("loss", ("bce",)),
+        ),
+        "bce_sum": Flag(
+            "add up the classes of an image, in place of their mean",
+            default=False,
+            needs=("loss", ("bce",)),
+        ),
         "warmup_epochs": Flag(
             "epochs of linear warm-up from 0",
             number(float, 0),

@@ -18,6 +18,7 @@ from cnns.errors import RunError, UsageError
 from cnns.evaluation import Evaluator
 from cnns.graphs import Predictor, TrainGraph, hits
 from cnns.log import limit_run_ahead
+from cnns.losses import CrossEntropy
 from small import Tiny, ballast, write_parts
 
 PREPROCESSING = Preprocessing(32, 32, (123.0, 117.0, 104.0), (58.0, 57.0, 57.0))
@@ -175,7 +176,9 @@ def training(model, *, seed=0, steps=100, lr=0.05, name="sgd", **optimizer):
     )
     schedule = optimizer_util.Schedule("cosine", learning_rate=lr, total_steps=steps).build(built)
     loader = synthetic(SyntheticTrainLoader, seed=seed)
-    graph = TrainGraph(model, loader, built, schedule, label_smoothing=0.1, top_k=5)
+    graph = TrainGraph(
+        model, loader, built, schedule, loss=CrossEntropy(label_smoothing=0.1), top_k=5
+    )
     return graph, loader.batches()
 
 

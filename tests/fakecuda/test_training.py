@@ -180,6 +180,7 @@ def check_precision(operators: list[jobs.Operator], *, use_fp16: bool) -> None:
 
 
 LOSS = ("log_softmax", "log_softmax_grad", "nll", "nll_grad", "broadcast_div", "softmax")
+LOSS += ("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits_grad")
 # Reductions that give half precision, by their names; all others are float32. Within its kernel
 # OneFlow adds up in float32, so what half precision costs is one rounding of the sum.
 HALF_REDUCTIONS = {
@@ -227,6 +228,8 @@ SETTINGS = {
     + ("--gradient_clipping=1",),
     "clipped": ("--model=toy", "--gradient_clipping=1"),
     **{schedule: ("--model=toy", f"--lr_decay={schedule}") for schedule in SCHEDULES},
+    "bce": ("--model=toy", "--loss=bce", "--bce_target_threshold=0.2"),
+    "bce, summed, half": ("--model=toy", "--loss=bce", "--bce_sum", "--use_fp16"),
     "dropping": ("--model=dropping",),
     "dropping, half": ("--model=dropping", "--use_fp16"),
 }
@@ -278,7 +281,8 @@ def test_optimizers_and_schedules_compile(compiled, name):
     more = {"adam_bias_correction_factor": 2} if optimizer == "adam" else {}
     check_devices(operators, schedule=True, use_fp16="--use_fp16" in flags, more=more)
     check_precision(operators, use_fp16="--use_fp16" in flags)
-    check_loss(operators, heads=1 + ("dropping" in flags))
+    check_loss(operators, heads=0 if "bce" in flags else 1 + ("dropping" in flags))
+    assert found["binary_cross_entropy_with_logits"] == ("bce" in flags)
     # The norm over all gradients at once.
     assert found["multi_reduce_sum_pow_abs"] == ("--gradient_clipping" in flags)
 
