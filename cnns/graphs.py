@@ -15,6 +15,7 @@ from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from cnns.checkpoint.snapshot import local
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
 from cnns.models.layers import Dropout
+from cnns.polling import Runs
 
 # Of dynamic loss scaling. 2^16 is more than float16 holds (65504), but the first float16 value of a
 # backward pass is the logits' gradient, which is at most the scale / batch size.
@@ -112,24 +113,31 @@ class QuietGraph(nn.Graph):
         super().__init__()
         self.run_seconds: list[float] = []  # of the first runs
         self.newest: list = []  # what the newest short run gave
+        self.runs = Runs()
 
     def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
         if not self.is_compiled:
             return self.compile_quietly(*batch, **more)
         if not can_delay(batch):
-            return super().__call__(*batch, **more)
+            return self.start_run(*batch, **more)
         if min(self.run_seconds, default=SHORT_SECONDS) < SHORT_SECONDS:
             for output in self.newest:
                 wait_for(output)
-            output = super().__call__(*delayed(batch), **more)
+            output = self.start_run(*delayed(batch), **more)
             self.newest = [output]
         elif len(self.run_seconds) < TIMED_RUNS:
             start = time.perf_counter()
-            output = super().__call__(*batch, **more)
+            output = self.start_run(*batch, **more)
             wait_for(output)
             self.run_seconds.append(time.perf_counter() - start)
         else:
-            output = super().__call__(*batch, **more)
+            output = self.start_run(*batch, **more)
+        return output
+
+    def start_run(self, *batch: flow.Tensor, **more: Any) -> Any:
+        output = super().__call__(*batch, **more)
+        if batch and batch[0].placement.type == "cpu":
+            self.runs.start()
         return output
 
     def compile_quietly(self, *batch: flow.Tensor, **more: Any) -> Any:
