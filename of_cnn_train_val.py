@@ -26,13 +26,12 @@ from oneflow import nn
 import config
 import ofrecord_util
 import optimizer_util
-from cnns.advice import check_disk, most_snapshots, next_steps, snapshot_bytes
+from cnns.advice import check_disk, most_snapshots, snapshot_bytes
 from cnns.checkpoint.find import find_resume, list_snapshots, open_save_dir, position
-from cnns.checkpoint.snapshot import PREFIX, Progress, Snapshot, load_training_state, versions
+from cnns.checkpoint.snapshot import Progress, Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, standard_shapes
 from cnns.configfile import read_config
-from cnns.convert.cache import is_photo_folder
 from cnns.data.crops import Augmentation
 from cnns.data.kinds import Dataset, Synthetic
 from cnns.distributed import (
@@ -55,6 +54,7 @@ from cnns.log import Log, is_first_rank, notice, open_log
 from cnns.losses import build_loss
 from cnns.prepare import describe_network, open_data, open_start
 from cnns.record import Record, describe_process, open_record
+from cnns.report.finished import finish
 from cnns.resume import check_flags, compare_flags, compare_runs, inherited_flags, num_processes
 from cnns.run import Intervals, Parts, Run, Saver, announce
 from config import Plan
@@ -91,14 +91,13 @@ def main(argv: list[str] | None = None) -> int | None:
             save_init=spec.flags["save_init"],
         )
         run.run()
-        if spec.flags["finetune"] or is_photo_folder(spec.flags["train_data_dir"]):
-            name = "best" if run.progress.best else f"epoch_{spec.flags['num_epochs'] - 1}"
-            for text in next_steps(
-                f"{save_dir}/{PREFIX}{name}",
-                val_data=spec.val_data.path if spec.val_data else None,
-                scripts=os.path.dirname(os.path.abspath(__file__)),
-            ):
-                notice(text)
+        finish(
+            run,
+            spec.about,
+            save_dir=save_dir,
+            val_data=spec.val_data,
+            scripts=os.path.dirname(os.path.abspath(__file__)),
+        )
     return None
 
 
@@ -465,7 +464,13 @@ def build_evaluator(spec: RunSpec, model: nn.Module, log: Log) -> Evaluator | No
         preprocessing=spec.about.preprocessing,
         device=spec.device,
     )
-    return Evaluator(model, loader, top_k=spec.top_k, use_fp16=flags["use_fp16"])
+    return Evaluator(
+        model,
+        loader,
+        top_k=spec.top_k,
+        use_fp16=flags["use_fp16"],
+        gives_logits=flags["report"],
+    )
 
 
 if __name__ == "__main__":

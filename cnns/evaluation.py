@@ -32,7 +32,8 @@ class Evaluator:
         use_fp16: bool = False,
         gives_logits: bool = False,
     ):
-        self.model, self.loader, self.gives_logits = model, loader, gives_logits
+        self.model, self.loader = model, loader
+        self.top_k, self.gives_logits = top_k, gives_logits
         self.graph: EvalGraph | ArrayGraph = EvalGraph(
             model, loader, top_k=top_k, use_fp16=use_fp16, gives_logits=gives_logits
         )
@@ -145,5 +146,6 @@ class ArrayEvaluator(Evaluator):
         top_k: int,
         gives_logits: bool = False,
     ):
-        self.model, self.loader, self.gives_logits = None, loader, gives_logits
+        self.model, self.loader = None, loader
+        self.top_k, self.gives_logits = top_k, gives_logits
         self.graph = ArrayGraph(network, loader, top_k=top_k, gives_logits=gives_logits)

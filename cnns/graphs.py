@@ -15,18 +15,8 @@ from cnns.checkpoint.snapshot import local
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
 from cnns.losses import main_label
 from cnns.models.layers import Dropout
-        queue_before_start()
-        self.runs = Runs()
-
-    def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
-        if not self.is_compiled:
-            return self.compile_quietly(*batch, **more)
-        output = super().__call__(*batch, **more)
-        if batch and batch[0].placement.type == "cpu":
-            self.runs.start()
-        return output
-
-    def compile_quietly(self, *batch: flow.Tensor, **more: Any) -> Any:
+from cnns.polling import Runs
+from cnns.runorder import queue_before_start
 
 # Of dynamic loss scaling. 2^16 is more than float16 holds (65504), but the first float16 value of a
 # backward pass is the logits' gradient, which is at most the scale / batch size.
@@ -118,44 +108,18 @@ class QuietGraph(nn.Graph):
 
     def __init__(self) -> None:
         super().__init__()
-<<<<<<< HEAD
         queue_before_start()
-
-    def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
-        if self.is_compiled:
-            return super().__call__(*batch, **more)
-=======
-        self.run_seconds: list[float] = []  # of the first runs
-        self.newest: list = []  # what the newest short run gave
         self.runs = Runs()
 
     def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
         if not self.is_compiled:
             return self.compile_quietly(*batch, **more)
-        if not can_delay(batch):
-            return self.start_run(*batch, **more)
-        if min(self.run_seconds, default=SHORT_SECONDS) < SHORT_SECONDS:
-            for output in self.newest:
-                wait_for(output)
-            output = self.start_run(*delayed(batch), **more)
-            self.newest = [output]
-        elif len(self.run_seconds) < TIMED_RUNS:
-            start = time.perf_counter()
-            output = self.start_run(*batch, **more)
-            wait_for(output)
-            self.run_seconds.append(time.perf_counter() - start)
-        else:
-            output = self.start_run(*batch, **more)
-        return output
-
-    def start_run(self, *batch: flow.Tensor, **more: Any) -> Any:
         output = super().__call__(*batch, **more)
         if batch and batch[0].placement.type == "cpu":
             self.runs.start()
         return output
 
     def compile_quietly(self, *batch: flow.Tensor, **more: Any) -> Any:
->>>>>>> wip-speed
         printed = io.StringIO()
         with redirect_stdout(printed), redirect_stderr(printed):
             output = super().__call__(*batch, **more)

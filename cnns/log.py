@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
 from cnns import errors
 from cnns.errors import RunError, UsageError, printable, say
+from cnns.launch.terminal import find_terminal
 
 RUN_AHEAD = 2  # steps; enough for the next to be there when one ends
 
@@ -94,19 +96,19 @@ def notice(text: str) -> None:
 class Bar:
     """The progress bar of a run on a terminal: epoch, loss, rate, time left of epoch and run.
 
-    Elsewhere nothing is drawn, also where a parent process passes on what this one says.
+    Elsewhere nothing is drawn.
     """
 
     def __init__(self, num_epochs: int, steps_per_epoch: int):
         self.num_epochs, self.steps_per_epoch = num_epochs, steps_per_epoch
-        self.is_drawn = is_first_rank() and sys.stderr.isatty()
+        self.file = find_terminal() if is_first_rank() else None
         self.bar: tqdm | None = None
         self.steps, self.start = 0, time.monotonic()  # of this process
 
     @contextmanager
     def epoch(self, epoch: int, iteration: int) -> Iterator[None]:
         """Draw it below the lines of an epoch that stands at `iteration`."""
-        if not self.is_drawn:
+        if self.file is None:
             yield
             return
         self.bar = tqdm(
@@ -114,16 +116,17 @@ class Bar:
             total=self.steps_per_epoch,
             initial=iteration,
             unit="iter",
-            file=sys.stderr,
+            file=self.file,
             leave=False,
             dynamic_ncols=True,
             mininterval=0.5,
         )
-        errors.aside.append(tqdm.external_write_mode)
+        step_aside = partial(tqdm.external_write_mode, file=self.file)
+        errors.aside.append(step_aside)
         try:
             yield
         finally:
-            errors.aside.remove(tqdm.external_write_mode)
+            errors.aside.remove(step_aside)
             self.bar.close()
             self.bar = None
 

@@ -114,6 +114,8 @@ def check_data_flags(args: Namespace, flags: Mapping[str, Flag]) -> None:
         refuse("needs --train_data_dir, and without it data are synthetic", *of_files)
         ignored = (*AUGMENTATION_FLAGS, *of_parts, "val_batch_size_per_device")
         refuse("has no effect on synthetic data", *ignored)
+        if args.report:
+            raise UsageError("--report has no effect on synthetic data; leave it out")
         return
     if args.train_data_dir.endswith(".npz"):
         refuse("has no effect on an .npz file, which is shuffled as a whole", *of_parts)
@@ -187,6 +189,10 @@ def finish_train_args(
         args.num_epochs = NUM_EPOCHS
     if args.keep_snapshots is None:
         args.keep_snapshots = KEEP_SNAPSHOTS
+    if args.report is None:
+        args.report = is_photo_folder(args.train_data_dir) or (
+            args.finetune and args.train_data_dir is not None
+        )
     if args.warmup_epochs is None:
         args.warmup_epochs = min(WARMUP_EPOCHS, args.num_epochs // 2)
     check_schedule_flags(args)

@@ -26,7 +26,7 @@ LOOKS_LIKE_A_FLAG = re.compile(r"-[A-Za-z-][^\s=]*(=|$)")
 
 @dataclass(frozen=True)
 class Flag:
-    """All about one flag but its name. One with a boolean default is a switch."""
+    """All about one flag but its name. One with a boolean default, or type, is a switch."""
 
     text: str  # what it does, with its unit; its default is added to it
     parse: Callable[[str], object] = str  # raises ArgumentTypeError
@@ -47,7 +47,7 @@ class Flag:
     @property
     def is_switch(self) -> bool:
         """Whether its values are True and False, with True for the bare flag."""
-        return isinstance(self.default, bool)
+        return isinstance(self.default, bool) or self.parse is boolean
 
     @property
     def help(self) -> str:

@@ -4,7 +4,7 @@ import os
 
 from cnns.flags.defaults import CPU_TRIAL, FINETUNE, KEEP_SNAPSHOTS, NUM_EPOCHS
 from cnns.flags.parser import Flag
-from cnns.flags.values import COUNT, count_or_all, number, onnx_path, path
+from cnns.flags.values import COUNT, boolean, count_or_all, number, onnx_path, path
 from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT
 
 OPSETS = (9, 21)  # lowest and highest that resnet_to_onnx.py writes
@@ -75,6 +75,12 @@ RECORD_FLAGS = {
         "also write the figures of metrics.jsonl for TensorBoard, to tensorboard/ in the directory "
         "of the run",
         default=False,
+    ),
+    "report": Flag(
+        "at the end, write into the directory of the run: report/, the curves, and evaluation/, "
+        "what the best snapshot gets wrong, as of_cnn_evaluate.py --report does",
+        boolean,
+        otherwise="on with --finetune and for a folder of images, else off",
     ),
 }
 REPORT_FLAGS = {

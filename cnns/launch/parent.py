@@ -27,6 +27,7 @@ from cnns.errors import RunError, UsageError, describe, report
 from cnns.interrupts import SIGNALS, STATUSES, is_ignored
 from cnns.launch.channel import MAX_BYTES, PROTOCOL, Channel, brief, difference
 from cnns.launch.job import Job, listen, reserve_port
+from cnns.launch.terminal import share_terminal, terminal_environ
 from cnns.launch.worker import END_BY_ABORT, STARTER, End, Explain, Worker, worker_environ
 
 TICK_SECONDS = 0.1
@@ -372,15 +373,17 @@ class Parent:
     def start_workers(self, master: tuple[str, int]) -> None:
         sys.stdout.flush()  # rank 0 writes there as well
         for rank in self.job.ranks:
+            terminal = share_terminal() if rank == 0 else ()
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *self.command],
-                env=worker_environ(self.job, rank, master),
+                env=worker_environ(self.job, rank, master) | terminal_environ(terminal),
+                pass_fds=terminal,
                 stdin=self.stdin,
                 stdout=None if rank == 0 else subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
-            self.add_worker(Worker(process, job=self.job, rank=rank))
+            self.add_worker(Worker(process, job=self.job, rank=rank, has_bar=bool(terminal)))
 
     def add_worker(self, worker: Worker) -> None:
         self.workers.append(worker)

@@ -21,6 +21,7 @@ from cnns.interrupts import STATUSES
 from cnns.launch import control
 from cnns.launch.channel import brief
 from cnns.launch.job import Job
+from cnns.launch.terminal import ERASE
 
 RANK_0_SECONDS = 120.0  # for rank 0 to import OneFlow, before the others do so anyway
 WORKER_MARK = "CNNS_WORKER"
@@ -164,8 +165,9 @@ class Worker:
     says of its errors is passed on like everything else.
     """
 
-    def __init__(self, process: Any, *, job: Job, rank: int):  # subprocess.Popen, or alike
-        self.process, self.job, self.rank = process, job, rank
+    def __init__(self, process: Any, *, job: Job, rank: int, has_bar: bool = False):
+        self.process, self.job, self.rank = process, job, rank  # subprocess.Popen, or alike
+        self.before_line = ERASE.encode() if has_bar else b""
         self.is_alone = job.world_size == 1
         self.is_shown = rank == 0
         self.stderr = process.stderr
@@ -182,7 +184,7 @@ class Worker:
     def print_lines(self) -> None:
         while (line := self.to_print.get()) is not None:
             try:
-                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.write(self.before_line + line)
                 sys.stderr.buffer.flush()
             except OSError as error:  # nobody reads it any more
                 if error.errno == errno.EIO:

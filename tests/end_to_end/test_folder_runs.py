@@ -1,10 +1,13 @@
 """From a folder of images: training, fine-tuning, resuming and evaluation, with a tiny network."""
 
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +45,17 @@ def photos(monkeypatch, tmp_path):
 
 def train(*argv):
     return call(of_cnn_train_val.main, "--model=tiny", "--device=cpu", "--top_k=2", *argv)
+
+
+def started(*argv) -> subprocess.CompletedProcess:
+    """The same in a process of its own."""
+    script = str(ROOT / "tests" / "train_small.py")
+    return subprocess.run(
+        [sys.executable, script, "--model=tiny", "--device=cpu", "--top_k=2", *argv],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def held(directory: str) -> list[str]:
@@ -82,6 +96,12 @@ def test_a_folder_is_fine_tuned_and_the_commands_that_follow_run(photos):
         results[name] = call(SCRIPTS[name].main, *argv)
         assert results[name].status == 0, results[name].stderr
     best = read_description("tuned/snapshot_best").metrics["val_top_1"]
+    assert (
+        "\nCurves: tuned/report/report.html\nWhat it gets wrong: tuned/evaluation/report.html\n"
+        in (run.stderr)
+    )
+    about = json.loads(Path("tuned/evaluation/report.json").read_text())
+    assert about["top_1"] == best and about["weights"] == "tuned/snapshot_best"
     scored = results["of_cnn_evaluate.py"].stdout
     assert validation_figures(scored)[0][0] == f"{best:.6f}"
     assert results["of_cnn_inference.py"].stdout.split()[-1] in CLASSES
@@ -90,6 +110,53 @@ def test_a_folder_is_fine_tuned_and_the_commands_that_follow_run(photos):
         of_cnn_evaluate.main, "--val_data_dir=photos", "--model_load_dir=tuned/snapshot_best"
     )
     assert validation_figures(named.stdout) == validation_figures(scored)
+
+
+def test_the_report_is_of_the_best_snapshot_in_any_number_of_processes(photos):
+    """At a rate that is far too high, the best epoch is not the last."""
+    flags = ("--train_data_dir=photos", "--num_epochs=4", "--batch_size_per_device=4", "--wd=0")
+    rate = ("--learning_rate=3", "--val_split=0.25")
+    run = started("--gpu_num_per_node=2", "--model_save_dir=run", *flags, *rate)
+    assert run.returncode == 0, run.stderr
+    assert "Curves: run/report/report.html\n" in run.stderr
+    said = json.loads(Path("run/evaluation/report.json").read_text())
+    best, last = (read_description(f"run/snapshot_{name}") for name in ("best", "last"))
+    assert best.epoch < last.epoch and said["images"] == 9
+    assert said["top_1"] == best.metrics["val_top_1"]
+    losses = {}
+    for name in ("best", "last"):
+        flags = (f"--model_load_dir=run/snapshot_{name}", "--val_split=0.25")
+        scored = call(of_cnn_evaluate.main, "--val_data_dir=photos", *flags)
+        losses[name] = float(re.search(r"Loss: (\S+),", scored.stderr)[1])
+    assert said["loss"] == pytest.approx(losses["best"], rel=1e-3)
+    assert said["loss"] != pytest.approx(losses["last"], rel=1e-2)
+    # Nothing to train: only the reports are written again. One that cannot be is a notice.
+    shutil.rmtree("run/evaluation")
+    shutil.rmtree("run/report")
+    Path("run/report").write_text("in the way")
+    again = train("--resume=run")
+    assert again.status == 0, again.stderr
+    said_again = json.loads(Path("run/evaluation/report.json").read_text())
+    assert said_again["loss"] == pytest.approx(said["loss"], rel=1e-3)
+    assert re.search(r"^Curves: not written, File exists: \S+/run/report; ", again.stderr, re.M)
+    Path("run/evaluation/mine.txt").write_text("")
+    again = train("--resume=run")
+    assert again.status == 0 and "/run/evaluation holds mine.txt" in again.stderr
+    assert Path("run/evaluation/mine.txt").exists()
+
+
+def test_reports_are_left_out_where_told_and_asked_for_where_there_is_no_folder(photos):
+    flags = ("--num_epochs=1", "--batch_size_per_device=8")
+    run = train("--train_data_dir=photos", "--report=False", "--model_save_dir=run", *flags)
+    assert run.status == 0 and "Curves" not in run.stderr and "Score it: " in run.stderr
+    assert not os.path.exists("run/report") and not os.path.exists("run/evaluation")
+    (entry,) = os.listdir("output/cache")
+    parts = f"--train_data_dir=output/cache/{entry}/train"
+    run = train(parts, "--report", "--model_save_dir=parts", *flags)
+    assert run.status == 0, run.stderr
+    assert os.path.exists("parts/report/report.html") and not os.path.exists("parts/evaluation")
+    refused = train("--report")
+    assert refused.status == 2 and "--report has no effect on synthetic data" in refused.stderr
 
 
 def test_the_defaults_of_fine_tuning(photos):
@@ -152,15 +219,9 @@ def test_flags_of_folders_are_refused_without_one(photos, tmp_path):
 
 
 def test_several_processes_convert_once_and_share_the_parts(photos):
-    run = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "tests" / "train_small.py"), "--model=tiny"),
-            *("--device=cpu", "--gpu_num_per_node=2", "--train_data_dir=photos", "--top_k=2"),
-            *("--num_epochs=1", "--batch_size_per_device=4"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
+    run = started(
+        *("--gpu_num_per_node=2", "--train_data_dir=photos"),
+        *("--num_epochs=1", "--batch_size_per_device=4", "--report=False"),
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("Converting 36 images of photos") == 1

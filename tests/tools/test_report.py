@@ -11,7 +11,8 @@ import yaml
 
 import tools.report
 import tools.runs
-from cnns.record import open_record
+from cnns.record import open_record, read_run
+from cnns.report.curves import epochs_done, thin
 from small import call
 
 
@@ -79,10 +80,10 @@ def test_report_is_one_page_with_its_pictures(runs):
 
 
 def test_curves_stand_at_their_epochs(runs):
-    one, two = map(tools.report.read_run, runs)
-    assert tools.report.epochs_done(one, one.of_kind("train"))[:5] == [0.25, 0.5, 0.75, 1, 1.25]
-    assert tools.report.epochs_done(two, two.of_kind("validation")) == [1, 2]
-    points = tools.report.thin([float(i) for i in range(1800)])
+    one, two = map(read_run, runs)
+    assert epochs_done(one, one.of_kind("train"))[:5] == [0.25, 0.5, 0.75, 1, 1.25]
+    assert epochs_done(two, two.of_kind("validation")) == [1, 2]
+    points = thin([float(i) for i in range(1800)])
     assert len(points) == 360 and points[0] == 2.0 and points[-1] == 1797.0
 
 
