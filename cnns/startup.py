@@ -7,6 +7,8 @@
 - The OpenBLAS in OneFlow's wheel does not know AMD's processors since Zen 3 nor Intel's newer ones,
   and takes kernels from 2004 to 2007 for them. The best that it has, those for Zen and Haswell (it
   has none for AVX-512), are asked for instead: products of matrices are up to 5 times as fast.
+- It gives up when what it waits for takes 2 hours, by the wall clock: one that is set forward, or a
+  machine that wakes up, would end a run. It is told to wait for a century.
 - Under a low limit of open files it aborts, and under one of memory its libraries cannot be mapped;
   both are seen first.
 - A worker of a job of several processes prepares itself, see cnns.launch.worker; what another
@@ -33,6 +35,7 @@ NVIDIA_DRIVER = "/dev/nvidiactl"
 # a CPU with 2 cores aborts.
 MIN_OPEN_FILES = 64
 MIN_ADDRESS_SPACE = 6 << 30  # bytes
+WAIT_SECONDS = 100 * 365 * 24 * 60 * 60
 HARMLESS = ("libibverbs not available",)
 
 
@@ -52,6 +55,10 @@ def choose_blas_kernels() -> None:
         return
     if core is not None:
         os.environ.setdefault("OPENBLAS_CORETYPE", core)
+
+
+def outwait_clocks() -> None:
+    os.environ.setdefault("ONEFLOW_TIMEOUT_SECONDS", str(WAIT_SECONDS))
 
 
 def import_quietly() -> None:
@@ -124,4 +131,5 @@ heed_other_launchers()
 check_limits()
 prepare_worker()
 choose_blas_kernels()
+outwait_clocks()
 import_quietly()

@@ -473,11 +473,11 @@ def test_train_sh_on_two_machines(project, data, processes):
     assert set(validation_figures(out2)) == set(validation_figures(out))
 
 
-def both(nodes, tmp_path, flags, second=None):
+def both(nodes, tmp_path, flags, second=None, **options):
     """The same command on both nodes, or another on the second."""
     common = ("--num_nodes=2", "--node_ips=10.77.0.1,10.77.0.2", "--start_timeout=20")
     return [
-        start(*common, *more, cwd=tmp_path, prefix=node.command())
+        start(*common, *more, cwd=tmp_path, prefix=node.command(), **options)
         for node, more in zip(nodes, (flags, second or flags), strict=True)
     ]
 
