@@ -27,7 +27,7 @@ def sched_yield() -> int:
 
 
 def test_a_call_sleeps_while_the_budget_lasts():
-    sleep = polling.Sleep(LIBC, 30_000)
+    sleep = polling.Sleep(30_000)
     call = ctypes.CFUNCTYPE(ctypes.c_int)(sleep.address)
 
     def seconds(calls: int) -> float:
@@ -46,39 +46,16 @@ def test_a_call_sleeps_while_the_budget_lasts():
     assert sleep.budget.value == -1
 
 
-def test_pointers_are_found_where_they_are_aligned():
-    memory = ctypes.create_string_buffer(64)
-    start = ctypes.addressof(memory)
-    target = 0x7F00DEADBEEF
-    aligned = -(-start // 8) * 8 + 8
-    ctypes.c_uint64.from_address(aligned).value = target
-    ctypes.memmove(aligned + 17, target.to_bytes(8, "little"), 8)
-    assert polling.find_pointers([(start, 64)], target) == [aligned]
-    assert polling.find_pointers([(start, 64)], target + 1) == []
-
-
-def test_only_writable_data_of_the_library_is_looked_at():
-    maps = """\
-7f0000000000-7f0000001000 r--p 00000000 08:01 5      /somewhere/liboneflow-1.so
-7f0000002000-7f0000005000 rw-p 00001000 08:01 5      /some where/liboneflow-1.so
-7f0000005000-7f0000006000 rw-p 00000000 00:00 0
-7f0000006000-7f0000007000 rw-p 00001000 08:01 5      /liboneflow-/libother.so
-"""
-    found = polling.writable_data(maps, polling.LIBRARY)
-    assert found == [(0x7F0000002000, 0x3000)]
-
-
 CODE = """
 import sys
 sys.path.insert(0, "tests/cnns")
 from test_polling import *
 import oneflow as flow
 from cnns.graphs import QuietGraph
+from cnns.native import pointers_to
 
 def left_in_library():
-    areas = polling.writable_data(polling.read_maps(), polling.LIBRARY)
-    assert areas
-    return len(polling.find_pointers(areas, sched_yield()))
+    return len(pointers_to(sched_yield()))
 
 class Products(QuietGraph):
     def build(self, x):
@@ -141,7 +118,7 @@ print(max((after[t][0] - before[t][0], after[t][1] - before[t][1]) for t in wait
 
 
 def test_runs_that_follow_each_other_closely_are_short(monkeypatch):
-    sleep = polling.Sleep(LIBC, 1)
+    sleep = polling.Sleep(1)
     clock = iter([0.0, 0.01, 1.01, 3.01, 3.26, 103.26, 203.26, 303.26])
     monkeypatch.setattr(polling, "install", lambda: sleep)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
@@ -152,20 +129,15 @@ def test_runs_that_follow_each_other_closely_are_short(monkeypatch):
     assert budgets == [0, 0, 0, 0, 0.25, 0.25, 0.25, polling.LONGEST_RUN]
 
 
-class Refusal:
-    """A system, such as one with SELinux, that allows no memory that is executed."""
-
-    def __init__(self):
-        self.mmap, self.sched_yield = LIBC.mmap, LIBC.sched_yield
-        self.mprotect = lambda *_: -1
-
-
 def test_where_no_such_function_is_allowed_all_stays(monkeypatch):
-    with pytest.raises(OSError, match="not allowed"):
-        polling.Sleep(Refusal(), 1)
-    monkeypatch.setattr(polling, "find_pointers", lambda *_: [0])  # not to be written to
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: Refusal())
+    pointer = ctypes.c_uint64(1)
+
+    def refuse(code, data):
+        raise OSError("memory that is executed is not allowed")
+
+    monkeypatch.setattr(polling, "pointers_to", lambda address: [pointer])
+    monkeypatch.setattr(polling, "make_function", refuse)
     polling.install.cache_clear()
-    assert polling.install() is None
+    assert polling.install() is None and pointer.value == 1
     polling.Runs().start()
     polling.install.cache_clear()

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from cnns import runorder
-from cnns.runorder import QUEUE, WAIT, loaded_library, method, queue_before_start, slots_of
+from cnns.native import address_of, loaded_library, pointers_to
+from cnns.runorder import QUEUE, WAIT, method, queue_before_start
 from small import ROOT
 from test_launch import free_port
 
@@ -17,13 +18,14 @@ LATE = """
 import ctypes, os, sys, time
 import cnns.startup
 import oneflow as flow
-from cnns.runorder import QUEUE, loaded_library, method, queue_before_start, slots_of
+from cnns.native import address_of, loaded_library, pointers_to
+from cnns.runorder import QUEUE, method, queue_before_start
 
 class Sum(flow.nn.Graph):
     def build(self, x):
         return x.sum()
 
-(slot,) = slots_of(loaded_library(), method(QUEUE))
+(slot,) = pointers_to(address_of(loaded_library(), method(QUEUE)))
 if sys.argv[1] == "corrected":
     assert queue_before_start()
 call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
@@ -63,25 +65,29 @@ def test_without_the_correction_it_does():
 def test_what_calls_the_two_functions_is_led_elsewhere_once():
     assert queue_before_start() and queue_before_start()
     for name in (WAIT, QUEUE):
-        assert slots_of(loaded_library(), method(name)) == []
+        assert pointers_to(address_of(loaded_library(), method(name))) == []
+
+
+def refuse(code):
+    raise OSError("memory that is executed is not allowed")
 
 
 @pytest.mark.parametrize(
     "name, value",
     [
         ("loaded_library", lambda: None),
-        ("executable", lambda code: None),
-        ("is_writable", lambda slot: False),
-        ("slots_of", lambda library, function: []),
+        ("address_of", lambda library, function: None),
+        ("make_function", refuse),
+        ("pointers_to", lambda address: []),
     ],
 )
 def test_where_it_cannot_be_corrected_all_stays_as_it_is(monkeypatch, capsys, name, value):
-    slots = [ctypes.c_uint64(1), ctypes.c_uint64(2)]
-    found = iter([[slot] for slot in slots])
-    monkeypatch.setattr(runorder, "slots_of", lambda library, function: next(found))
+    pointers = [ctypes.c_uint64(1), ctypes.c_uint64(2)]
+    found = iter([[pointer] for pointer in pointers])
+    monkeypatch.setattr(runorder, "pointers_to", lambda address: next(found))
     monkeypatch.setattr(runorder, name, value)
     assert not queue_before_start.__wrapped__()
-    assert [slot.value for slot in slots] == [1, 2]
+    assert [pointer.value for pointer in pointers] == [1, 2]
     said = capsys.readouterr().err
     assert "could not be corrected" in said and said.count("\n") == 1
 
