@@ -132,6 +132,11 @@ class Running:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
+    def catches(self, number: int) -> bool:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught, 16) >> (number - 1) & 1)
+
 
 class Cluster:
     def __init__(self, directory: Path):
@@ -877,6 +882,6 @@ def connections(port: int) -> int:
 
 def test_a_signal_before_node_0_is_there(cluster):
     node = cluster.start(1)
-    time.sleep(0.5)
+    wait_for(lambda: node.catches(signal.SIGTERM))
     node.signal(signal.SIGTERM)
     assert node.status() == 143
