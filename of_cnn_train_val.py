@@ -55,7 +55,14 @@ from cnns.losses import build_loss
 from cnns.prepare import describe_network, open_data, open_start
 from cnns.record import Record, describe_process, open_record
 from cnns.report.finished import finish
-from cnns.resume import check_flags, compare_flags, compare_runs, inherited_flags, num_processes
+from cnns.resume import (
+    check_flags,
+    compare_flags,
+    compare_runs,
+    first_start,
+    inherited_flags,
+    num_processes,
+)
 from cnns.run import Intervals, Parts, Run, Saver, announce
 from config import Plan
 from model_registry import MODELS
@@ -172,7 +179,7 @@ def make_spec(given: Namespace) -> RunSpec:
     if resumed is not None:
         flags = inherited_flags(resumed.snapshot, parser, given=given, device=device)
         args = parser.complete(given, flags)
-        args.model_load_dir, args.finetune = None, False  # of the first start
+        args.model_load_dir, args.finetune = None, False  # those of the first start are over
         notices += compare_flags(args, resumed.snapshot.flags, parser, path=resumed.path)
     notices += config.finish_train_args(args, device=device)
     start = resumed or open_start(args, MODELS)
@@ -211,7 +218,7 @@ def make_spec(given: Namespace) -> RunSpec:
         steps_per_epoch=plan.steps_per_epoch,
         global_batch_size=batch_size,
         train_data=train_data.fingerprint(),
-        flags=vars(args),
+        flags=vars(args) | (first_start(resumed.snapshot) if resumed else {}),
         versions=versions(),
     )
     if resumed is not None:
@@ -385,7 +392,8 @@ def build_model(spec: RunSpec) -> nn.Module:
         if momentum is not None and hasattr(module, "running_mean"):
             module.momentum = momentum
     if spec.start is not None:
-        for text in spec.start.load(model, finetune=spec.flags["finetune"]):
+        finetune = spec.flags["finetune"] and spec.resumed is None
+        for text in spec.start.load(model, finetune=finetune):
             notice(text)
     return model
 

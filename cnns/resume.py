@@ -78,6 +78,12 @@ def inherited_flags(
     }
 
 
+def first_start(snapshot: Snapshot) -> dict[str, object]:
+    """Flags of a run that are over where it is resumed, and that its record keeps."""
+    names = ("model_load_dir", "finetune")
+    return {name: snapshot.flags[name] for name in names if name in snapshot.flags}
+
+
 def kind_of_data(path: object) -> str:
     """The kind of data that --train_data_dir names."""
     if path is None:

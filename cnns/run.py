@@ -295,8 +295,9 @@ def announce(run: Run, *, restored: str | None, resumed: bool, save_init: bool) 
     if not run.is_over:
         total = intervals.num_epochs * intervals.steps_per_epoch
         left = f", {total - progress.step} of them left" if progress.step else ""
+        plural = "epochs" if intervals.num_epochs > 1 else "epoch"
         notice(
-            f"{intervals.num_epochs} epochs of {intervals.steps_per_epoch} iterations: {total} in "
-            f"all{left}."
+            f"{intervals.num_epochs} {plural} of {intervals.steps_per_epoch} iterations: {total} "
+            f"in all{left}."
         )
         notice("Compiling the training graph; on a CPU this takes 5 to 30 seconds.")

@@ -1,6 +1,7 @@
 """Measure this toolkit on this machine; prints JSON.
 
 python3 tools/benchmark.py
+python3 tools/benchmark.py --model=resnet18 --print_steps=1
 python3 tools/benchmark.py --train_data_dir=data/imagenet/ofrecord/train
 python3 tools/benchmark.py --conversion --num_workers=2
 python3 tools/benchmark.py --inference --image_size=224 --batch_size_per_device=1
@@ -24,6 +25,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ from cnns.graphs import Predictor
 from cnns.interrupts import exit_on_signals
 from cnns.log import limit_run_ahead
 from cnns.models.layers import Switches
+from cnns.record import Record
 from cnns.run import Run
 from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
 
@@ -80,10 +83,10 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> Parser:
     parser = Parser(
         "Measure the training script's own loop on synthetic data against a bare loop over the "
-        "same graph; or, with --train_data_dir, the loader alone; or, with --conversion, how fast "
-        "an archive of photographs becomes OFRecord parts, against a plain copy of its bytes; or, "
-        "with --inference, how fast a network classifies by OneFlow and by ONNX Runtime. "
-        "Prints JSON.",
+        "same graph, and what the record of a run costs; or, with --train_data_dir, the loader "
+        "alone; or, with --conversion, how fast an archive of photographs becomes OFRecord parts, "
+        "against a plain copy of its bytes; or, with --inference, how fast a network classifies by "
+        "OneFlow and by ONNX Runtime. Prints JSON.",
         doc=__doc__,
         epilog="Read on: docs/measured.md.",
     )
@@ -98,6 +101,10 @@ def make_parser() -> Parser:
         "--batch_size_per_device", type=number(int, 1), default=8, help="images in a step"
     )
     parser.add_argument("--steps", type=number(int, 1), default=20, help="steps in a round")
+    parser.add_argument(
+        "--print_steps", type=number(int, 1), default=10, help="training: steps between lines"
+    )
+    add_switch(parser, "--tensorboard", "training: with --tensorboard")
     parser.add_argument(
         "--rounds",
         type=number(int, 1),
@@ -160,7 +167,9 @@ SIZES = ("model", "image_size", "batch_size_per_device", "steps", "rounds")
 
 
 def benchmark_training_loop(args: Namespace, device: str) -> dict:
-    """samples/s of `cnns.run.Run.train_epoch` and of a loop that calls the same graph."""
+    """samples/s of `cnns.run.Run.train_epoch` and of a loop that calls the same graph; and what the
+    record of the run costs, with a line for each step.
+    """
     samples = args.steps * args.batch_size_per_device
     given = script.parse_args(
         [
@@ -170,20 +179,33 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
             f"--batch_size_per_device={args.batch_size_per_device}",
             f"--num_examples={samples}",
             "--warmup_epochs=0",
-            "--loss_print_every_n_iter=10",
+            f"--loss_print_every_n_iter={args.print_steps}",
+            f"--tensorboard={args.tensorboard}",
         ]
     )
-    lines: list[str] = []
     spec = script.make_spec(given)
-    with tempfile.TemporaryDirectory() as folder, script.make_record(spec, folder) as record:
+    with tempfile.TemporaryDirectory() as folder, script.make_record(spec, folder) as kept:
+        record = TimedRecord(kept)
         # Saves nothing.
-        run = script.build_run(spec, save_dir="", log=lines.append, record=record)
+        run = script.build_run(spec, save_dir="", log=record.line, record=record)
         (bare, own), ratio = time_loops(args, run)
-    return asked(args, *SIZES) | {
+        costs = time_record(args, run, record)
+    return asked(args, *SIZES, "print_steps", "tensorboard") | {
         "own_loop_samples_per_second": round(samples / own, 3),
         "bare_loop_samples_per_second": round(samples / bare, 3),
         "own_to_bare": round(ratio, 4),
+        "record": costs,
     }
+
+
+def train_loop(run: Run) -> Callable[[], None]:
+    """The script's own loop over an epoch, again and again."""
+
+    def train() -> None:
+        run.train_epoch()
+        run.progress.iteration = 0
+
+    return train
 
 
 def time_loops(args: Namespace, run: Run) -> tuple[list[float], float]:
@@ -191,17 +213,58 @@ def time_loops(args: Namespace, run: Run) -> tuple[list[float], float]:
     graph, loader, masks = run.parts.graph, run.parts.loader, run.parts.masks.at(0)
     run.parts.model.train()
 
-    def own_loop():
-        run.train_epoch()
-        run.progress.iteration = 0
-
     def bare_loop():
         for batch in itertools.islice(loader.batches(0), args.steps):
             outputs = graph(*batch, **masks)
         outputs[0].numpy()  # waits for all steps
 
     bare_loop()  # compiles, and warms up
-    return by_turns(args.rounds, bare_loop, own_loop)
+    return by_turns(args.rounds, bare_loop, train_loop(run))
+
+
+class TimedRecord(Record):
+    """A record that adds up the seconds it takes, for each kind of call."""
+
+    def __init__(self, record: Record):
+        self.record = record
+        self.seconds: dict[str, list[float]] = {"line": [], "add": [], "finish_epoch": []}
+
+    def line(self, text: str) -> None:
+        self.seconds["line"].append(timed(partial(self.record.line, text)))
+
+    def add(self, *kind: str, **figures: Any) -> None:
+        self.seconds["add"].append(timed(partial(self.record.add, *kind, **figures)))
+
+    def finish_epoch(self) -> None:
+        self.seconds["finish_epoch"].append(timed(self.record.finish_epoch))
+
+
+def time_record(args: Namespace, run: Run, record: TimedRecord) -> dict:
+    """What writing down costs: the median time of it, and epochs with it against such without."""
+    for seconds in record.seconds.values():
+        seconds.clear()
+    train = train_loop(run)
+
+    def recorded() -> None:
+        train()
+        record.finish_epoch()
+
+    def unrecorded() -> None:
+        kept = run.record, run.log
+        run.record, run.log = Record(), lambda line: None
+        train()
+        run.record, run.log = kept
+
+    (_, without), ratio = by_turns(args.rounds, recorded, unrecorded)
+    line, figures, epoch = (1000 * statistics.median(each) for each in record.seconds.values())
+    step = 1000 * without / args.steps
+    return {
+        "milliseconds_per_line": round(line + figures, 3),
+        "milliseconds_per_epoch": round(epoch, 3),
+        "milliseconds_of_a_step": round(step, 1),
+        "line_to_step": round((line + figures) / step, 5),
+        "with_to_without": round(ratio, 4),
+    }
 
 
 def benchmark_inference(args: Namespace, device: str) -> dict:

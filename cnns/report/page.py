@@ -61,6 +61,7 @@ img {{ max-width: 100%; height: auto; }}
 .wide {{ overflow-x: auto; }}
 .wide img {{ max-width: none; }}
 table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
+table {{ margin-top: 0.5rem; }}
 th, td {{ border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; }}
 th, td {{ text-align: left; white-space: nowrap; }}
 </style>

@@ -97,7 +97,7 @@ def draw_reliability(calibration: Calibration, path: Path) -> None:
     top.plot((0, 1), (0, 1), color="grey", ls="--", lw=1)
     top.set_ylim(0, 1)
     top.set_title(f"Expected calibration error {calibration.expected_error:.4f}", loc="left")
-    top.legend(frameon=False, fontsize="small", loc="upper left")
+    top.legend(fontsize="small", loc="upper left", edgecolor="none", framealpha=0.9)
     bottom.bar(middles, calibration.count, width, color="C7", edgecolor="white", lw=0.5)
     bottom.set_xlim(0, 1)
     bottom.set_xlabel("confidence")

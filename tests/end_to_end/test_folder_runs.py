@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import model_registry
@@ -105,6 +106,11 @@ def test_a_folder_is_fine_tuned_and_the_commands_that_follow_run(photos):
     scored = results["of_cnn_evaluate.py"].stdout
     assert validation_figures(scored)[0][0] == f"{best:.6f}"
     assert results["of_cnn_inference.py"].stdout.split()[-1] in CLASSES
+    # Resumed, the record still says how the run began, for --config.
+    again = train("--resume=tuned", "--report=False")
+    assert again.status == 0 and "has finished all 3 epochs" in again.stderr
+    flags = yaml.safe_load(Path("tuned/flags.yaml").read_text())["flags"]
+    assert flags["finetune"] and start == f"--model_load_dir={flags['model_load_dir']}"
     # Of a folder that the run has split, what it kept for validation is scored.
     named = call(
         of_cnn_evaluate.main, "--val_data_dir=photos", "--model_load_dir=tuned/snapshot_best"

@@ -37,7 +37,7 @@ def run(script, *flags, cwd, **device):
     )
 
 
-KNOWN_NOTICES = ("Learning rate:", "Snapshots:", "1 epochs of", "Compiling the training graph")
+KNOWN_NOTICES = ("Learning rate:", "Snapshots:", "1 epoch of", "Compiling the training graph")
 
 
 def error_line(done, status: int) -> str:

@@ -27,8 +27,11 @@ def report(*argv) -> dict:
 
 
 def test_the_training_loop(tmp_path):
-    found = report("--model=toy")["training_loop"]
+    found = report("--model=toy", "--print_steps=1", "--tensorboard")["training_loop"]
     assert found["own_loop_samples_per_second"] > 0 and found["own_to_bare"] > 0
+    assert found["record"]["milliseconds_per_line"] > 0 and found["record"]["with_to_without"] > 0
+    share = found["record"]["milliseconds_per_line"] / found["record"]["milliseconds_of_a_step"]
+    assert found["record"]["line_to_step"] == pytest.approx(share, rel=0.1)
     assert list(tmp_path.iterdir()) == []
 
 
