@@ -116,14 +116,44 @@ def test_a_log_and_an_output_on_a_full_disk(tmp_path):
     assert done.returncode == 1 and "cannot write to standard output" in done.stderr
 
 
-def test_weights_that_may_not_be_read(tmp_path):
+@pytest.fixture
+def reduced() -> list[str]:
+    """What a command begins with that may not read every file."""
+    if os.geteuid() != 0:
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root may read everything, and there is no setpriv to change that")
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+
+
+@pytest.mark.parametrize(
+    "path, status, words",
+    [
+        ("a/cat.jpg", 1, "1 of 2 images are bad (listed above)"),
+        ("a", 1, "pictures/a: cannot be read: Permission denied"),
+        ("", 2, "--input=pictures: cannot be read: Permission denied"),
+    ],
+)
+def test_pictures_that_may_not_be_read(pictures, reduced, path, status, words):
+    os.chmod(pictures / path, 0)
+    tool = [*reduced, sys.executable, ROOT / "tools" / "make_ofrecord.py", "folder"]
+    try:
+        done = subprocess.run(
+            [*tool, "--input=pictures", "--output=data"], capture_output=True, text=True
+        )
+    finally:
+        os.chmod(pictures / path, 0o755)
+    *notes, line = done.stderr.splitlines()
+    assert done.returncode == status and f"error: {words}" in line
+    assert [note for note in notes if not note.startswith("note: ")] == (
+        ["bad image: a/cat.jpg: Permission denied"] if path.endswith("jpg") else []
+    )
+    assert not os.path.exists("data")
+
+
+def test_weights_that_may_not_be_read(tmp_path, reduced):
     shutil.copytree(SNAPSHOT, "snapshot_a")
     os.chmod("snapshot_a/model.safetensors", 0)
-    reduced = []
-    if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("root may read everything, and there is no setpriv to change that")
-        reduced = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
     code = "import sys; from cnns.checkpoint.snapshot import read_weights as r; r(sys.argv[1])"
     done = subprocess.run(
         [*reduced, sys.executable, "-c", code, tmp_path / "snapshot_a"],

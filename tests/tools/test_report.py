@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+import cnns.report.curves
 import tools.report
 import tools.runs
 from cnns.record import open_record, read_run
 from cnns.report.curves import epochs_done, thin
+from cnns.report.finished import report_curves
 from small import call
 
 
@@ -115,6 +117,18 @@ def test_report_of_what_is_not_a_run(runs, argv, words):
     result = call(tools.report.main, *argv)
     assert result.status in (1, 2) and words in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_at_the_end_of_a_run_is_a_notice(runs, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "report/loss.png")
+
+    monkeypatch.setattr(cnns.report.curves, "write_curves", full)
+    report_curves(runs[1])
+    assert capsys.readouterr().err == (
+        "Curves: not written, No space left on device: report/loss.png; tools/report.py "
+        "runs/deep/two does it.\n"
+    )
 
 
 def lines(result) -> list[str]:
