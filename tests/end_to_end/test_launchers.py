@@ -97,7 +97,7 @@ def start(launcher, *argv, cwd, ranks="0 1", more=None, size=2, prefix=()):
     )
 
 
-def finish(run, *statuses, timeout=120):
+def finish(run, *statuses, timeout=300):
     try:
         out, errors = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
