@@ -7,7 +7,6 @@ import numpy as np
 import oneflow as flow
 import pytest
 
-import config
 import model_registry
 import of_cnn_evaluate
 import of_cnn_train_val
@@ -21,6 +20,7 @@ from cnns.data.images import Preprocessing
 from cnns.data.kinds import Synthetic
 from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.distributed import place, set_communication
+from cnns.flags import checks
 from cnns.flags.devices import CUDA_FLAGS
 from cnns.graphs import EvalGraph, PredictGraph, TrainGraph
 from cnns.losses import CrossEntropy
@@ -224,7 +224,7 @@ def test_half_precision_on_a_cpu_is_float32(tmp_path):
 @pytest.mark.usefixtures("_tiny_model", "_any_layout")
 def test_training_goes_on_in_another_layout(tmp_path, monkeypatch):
     flags = [flag for flag in CUDA_FLAGS if flag != "channel_last"]
-    monkeypatch.setattr(config, "CUDA_FLAGS", flags)
+    monkeypatch.setattr(checks, "CUDA_FLAGS", flags)
     whole = train("--model_save_dir=whole")
     assert whole.status == 0, whole.stderr
     other = train(

@@ -18,6 +18,7 @@ from cnns.checkpoint.snapshot import read_description
 from cnns.data import checks
 from cnns.data.crops import Augmentation
 from cnns.errors import UsageError
+from cnns.losses import CrossEntropy
 from small import (
     LINE,
     RECORD,
@@ -290,12 +291,10 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
     assert (schedule, settings["learning_rate"]) == ("step", 0.02)
     assert (settings["total_steps"], settings["warmup_steps"]) == (80, 16)
     assert settings["step_milestones"] == (24, 48)
-    assert seen["TrainGraph"][1] == {
-        "label_smoothing": 0.2,
-        "top_k": 3,
-        "use_fp16": False,
-        "num_nodes": 1,
-    }
+    settings = dict(seen["TrainGraph"][1])
+    loss = settings.pop("loss")
+    assert isinstance(loss, CrossEntropy) and loss.smoothing == loss.label_smoothing == 0.2
+    assert settings == {"top_k": 3, "use_fp16": False, "num_nodes": 1}
     settings = seen["train_loader"][1]
     assert settings["augmentation"] == Augmentation((0.4, 0.9), (0.8, 1.2), 0.25, 16)
     assert (settings["batch_size"], settings["seed"]) == (8, 9)

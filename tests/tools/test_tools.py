@@ -307,8 +307,10 @@ def test_a_signal_to_all_processes_of_a_tool(tmp_path, how, status):
     assert process.wait(30) == status
     found = sorted(tree(tmp_path))
     assert found[0] == "out.partial/journal.jsonl" and not any(".tmp" in name for name in found)
-    with pytest.raises(ProcessLookupError):  # no worker is left
-        os.killpg(process.pid, 0)
+    with pytest.raises(ProcessLookupError):  # no worker is left, as soon as each was told
+        for _ in range(200):
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
 
 
 def test_killed_run_leaves_no_directory_of_that_name_and_the_next_one_goes_on(tmp_path):
