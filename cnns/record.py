@@ -32,7 +32,18 @@ from cnns import errors
 from cnns.data.format import write_whole
 from cnns.errors import RunError, UsageError, describe
 from cnns.inputs import open_input
-from cnns.jsonfile import Damaged, integer, one_of, parse_json, real, record, string
+from cnns.jsonfile import (
+    Damaged,
+    anything,
+    integer,
+    one_of,
+    optional,
+    parse_json,
+    real,
+    record,
+    refuse,
+    string,
+)
 from cnns.yamlfile import read_yaml
 
 LOG, METRICS, EPOCHS, FLAGS = "log.txt", "metrics.jsonl", "metrics.csv", "flags.yaml"
@@ -50,17 +61,46 @@ COLUMNS = (
     "samples_per_second",  # of training
 )
 
+LAST_TIME = 250_000_000_000  # s since 1970, in the year 9892: dates end with 9999
+FIGURE = real(-1e39, 1e39)  # of float32
+
 COMMON = {
     "kind": one_of(("train", "validation")),
     **dict.fromkeys(("epoch", "iteration", "step"), integer(0)),
     **dict.fromkeys(("top_1", "top_k"), real(0, 1)),
     "samples": integer(1),
-    "samples_per_second": real(1e-9),
+    "samples_per_second": real(1e-9, 1e39),
 }
+TIME = {"time": real(0, LAST_TIME)}
 OF_TRAINING = record(
-    COMMON | {"loss": real(), "learning_rate": real()}, {"records_digest": string}, others=real()
+    COMMON | {"loss": FIGURE, "learning_rate": FIGURE},
+    TIME | {"records_digest": string},
+    others=FIGURE,
 )
-OF_VALIDATION = record(COMMON, others=real())
+OF_VALIDATION = record(COMMON, TIME, others=FIGURE)
+
+
+def check_flags(value: Any, where: str) -> None:
+    """The flags in a flags.yaml: texts, numbers, truth values, none, and lists of these."""
+    if not isinstance(value, dict):
+        refuse(value, where, "a mapping")
+    for name, each in value.items():
+        string(name, f"a name in {where}")
+        for item in each if isinstance(each, list) else [each]:
+            if isinstance(item, dict | list):
+                refuse(each, f"{where}.{name}", "a value of a flag")
+
+
+# What is read of a flags.yaml.
+ABOUT = record(
+    {},
+    {
+        "flags": check_flags,
+        **dict.fromkeys(("model", "git_commit"), optional(string)),
+        **dict.fromkeys(("train_images", "val_images", "steps_per_epoch"), optional(integer(0))),
+    },
+    others=anything,
+)
 
 
 def check_entry(entry: Any) -> None:
@@ -253,16 +293,17 @@ class RunRecord:
 
     @property
     def flags(self) -> dict:
-        flags = self.about.get("flags")
-        return flags if isinstance(flags, dict) else {}
+        return self.about.get("flags", {})
 
     def of_kind(self, kind: str) -> list[dict]:
         return [each for each in self.metrics if each["kind"] == kind]
 
     def epochs(self) -> list[dict]:
         """The lines of metrics.csv, and one of the epoch that runs."""
-        numbers = sorted({each["epoch"] for each in self.metrics})
-        return [summarise([e for e in self.metrics if e["epoch"] == n]) for n in numbers]
+        of_epochs: dict[int, list[dict]] = {}
+        for each in self.metrics:
+            of_epochs.setdefault(each["epoch"], []).append(each)
+        return [summarise(entries) for _, entries in sorted(of_epochs.items())]
 
 
 def read_run(directory: str) -> RunRecord:
@@ -278,12 +319,13 @@ def read_run(directory: str) -> RunRecord:
         )
     try:
         about = read_yaml(flags)
+        ABOUT(about, "")
     except FileNotFoundError:
-        about = None
+        about = {}
     except (OSError, Damaged) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise RunError(f"{flags} cannot be read ({reason}); correct it, or remove it") from None
-    return RunRecord(directory, about if isinstance(about, dict) else {}, read_metrics(metrics))
+    return RunRecord(directory, about, read_metrics(metrics))
 
 
 def read_metrics(path: str) -> list[dict]:

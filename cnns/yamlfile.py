@@ -1,4 +1,4 @@
-"""YAML files that others may have written: small, not deep, no key twice, no code.
+"""YAML files that others may have written: small, not deep, no key twice, no alias, no code.
 
 Nothing here needs OneFlow.
 """
@@ -10,7 +10,7 @@ import yaml
 from cnns.inputs import open_input
 from cnns.jsonfile import Damaged, brief
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 16  # that PyYAML takes some 3 s for; a run's flags.yaml has 4 kB
 MAX_DEPTH = 8
 
 
@@ -19,10 +19,10 @@ def read_yaml(path: str) -> Any:
     with open_input(path) as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise Damaged(f"it has more than {MAX_BYTES >> 20} MiB")
+        raise Damaged(f"it has more than {MAX_BYTES >> 10} KiB")
     try:
         text = data.decode()
-        check_depth(text)
+        check_structure(text)
         check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -32,10 +32,12 @@ def read_yaml(path: str) -> Any:
         raise Damaged(f"it is not YAML of flags: {brief(str(error))}") from None
 
 
-def check_depth(text: str) -> None:
-    """Raise Damaged where lists and mappings lie in one another deeper than flags need.
+def check_structure(text: str) -> None:
+    """Raise Damaged where lists and mappings lie in one another deeper than flags need, or stand in
+    several places by an alias.
 
-    PyYAML's time grows with the square of that depth.
+    PyYAML's time grows with the square of that depth, and what is printed of a value with the
+    product of its aliases.
     """
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -43,16 +45,20 @@ def check_depth(text: str) -> None:
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise Damaged("it is nested too deeply")
+        if isinstance(event, yaml.AliasEvent):
+            raise Damaged(f"it has an alias, {brief('*' + event.anchor)}; write the value out")
 
 
 def check_keys(node: yaml.Node | None) -> None:
     """Raise Damaged where a mapping has a key twice, of which YAML would take the last."""
     if not isinstance(node, yaml.MappingNode):
         return
-    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise Damaged(f"{brief(key)} stands in it twice")
+    seen = set()
     for key, value in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.value == "flags":
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        if key.value in seen:
+            raise Damaged(f"{brief(key.value)} stands in it twice")
+        seen.add(key.value)
+        if key.value == "flags":
             check_keys(value)

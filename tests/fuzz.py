@@ -7,6 +7,8 @@ Minutes are of the processor, so that they mean the same on a busy machine.
 """
 
 import contextlib
+import copy
+import json
 import os
 import resource
 import signal
@@ -125,6 +127,56 @@ def damaged(draw, *seeds: bytes) -> bytes:
             data[at:at] = data[at : at + 16 * size]
         elif kind == "cut":
             del data[at:]
+    return bytes(data)
+
+
+JSON_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([-2, -1, 0, 1, 3, 6, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63), 10**30]),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text(st.characters(), max_size=8),
+    st.sampled_from(["", "auto", "\ud800", "\x1b[31m", "/etc/passwd", "1e999", "nan", "a\nb"]),
+)
+KEYS = st.text(max_size=8)
+JSON = st.recursive(
+    JSON_VALUES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def places(value, at=()):
+    """Every place in a JSON value, as the keys and indices that lead there."""
+    yield at
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        for key in keys:
+            yield from places(value[key], (*at, key))
+
+
+@st.composite
+def mutated(draw, seed):
+    """JSON with up to three places replaced, removed or added; as bytes, some of them changed."""
+    content = copy.deepcopy(seed)
+    for _ in range(draw(st.integers(0, 3))):
+        *way, last = ("content", *draw(st.sampled_from(list(places(content)))))
+        root = holder = {"content": content}
+        for key in way:
+            holder = holder[key]
+        kind = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+        if kind == "add" and isinstance(holder[last], dict):
+            holder[last][draw(KEYS)] = draw(JSON)
+        elif kind == "remove" and way:
+            del holder[last]
+        else:
+            holder[last] = draw(JSON)
+        content = root["content"]
+    data = bytearray(json.dumps(content).encode())
+    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
+        i = draw(st.integers(0, max(0, len(data) - 1)))
+        data[i : i + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
     return bytes(data)
 
 

@@ -134,11 +134,15 @@ def is_running(directory: str) -> bool:
 
 
 def removable_snapshots(directory: str) -> list[str]:
-    """All snapshots of epochs but the newest; `best` and `last` stand beside them."""
-    numbers = sorted(
-        int(match[1]) for match in map(EPOCH.fullmatch, os.listdir(directory)) if match
-    )
-    return [os.path.join(directory, f"snapshot_epoch_{number}") for number in numbers[:-1]]
+    """All snapshots of epochs but the newest; `best` and `last` stand beside them.
+
+    A link or a file of such a name is none, and stays.
+    """
+    found = {
+        int(match[1]): match[0] for match in map(EPOCH.fullmatch, os.listdir(directory)) if match
+    }
+    paths = [os.path.join(directory, name) for _, name in sorted(found.items())]
+    return [path for path in paths if os.path.isdir(path) and not os.path.islink(path)][:-1]
 
 
 def files_under(paths: Iterable[str]) -> Iterator[tuple[int, int, int]]:

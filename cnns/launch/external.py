@@ -16,6 +16,7 @@ from cnns.launch.job import CTRL_PORT, START_TIMEOUT, Job, make_job
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 NODES_MARK = "CNNS_NODES"  # nodes and processes on each, as the ranks have found them
+MAX_PROCESSES = 1 << 16
 # Ports derived from a job's number: below those that systems give to outgoing connections.
 FIRST_PORT, NUM_PORT_PAIRS = 20000, 5000
 
@@ -74,11 +75,14 @@ class RankJob(Job):
 # What the environment says.
 
 
-def number(environ: Mapping[str, str], name: str, low: int = 0) -> int:
+def number(environ: Mapping[str, str], name: str, low: int = 0, high: int = MAX_PROCESSES) -> int:
     """The value of a variable. Raises UsageError."""
     text = environ.get(name, "")
-    if not text.isdecimal() or int(text) < low:
-        what = f"{text!r}, and a whole number of at least {low} is needed" if text else "not set"
+    digits = len(str(high))  # more of them, of which Python reads some thousands, are too many
+    if not text.isdecimal() or len(text) > digits or not low <= int(text) <= high:
+        needed = f"a whole number from {low} to {high}"
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
+        what = f"{shown!a}, and {needed} is needed" if text else "not set"
         raise UsageError(f"the environment variable {name} is {what}; see docs/clusters.md")
     return int(text)
 
@@ -147,10 +151,7 @@ def from_mpi(
 def find_port(environ: Mapping[str, str]) -> int | None:
     """The port for OneFlow: as it is told, else derived from the number of the job."""
     if environ.get("MASTER_PORT"):
-        port = number(environ, "MASTER_PORT", 1)
-        if port > 65534:  # the next one is taken as well
-            raise UsageError(f"MASTER_PORT={port} must be at most 65534")
-        return port
+        return number(environ, "MASTER_PORT", 1, 65534)  # the next one is taken as well
     for names in (("OMPI_MCA_ess_base_jobid",), ("SLURM_JOB_ID", "SLURM_STEP_ID")):
         job = [environ.get(name, "") for name in names]
         if all(job):

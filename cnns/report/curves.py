@@ -47,14 +47,14 @@ def name_runs(runs: Sequence[RunRecord]) -> list[str]:
 def epochs_done(run: RunRecord, entries: Iterable[dict]) -> list[float]:
     """Where lines stand, in epochs, so that runs with other batch sizes can be compared."""
     steps = run.about.get("steps_per_epoch")
-    if not isinstance(steps, int) or steps < 1:
+    if not steps:
         steps = max((each["iteration"] for each in run.of_kind("train")), default=1)
     return [each["step"] / max(steps, 1) for each in entries]
 
 
 def thin(values: Sequence[float]) -> list[float]:
     """At most some MAX_POINTS means over as many neighbours each."""
-    width = -(-len(values) // MAX_POINTS)
+    width = max(1, -(-len(values) // MAX_POINTS))
     groups = [values[i : i + width] for i in range(0, len(values), width)]
     return [sum(group) / len(group) for group in groups]
 

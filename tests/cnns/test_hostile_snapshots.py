@@ -1,6 +1,5 @@
 """Files of snapshots and data sets that are broken or hostile: one line, at once."""
 
-import copy
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from cnns.data.format import read_manifest
 from cnns.errors import RunError, UsageError, report
 from cnns.jsonfile import MAX_BYTES, Damaged, parse_json
 from cnns.resume import unknown_flags
-from fuzz import bounded, fuzz
+from fuzz import JSON, bounded, fuzz, mutated
 from optimizer_util import OPTIMIZERS
 from small import MODELS, ROOT, call
 
@@ -412,56 +411,6 @@ def test_hostile_safetensors_of_others(data, capsys):
 
 
 # Fuzzing. A seed is what an earlier version wrote.
-
-VALUES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.sampled_from([-2, -1, 0, 1, 3, 6, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63), 10**30]),
-    st.floats(allow_nan=True, allow_infinity=True),
-    st.text(st.characters(), max_size=8),
-    st.sampled_from(["", "auto", "\ud800", "\x1b[31m", "/etc/passwd", "1e999", "nan", "a\nb"]),
-)
-KEYS = st.text(max_size=8)
-JSON = st.recursive(
-    VALUES,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
-    max_leaves=12,
-)
-
-
-def places(value, at=()):
-    """Every place in a JSON value, as the keys and indices that lead there."""
-    yield at
-    if isinstance(value, dict | list):
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        for key in keys:
-            yield from places(value[key], (*at, key))
-
-
-@st.composite
-def mutated(draw, seed):
-    """JSON with up to three places replaced, removed or added; as bytes, some of them changed."""
-    content = copy.deepcopy(seed)
-    for _ in range(draw(st.integers(0, 3))):
-        *way, last = ("content", *draw(st.sampled_from(list(places(content)))))
-        root = holder = {"content": content}
-        for key in way:
-            holder = holder[key]
-        kind = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
-        if kind == "add" and isinstance(holder[last], dict):
-            holder[last][draw(KEYS)] = draw(JSON)
-        elif kind == "remove" and way:
-            del holder[last]
-        else:
-            holder[last] = draw(JSON)
-        content = root["content"]
-    data = bytearray(json.dumps(content).encode())
-    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
-        i = draw(st.integers(0, max(0, len(data) - 1)))
-        data[i : i + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
-    return bytes(data)
-
 
 DESCRIPTION = json.loads((ROOT / "tests" / "stored" / SNAPSHOT / "snapshot.json").read_text())
 PARTS = [

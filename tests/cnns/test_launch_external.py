@@ -73,7 +73,11 @@ def test_places(environ, expected):
         (POD | {"RANK": "4"}, ["rank 4 of 4"]),
         (POD | {"RANK": "-1"}, ["RANK is '-1'"]),
         (POD | {"WORLD_SIZE": "two"}, ["WORLD_SIZE is 'two'"]),
-        (POD | {"MASTER_PORT": "65535"}, ["MASTER_PORT=65535", "65534"]),
+        (POD | {"MASTER_PORT": "65535"}, ["MASTER_PORT is '65535'", "from 1 to 65534"]),
+        (POD | {"MASTER_PORT": "9" * 5000}, ["MASTER_PORT is '999", "...', and a whole number"]),
+        (POD | {"WORLD_SIZE": "1000000000"}, ["WORLD_SIZE is '1000000000'", "from 1 to 65536"]),
+        (POD | {"RANK": "9" * 5000}, ["RANK is '999"]),
+        (POD | {"RANK": "\x1b[2J"}, [r"RANK is '\x1b[2J'"]),
         ({"OMPI_COMM_WORLD_RANK": "0"}, ["OMPI_COMM_WORLD_SIZE is not set"]),
     ],
 )

@@ -4,13 +4,14 @@ import csv
 import json
 import resource
 import sys
+import time
 
 import pytest
 import yaml
 
 from cnns import errors
 from cnns.errors import RunError
-from cnns.record import open_record, read_metrics
+from cnns.record import open_record, read_metrics, read_run
 
 
 def fill(record, *, epochs: int, first: int = 0, stop: int | None = None) -> None:
@@ -119,6 +120,38 @@ def test_damaged_metrics_are_one_line(tmp_path, line):
     path.write_text(f"{line}\n{{}}\n")
     with pytest.raises(RunError, match="line 1 is not one of a run's figures"):
         read_metrics(str(path))
+
+
+OF_TRAINING = {
+    **{"kind": "train", "epoch": 0, "iteration": 1, "step": 1, "top_1": 0.5, "top_k": 1},
+    **{"samples": 8, "samples_per_second": 10.5, "loss": 1.5, "learning_rate": 0.1, "time": 5},
+}
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *[("time", value) for value in (1e99, -1, "x", None)],
+        *[("loss", value) for value in (1e300, 10**400, None)],
+        *[(name, 1e300) for name in ("learning_rate", "samples_per_second", "other")],
+    ],
+)
+def test_figures_that_no_run_has_are_damage(tmp_path, name, value):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(OF_TRAINING) + "\n")
+    assert read_metrics(str(path)) == [OF_TRAINING]
+    path.write_text(json.dumps(OF_TRAINING | {name: value}) + "\n")
+    with pytest.raises(RunError, match="line 1 is not one of a run's figures"):
+        read_metrics(str(path))
+
+
+def test_many_epochs_take_no_longer_than_few_each(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(OF_TRAINING | {"epoch": n, "step": n + 1}) for n in range(40_000)]
+    path.write_text("\n".join(lines) + "\n")
+    start = time.process_time()
+    assert len(read_run(str(tmp_path)).epochs()) == 40_000
+    assert time.process_time() - start < 30
 
 
 def test_log_has_what_was_said_and_the_error(tmp_path):

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cnns.report.curves
 import tools.report
 import tools.runs
+from cnns.errors import RunError
 from cnns.record import open_record, read_run
 from cnns.report.curves import epochs_done, thin
 from cnns.report.finished import report_curves
+from fuzz import bounded, fuzz, mutated
 from small import call
 
 
@@ -172,8 +176,97 @@ def test_prune_keeps_best_last_and_newest(runs):
     assert left == ["snapshot_best", "snapshot_epoch_10"]
 
 
+def test_prune_leaves_what_only_has_the_name_of_a_snapshot(runs, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("x")
+    os.symlink(tmp_path / "elsewhere", f"{runs[0]}/snapshot_epoch_1")
+    os.mkfifo(f"{runs[0]}/snapshot_epoch_2")  # to open it would be to wait
+    os.symlink(".", f"{runs[0]}/snapshot_epoch_3")
+    for number in (4, 5):
+        os.makedirs(f"{runs[0]}/snapshot_epoch_{number}")
+    removed = call(tools.runs.main, "runs", "--prune", "--yes")
+    assert removed.stdout.splitlines() == [f"{runs[0]}/snapshot_epoch_4"]
+    left = [name for name in sorted(os.listdir(runs[0])) if name.startswith("snapshot_")]
+    assert left == [f"snapshot_epoch_{number}" for number in (1, 2, 3, 5)]
+    assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+ALIASES = "a: &a [x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 100)}]\n"
+    for old, new in zip("abcdef", "bcdefg", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("git_commit: 5", "git_commit is 5"),
+        ("model: {a: b}", "model is an object"),
+        ("train_images: [1]", "train_images is a list"),
+        ("val_images: x", "val_images is 'x'"),
+        ("steps_per_epoch: -1", "steps_per_epoch is -1"),
+        ("flags: [1, 2]", "flags is a list of 2"),
+        ("flags: {1: 2, a: 3, null: 4}", "a name in flags is 1"),
+        ("flags: {model: {a: b}}", "flags.model is an object"),
+        ("flags: {model: [[1]]}", "flags.model is a list"),
+        ("flags: {model: &a [*a]}", "alias, '*a'"),
+        (f"{ALIASES}flags: {{model: *g}}", "alias, '*a'"),
+        ("5", "it is 5"),
+        ("", "it is None"),
+    ],
+)
+def test_hostile_flags_of_a_run_are_one_line(runs, text, words):
+    Path(runs[0], "flags.yaml").write_text(text)
+    result = call(tools.report.main, runs[0])
+    assert result.status == 1 and len(result.stderr.splitlines()) == 1
+    assert words in result.stderr
+    table = call(tools.runs.main, "runs")
+    assert table.status == 0 and words in table.stderr
+
+
+def test_a_run_that_has_only_validated(runs):
+    path = Path(runs[0], "metrics.jsonl")
+    kept = [line for line in path.read_text().splitlines(True) if '"validation"' in line]
+    path.write_text("".join(kept))
+    assert call(tools.report.main, runs[0]).status == 0
+    assert call(tools.runs.main, "runs").status == 0
+
+
 @pytest.mark.parametrize("argv", [["missing"], ["."], ["runs", "--yes"]])
 def test_runs_elsewhere_are_one_line(tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
     result = call(tools.runs.main, *argv)
     assert result.status == 2 and len(result.stderr.splitlines()) == 1
+
+
+# A record of a run, in which the values of one file are changed.
+
+ENTRIES = [
+    {**{"kind": "train", "epoch": 0, "iteration": 1, "step": 1, "top_1": 0.5, "top_k": 1},
+     **{"samples": 8, "samples_per_second": 10.5, "loss": 1.5, "learning_rate": 0.1, "time": 5}},
+    {**{"kind": "validation", "epoch": 0, "iteration": 1, "step": 1, "top_1": 0.5, "top_k": 1},
+     **{"samples": 8, "samples_per_second": 10.5, "loss": 1.5, "time": 5}},
+]  # fmt: skip
+ABOUT = {
+    **{"started": "2026-01-01T00:00:00+00:00", "git_commit": "abc", "command": ["x"]},
+    **{"model": "toy", "train_images": 8, "val_images": 8, "steps_per_epoch": 1},
+    "flags": {"num_epochs": 1, "rgb_std": [1.0, 2.0, 3.0], "train_data_dir": None},
+}
+
+
+@pytest.mark.long
+@fuzz(100)
+@given(
+    metrics=st.lists(st.sampled_from(ENTRIES).flatmap(mutated), max_size=3), about=mutated(ABOUT)
+)
+def test_any_record_of_a_run(tmp_path_factory, metrics, about):
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in metrics))
+    (folder / "flags.yaml").write_bytes(about)
+    with bounded(RunError):
+        run = read_run(str(folder))
+        if run.metrics:
+            cnns.report.curves.make_page([run, run], ["x", "y"], {})
+    with bounded():
+        assert call(tools.runs.main, str(folder)).status == 0
