@@ -220,8 +220,9 @@ class Agreement:
     stops at once.
     """
 
-    def __init__(self, interrupts: Interrupts, device: str):
-        self.interrupts = interrupts
+    def __init__(self, interrupts: Interrupts, device: str, *, parts: int = 1):
+        """`parts` is how many the batch of a step is divided into, each with a vote."""
+        self.interrupts, self.parts = interrupts, parts
         self.alone = flow.env.get_world_size() == 1
         self.placement = flow.env.all_device_placement(device)
 
@@ -230,7 +231,8 @@ class Agreement:
         if self.alone:
             return {}
         stop = self.interrupts.received is not None
-        return {"stop": to_global(flow.tensor(np.array([stop], np.int32)), self.placement)}
+        vote = flow.tensor(np.full(self.parts, stop, np.int32))
+        return {"stop": to_global(vote, self.placement)}
 
     def check(self, done: tuple | None) -> None:
         """Raise Interrupted where the processes had agreed in a step that is `done`.
@@ -240,7 +242,7 @@ class Agreement:
         """
         if self.alone:
             self.interrupts.check()
-        elif done is not None and done[-1].numpy() > 0:
+        elif done is not None and done[-1].numpy().any():
             raise Interrupted(self.interrupts.received or signal.SIGTERM)
 
 

@@ -33,9 +33,14 @@ class Evaluator:
         gives_logits: bool = False,
     ):
         self.model, self.loader, self.gives_logits = model, loader, gives_logits
+        self.top_k, self.use_fp16 = top_k, use_fp16
         self.graph: EvalGraph | ArrayGraph = EvalGraph(
             model, loader, top_k=top_k, use_fp16=use_fp16, gives_logits=gives_logits
         )
+
+    def of(self, model: nn.Module) -> "Evaluator":
+        """The same for another model."""
+        return Evaluator(model, self.loader, top_k=self.top_k, use_fp16=self.use_fp16)
 
     def round(
         self, agreement: Agreement | None = None, collector: "Collector | None" = None

@@ -126,6 +126,11 @@ def num_processes(flags: Mapping[str, Any]) -> int:
     return flags.get("num_nodes", 1) * flags.get("gpu_num_per_node", 1)
 
 
+def num_parts(flags: Mapping[str, Any]) -> int:
+    """Into which the batch of a step is divided: --batch_size_per_device is the size of one."""
+    return num_processes(flags) * flags.get("accumulate_steps", 1)
+
+
 def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
     """Refuse a run, described by what its snapshots will hold, that cannot resume `path`.
 
