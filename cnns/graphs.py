@@ -15,6 +15,7 @@ from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from cnns.checkpoint.snapshot import local
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
 from cnns.models.layers import Dropout
+from cnns.models.products import convolutions_as_products
 from cnns.polling import Runs
 
 # Of dynamic loss scaling. 2^16 is more than float16 holds (65504), but the first float16 value of a
@@ -136,16 +137,20 @@ class QuietGraph(nn.Graph):
 
     def start_run(self, *batch: flow.Tensor, **more: Any) -> Any:
         output = super().__call__(*batch, **more)
-        if batch and batch[0].placement.type == "cpu":
+        if is_on_cpu(batch):
             self.runs.start()
         return output
 
     def compile_quietly(self, *batch: flow.Tensor, **more: Any) -> Any:
-        printed = io.StringIO()
-        with redirect_stdout(printed), redirect_stderr(printed):
+        printed, on_cpu = io.StringIO(), is_on_cpu(batch)
+        with redirect_stdout(printed), redirect_stderr(printed), convolutions_as_products(on_cpu):
             output = super().__call__(*batch, **more)
         sys.stderr.write(printed.getvalue())
         return output
+
+
+def is_on_cpu(batch: Sequence[flow.Tensor]) -> bool:
+    return bool(batch) and batch[0].placement.type == "cpu"
 
 
 def wait_for(output: Any) -> None:
@@ -155,7 +160,7 @@ def wait_for(output: Any) -> None:
 
 def can_delay(batch: Sequence[flow.Tensor]) -> bool:
     """Whether `delayed` knows how: on CUDA it was not tried, and processes may time differently."""
-    return bool(batch) and batch[0].placement.type == "cpu" and flow.env.get_world_size() == 1
+    return is_on_cpu(batch) and flow.env.get_world_size() == 1
 
 
 def delayed(batch: Sequence[flow.Tensor]) -> Sequence[flow.Tensor]:

@@ -1,0 +1,126 @@
+"""Convolutions as products on a CPU: the sums of OneFlow's own, and where they are taken."""
+
+import cnns.startup  # noqa: F401  (first, see there)
+
+import numpy as np
+import oneflow as flow
+import pytest
+from oneflow import nn
+
+from cnns.graphs import QuietGraph
+from cnns.models import products
+from cnns.models.products import Convolution, convolutions_as_products, form
+
+# inputs, outputs, kernel, stride, padding, (height, width), batch -> the form
+CASES = {
+    "images": (3, 5, 1, 1, 0, (15, 16), 2),
+    "pixels": (6, 4, 1, 1, 0, (5, 3), 3),
+    "pixels, stride 2": (6, 4, 1, 2, 0, (5, 7), 3),
+    "pixels, one": (6, 4, 1, 1, 0, (1, 1), 3),
+    "window": (3, 5, 3, 1, 1, (1, 1), 4),
+    "window, stride 2": (3, 5, 3, 2, 1, (2, 2), 4),
+    "window, whole": (3, 5, (2, 3), 1, 0, (2, 3), 4),
+    "window, 7x7": (3, 5, 7, 2, 3, (2, 1), 4),
+    "unfold": (3, 5, 3, 1, 1, (2, 2), 4),
+    "unfold, stride 2": (3, 5, 3, 2, 1, (3, 4), 4),
+    "unfold, 1x3": (3, 5, (1, 3), 1, (0, 1), (2, 2), 4),
+    "slices": (64, 4, 3, 1, 1, (9, 8), 64),
+    "slices, 3x1": (64, 4, (3, 1), 1, (1, 0), (17, 12), 64),
+    "slices, no padding": (64, 4, 3, 1, 0, (9, 11), 64),
+}
+
+
+def gradients(layer: nn.Module, x: np.ndarray) -> list[np.ndarray]:
+    """What a layer gives, and the gradients of its input and weights under uneven weights."""
+    image = flow.tensor(x, requires_grad=True)
+    layer.zero_grad()
+    y = layer(image)
+    scale = flow.tensor(np.random.default_rng(1).standard_normal(tuple(y.shape), np.float32))
+    (y * scale).sum().backward()
+    return [t.numpy().copy() for t in (y, image.grad, *(p.grad for p in layer.parameters()))]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_a_form_gives_the_sums_of_oneflow_and_their_gradients(case, bias):
+    inputs, outputs, kernel, stride, padding, size, batch = CASES[case]
+    layer = Convolution(inputs, outputs, kernel, stride=stride, padding=padding, bias=bias)
+    how = form(
+        batch,
+        inputs,
+        size,
+        kernel=layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+    )
+    assert how == case.split(",")[0]
+    x = np.random.default_rng(0).standard_normal((batch, inputs, *size), np.float32)
+    expected = gradients(layer, x)
+    with convolutions_as_products(True):
+        found = gradients(layer, x)
+    assert not products.enabled
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    "batch, channels, size, kernel, stride, padding",
+    [
+        (8, 64, (56, 56), (1, 1), (2, 2), (0, 0)),  # every other pixel of a large picture
+        (8, 64, (30, 30), (3, 3), (2, 2), (1, 1)),
+        (8, 3, (224, 224), (7, 7), (2, 2), (3, 3)),
+        (1, 8, (8, 8), (3, 3), (1, 1), (1, 1)),  # slices would take longer to compile
+        (64, 64, (56, 56), (3, 3), (1, 1), (1, 1)),  # 460 MB of columns
+        (64, 64, (20, 20), (5, 5), (1, 1), (2, 2)),
+    ],
+)
+def test_other_shapes_are_computed_as_oneflow_does(batch, channels, size, kernel, stride, padding):
+    how = form(batch, channels, size, kernel=kernel, stride=stride, padding=padding)
+    assert how is None
+
+
+def operators(graph: nn.Graph) -> set[str]:
+    return {op.user_conf.op_type_name for op in graph._full_graph_proto.net.op}
+
+
+class Layer(QuietGraph):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def build(self, x):
+        return self.layer(x)
+
+
+def compiled(layer: nn.Module) -> set[str]:
+    placement = flow.placement("cpu", [0])
+    layer = layer.to_global(placement, flow.sbp.broadcast)
+    graph = Layer(layer)
+    graph(flow.zeros(2, 4, 6, 6, placement=placement, sbp=flow.sbp.split(0))).numpy()
+    return operators(graph)
+
+
+def test_a_graph_for_a_cpu_takes_the_product():
+    found = compiled(Convolution(4, 5, 1))
+    assert "conv2d" not in found
+    assert found & {"matmul", "broadcast_matmul"}
+
+
+def test_groups_and_dilation_stay_oneflows():
+    assert "conv2d" in compiled(Convolution(4, 4, 1, groups=2))
+    assert "conv2d" in compiled(Convolution(4, 4, 3, dilation=2, padding=2))
+
+
+def test_a_graph_that_is_exported_has_convolutions():
+    import resnet_to_onnx
+
+    graph = resnet_to_onnx.LogitsGraph(Convolution(4, 5, 1))
+    graph(flow.zeros(2, 4, 6, 6)).numpy()
+    assert "conv2d" in operators(graph)
+
+
+def test_an_error_while_tracing_leaves_the_context():
+    with pytest.raises(ZeroDivisionError), convolutions_as_products(True):
+        raise ZeroDivisionError
+    assert not products.enabled
