@@ -490,7 +490,7 @@ class Example:
         export = f"--export=ALL,RUN=run,DATA_ROOT={self.data},NUM_EPOCH={epochs}"
         places = (f"--chdir={self.directory}", f"--output={self.directory / 'out'}", export)
         flags = ("--model=resnet18", "--image_size=32", "--batch_size_per_device=2")
-        more = ("--device=cpu", "--warmup_epochs=0", "--loss_print_every_n_iter=1")
+        more = ("--device=cpu", "--learning_rate=1e-5", "--loss_print_every_n_iter=1")
         script = str(ROOT / "examples" / "slurm.sbatch")
         self.job = self.slurm("sbatch", *own, *places, *options, script, *flags, *more).strip()
 
@@ -517,14 +517,14 @@ class Example:
 def test_the_example_of_a_batch_script(slurm, data, tmp_path):
     """Preempted and queued again, stopped by a signal, cancelled; each time it goes on."""
     example = Example(slurm, data, tmp_path)
-    example.submit("--time=10")
-    example.wait_for("train: epoch 1,", times=3, seconds=200)
+    example.submit("--time=60")
+    example.wait_for("train: epoch 1,", times=3, seconds=400)
     slurm("scontrol", "requeue", example.job)  # as preemption does
-    example.wait_for("interrupted by SIGTERM", times=1, seconds=60)
-    wait_until(lambda: example.resumed(1), 240)
+    example.wait_for("interrupted by SIGTERM", times=1, seconds=100)
+    wait_until(lambda: example.resumed(1), 400)
     slurm("scancel", "--signal=TERM", example.job)
-    example.wait_for("interrupted by SIGTERM", times=2, seconds=60)
-    wait_until(lambda: example.resumed(2), 240)
+    example.wait_for("interrupted by SIGTERM", times=2, seconds=100)
+    wait_until(lambda: example.resumed(2), 400)
     example.cancel()
     assert example.text().count("interrupted by SIGTERM") == 3
     lines = example.text().splitlines()
@@ -536,10 +536,9 @@ def test_the_example_of_a_batch_script(slurm, data, tmp_path):
 def test_a_signal_of_slurm_before_the_time_is_over(slurm, data, tmp_path):
     """Which Slurm sends up to a minute earlier than asked for, to the tasks of the step."""
     example = Example(slurm, data, tmp_path)
-    example.submit("--time=3", "--signal=TERM@60", epochs=1000)
-    example.wait_for("train: epoch 0,", times=1, seconds=110)
-    example.wait_for("interrupted by SIGTERM", times=1, seconds=180)
-    wait_until(lambda: example.resumed(1), 240)
+    example.submit("--time=4", "--signal=TERM@60", epochs=1000)
+    example.wait_for("interrupted by SIGTERM", times=1, seconds=240)
+    wait_until(lambda: example.resumed(1), 400)
     example.cancel()
     assert "DUE TO TIME LIMIT" not in example.text()
     assert not any("died" in line for line in example.text().splitlines())
