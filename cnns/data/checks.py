@@ -20,7 +20,7 @@ from cnns.data.jpeg import walk_jpeg
 from cnns.data.kinds import Shards
 from cnns.errors import RunError, UsageError
 from cnns.hints import path_hint
-from cnns.inputs import check_ordinary, open_input
+from cnns.inputs import check_ordinary, kind_of, open_input
 from cnns.log import notice
 
 # Walking length fields costs microseconds a record from a warm cache, a seek from a cold disk. Up
@@ -161,6 +161,10 @@ def list_parts(directory: str, *, flag: str) -> tuple[list[str], int]:
     Raises UsageError where there is no such directory, no part, or a gap in their numbers.
     """
     if not os.path.isdir(directory):
+        if os.path.exists(directory):
+            raise UsageError(
+                f"{flag}: {directory} is {kind_of(directory)}, and a directory of parts is needed"
+            )
         raise UsageError(
             f"{flag}: there is no directory {directory}; {describe_parent(directory, flag)}"
         )

@@ -310,3 +310,15 @@ def test_names_reach_the_terminal_escaped(capsys):
     )
     report("no \x1b]0;title\x07 \udcfe")
     assert capsys.readouterr().err.endswith(": error: no \\x1b]0;title\\x07 \\xfe\n")
+
+
+def test_what_is_there_but_no_directory_is_named(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "text").write_text("x")
+    for name, words in (
+        ("fifo", "is a FIFO, and"),
+        ("text", "is a file, and"),
+        ("x", "there is no"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            checks.check_shards(str(tmp_path / name), flag="--train_data_dir")

@@ -155,7 +155,7 @@ def run_short(seconds: float, num_processes: int) -> list[int]:
         for rank in range(num_processes)
     ]
     try:
-        ended = [process.communicate(timeout=60 + 3 * seconds) for process in ranks]
+        ended = [process.communicate(timeout=300 + 3 * seconds) for process in ranks]
         assert [process.returncode for process in ranks] == [0] * num_processes, ended
         return [int(out) for out, _ in ended]
     finally:
@@ -167,5 +167,5 @@ def run_short(seconds: float, num_processes: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_short_runs_for_minutes_on_a_busy_machine(num_processes):
-    """Without the correction, nearly all of these processes end with a memory fault."""
-    assert min(run_short(180, num_processes)) > 1000
+    """Without the correction a run of 15 s ends with a memory fault in one case of seven."""
+    assert min(run_short(180, num_processes)) > 100
