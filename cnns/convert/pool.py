@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from cnns.errors import RunError
+from cnns.interrupts import SIGNALS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 REPORT_SECONDS = 0.1  # between a worker's reports of progress
@@ -114,9 +115,10 @@ def run_tasks(
                     target=work, args=(task, theirs, os.getpid()), daemon=True
                 )
                 workers[pipe] = number, process
-                # Ctrl-C and SIGHUP go to the whole process group. Workers inherit the mask, so they
-                # never reach them, and they are delivered here a moment later.
-                mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+                # Terminals and schedulers signal the whole process group. Workers inherit the mask,
+                # so that none ends of it before this process knows why; it is delivered here a
+                # moment later, and they end with this process.
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
                 try:
                     process.start()
                 finally:
