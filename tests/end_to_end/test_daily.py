@@ -94,9 +94,9 @@ def said(project, source) -> list[str]:
 
 
 def mask(line: str) -> str:
-    """A line without its figures, times, sizes, and the place of Python."""
+    """A line without its figures, times, sizes, the place of Python, and what NUM_EPOCH gives."""
     line = re.sub(r"photos-[0-9a-f]{12}", "photos-STAMP", " ".join(line.split()))
-    line = re.sub(r"\S*python3 ", "python3 ", line)
+    line = re.sub(r"\S*python3 ", "python3 ", line).replace("--num_epochs=10 ", "")
     line = re.sub(r"\d[\d.]*", "0", line)
     return re.sub(r"0 (h 0 min|min|s)\b|0 [kMG]?B", "0 UNIT", line)
 
