@@ -93,6 +93,25 @@ def said(project, source) -> list[str]:
     return printed[1:]
 
 
+def mask(line: str) -> str:
+    """A line without its figures, times, sizes, the place of Python, and what NUM_EPOCH gives."""
+    line = re.sub(r"photos-[0-9a-f]{12}", "photos-STAMP", " ".join(line.split()))
+    line = re.sub(r"\S*python3 ", "python3 ", line).replace("--num_epochs=10 ", "")
+    line = re.sub(r"\d[\d.]*", "0", line)
+    return re.sub(r"0 (h 0 min|min|s)\b|0 [kMG]?B", "0 UNIT", line)
+
+
+def test_the_page_shows_what_is_printed(said):
+    shown = 0
+    for (language, text), printed in zip(BLOCKS, said, strict=True):
+        lines = {mask(line) for line in printed.splitlines()}
+        for line in text.splitlines() if language == "text" else ():
+            if line != "...":
+                assert mask(line) in lines, f"{line}\n{printed}"
+                shown += 1
+    assert shown > 20
+
+
 def test_every_file_that_the_page_names_is_there(project, said):
     quoted = re.findall(r"`([\w./-]+\.(?:html|csv|jsonl|yaml|txt|png|onnx))`", PAGE)
     assert len(quoted) >= 10
