@@ -114,7 +114,7 @@ def test_two_processes_train_what_one_does(data, tmp_path, item):
         given = flags(data, item, model="plain", processes=processes)
         command = [sys.executable, str(small.ROOT / "tests" / "train_small.py"), *given]
         done = subprocess.run(
-            [*command, f"--model_save_dir={processes}"], capture_output=True, text=True, timeout=120
+            [*command, f"--model_save_dir={processes}"], capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
         found[processes] = small.losses(done.stdout), arrays(Path(f"{processes}/snapshot_epoch_2"))
