@@ -10,18 +10,24 @@ it computes the same sums, in another order, by the operations that are quickest
 else (CUDA, exports to ONNX, modules that are called without a graph) computes OneFlow's own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import oneflow as flow
 from oneflow import nn
 
-# Measured on 2 cores of an AMD EPYC (Zen 3), forward and backward; see `form`.
+# All measured on 2 cores of an AMD EPYC (Zen 3), forward and backward.
 SMALL_PIXELS = 14 * 14  # of the output, for 1x1 kernels
 TINY_PIXELS = 2 * 2  # of the output, for larger kernels
 MAX_KERNEL_PIXELS = 9
-# Columns are kept for the backward pass, and the slices that they are made of take time to compile.
-MIN_COLUMN_BYTES, MAX_COLUMN_BYTES = 8 << 20, 64 << 20
+MAX_COLUMN_BYTES = 64 << 20  # they are kept for the backward pass
+# Milliseconds of a training step that a form saves: for each value of the weights and image, and
+# for each value of the columns.
+WEIGHT_MILLISECONDS = 2.4e-6
+COLUMN_MILLISECONDS = {"images": 1e-5, "pixels": 1e-5, "slices": 4e-6}
+# What it has to save, since more operations take longer to compile: some 0.1 s, slices 0.3 s.
+MIN_SAVED_MILLISECONDS = {"slices": 20.0}
+MIN_SAVED_DEFAULT = 5.0
 
 enabled = False
 
@@ -43,37 +49,37 @@ def output_size(length: int, kernel: int, stride: int, padding: int) -> int:
 
 def form(
     batch: int,
-    channels: int,
-    size: tuple[int, int],
+    weight: Sequence[int],
+    size: Sequence[int],
     *,
-    kernel: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
 ) -> str | None:
-    """How to compute a convolution of images (batch, channels, *size); None: as OneFlow does.
+    """How to compute the convolution of (batch, I, *size) by (O, I, h, w); None: as OneFlow does.
 
     "images": a product for each image, as they lie in memory; for 1x1 kernels and large pictures.
     "pixels": one product, between two transpositions; for 1x1 kernels and small pictures.
-    "window": one product with the part of the kernel that meets the image, where that gives 1 pixel.
+    "window": one product with the part of the kernel that meets the image, which gives 1 pixel.
     "unfold": one product with OneFlow's own columns, which it is slow to make.
-    "slices": one product with columns that are put together from slices of the images.
+    "slices": one product with columns that are made of slices of the images.
     """
+    outputs, channels, *kernel = weight
     height, width = map(output_size, size, kernel, stride, padding)
     pixels, area = height * width, kernel[0] * kernel[1]
+    columns = batch * channels * area * pixels
     if area == 1 and padding == (0, 0):
-        if pixels <= SMALL_PIXELS:
-            return "pixels"
-        # Every other value of a large picture is slow to copy out.
-        return "images" if stride == (1, 1) else None
-    if pixels == 1:
-        return "window"
-    if area > MAX_KERNEL_PIXELS:
-        return None
-    if pixels <= TINY_PIXELS:
-        return "unfold"
-    column_bytes = 4 * area * channels * batch * pixels
-    fits = MIN_COLUMN_BYTES <= column_bytes <= MAX_COLUMN_BYTES
-    return "slices" if stride == (1, 1) and fits else None
+        how = "pixels" if pixels <= SMALL_PIXELS else "images"
+    elif pixels == 1:
+        how = "window"
+    else:
+        how = "unfold" if pixels <= TINY_PIXELS else "slices"
+        if area > MAX_KERNEL_PIXELS or 4 * columns > MAX_COLUMN_BYTES:
+            return None
+    if how in ("images", "slices") and stride != (1, 1):
+        return None  # every other value of a picture is slow to copy out
+    saved = WEIGHT_MILLISECONDS * batch * outputs * channels * area
+    saved += COLUMN_MILLISECONDS.get(how, 0.0) * columns
+    return how if saved >= MIN_SAVED_MILLISECONDS.get(how, MIN_SAVED_DEFAULT) else None
 
 
 def slices(
@@ -144,10 +150,8 @@ class Convolution(nn.Conv2d):
     def forward(self, x):  # (N, I, H, W) -> (N, O, H', W')
         plain = self.groups == 1 and as_pair(self.dilation) == (1, 1)
         if enabled and plain and self.channel_pos == "channels_first":
-            count, channels, *size = x.shape
             stride, padding = as_pair(self.stride), as_pair(self.padding)
-            kernel = as_pair(self.kernel_size)
-            how = form(count, channels, size, kernel=kernel, stride=stride, padding=padding)
+            how = form(x.shape[0], self.weight.shape, x.shape[2:], stride=stride, padding=padding)
             if how is not None:
                 return convolve(x, self.weight, self.bias, how=how, stride=stride, padding=padding)
         return nn.Conv2d.forward(self, x)  # nn.Graph calls this on a proxy without super()

@@ -13,20 +13,20 @@ from cnns.models.products import Convolution, convolutions_as_products, form
 
 # inputs, outputs, kernel, stride, padding, (height, width), batch -> the form
 CASES = {
-    "images": (3, 5, 1, 1, 0, (15, 16), 2),
-    "pixels": (6, 4, 1, 1, 0, (5, 3), 3),
-    "pixels, stride 2": (6, 4, 1, 2, 0, (5, 7), 3),
-    "pixels, one": (6, 4, 1, 1, 0, (1, 1), 3),
-    "window": (3, 5, 3, 1, 1, (1, 1), 4),
-    "window, stride 2": (3, 5, 3, 2, 1, (2, 2), 4),
-    "window, whole": (3, 5, (2, 3), 1, 0, (2, 3), 4),
-    "window, 7x7": (3, 5, 7, 2, 3, (2, 1), 4),
-    "unfold": (3, 5, 3, 1, 1, (2, 2), 4),
-    "unfold, stride 2": (3, 5, 3, 2, 1, (3, 4), 4),
-    "unfold, 1x3": (3, 5, (1, 3), 1, (0, 1), (2, 2), 4),
-    "slices": (64, 4, 3, 1, 1, (9, 8), 64),
-    "slices, 3x1": (64, 4, (3, 1), 1, (1, 0), (17, 12), 64),
-    "slices, no padding": (64, 4, 3, 1, 0, (9, 11), 64),
+    "images": (64, 5, 1, 1, 0, (15, 16), 33),
+    "pixels": (600, 700, 1, 1, 0, (5, 3), 5),
+    "pixels, stride 2": (600, 700, 1, 2, 0, (5, 7), 5),
+    "pixels, one": (600, 700, 1, 1, 0, (1, 1), 5),
+    "window": (200, 300, 3, 1, 1, (1, 1), 4),
+    "window, stride 2": (200, 300, 3, 2, 1, (2, 2), 4),
+    "window, whole": (300, 300, (2, 3), 1, 0, (2, 3), 4),
+    "window, 7x7": (99, 130, 7, 2, 3, (2, 1), 4),
+    "unfold": (200, 300, 3, 1, 1, (2, 2), 4),
+    "unfold, stride 2": (200, 300, 3, 2, 1, (3, 4), 4),
+    "unfold, 1x3": (400, 450, (1, 3), 1, (0, 1), (2, 2), 4),
+    "slices": (64, 40, 3, 1, 1, (9, 12), 100),
+    "slices, 3x1": (64, 80, (3, 1), 1, (1, 0), (17, 20), 100),
+    "slices, no padding": (64, 40, 3, 1, 0, (11, 13), 100),
 }
 
 
@@ -47,9 +47,8 @@ def test_a_form_gives_the_sums_of_oneflow_and_their_gradients(case, bias):
     layer = Convolution(inputs, outputs, kernel, stride=stride, padding=padding, bias=bias)
     how = form(
         batch,
-        inputs,
+        layer.weight.shape,
         size,
-        kernel=layer.kernel_size,
         stride=layer.stride,
         padding=layer.padding,
     )
@@ -65,19 +64,20 @@ def test_a_form_gives_the_sums_of_oneflow_and_their_gradients(case, bias):
 
 
 @pytest.mark.parametrize(
-    "batch, channels, size, kernel, stride, padding",
+    "batch, weight, size, stride, padding",
     [
-        (8, 64, (56, 56), (1, 1), (2, 2), (0, 0)),  # every other pixel of a large picture
-        (8, 64, (30, 30), (3, 3), (2, 2), (1, 1)),
-        (8, 3, (224, 224), (7, 7), (2, 2), (3, 3)),
-        (1, 8, (8, 8), (3, 3), (1, 1), (1, 1)),  # slices would take longer to compile
-        (64, 64, (56, 56), (3, 3), (1, 1), (1, 1)),  # 460 MB of columns
-        (64, 64, (20, 20), (5, 5), (1, 1), (2, 2)),
+        (16, (512, 256, 1, 1), (56, 56), (2, 2), (0, 0)),  # every other pixel of a large picture
+        (16, (256, 256, 3, 3), (28, 28), (2, 2), (1, 1)),
+        (16, (64, 3, 7, 7), (224, 224), (2, 2), (3, 3)),
+        (64, (64, 64, 3, 3), (56, 56), (1, 1), (1, 1)),  # 460 MB of columns
+        (64, (64, 64, 5, 5), (20, 20), (1, 1), (2, 2)),
+        (1, (512, 512, 1, 1), (2, 2), (1, 1), (0, 0)),  # saves less than it takes to compile
+        (1, (64, 64, 3, 3), (1, 1), (1, 1), (1, 1)),
+        (2, (64, 64, 3, 3), (16, 16), (1, 1), (1, 1)),
     ],
 )
-def test_other_shapes_are_computed_as_oneflow_does(batch, channels, size, kernel, stride, padding):
-    how = form(batch, channels, size, kernel=kernel, stride=stride, padding=padding)
-    assert how is None
+def test_other_shapes_are_computed_as_oneflow_does(batch, weight, size, stride, padding):
+    assert form(batch, weight, size, stride=stride, padding=padding) is None
 
 
 def operators(graph: nn.Graph) -> set[str]:
@@ -97,26 +97,26 @@ def compiled(layer: nn.Module) -> set[str]:
     placement = flow.placement("cpu", [0])
     layer = layer.to_global(placement, flow.sbp.broadcast)
     graph = Layer(layer)
-    graph(flow.zeros(2, 4, 6, 6, placement=placement, sbp=flow.sbp.split(0))).numpy()
+    graph(flow.zeros(64, 64, 12, 12, placement=placement, sbp=flow.sbp.split(0))).numpy()
     return operators(graph)
 
 
 def test_a_graph_for_a_cpu_takes_the_product():
-    found = compiled(Convolution(4, 5, 1))
+    found = compiled(Convolution(64, 8, 1))
     assert "conv2d" not in found
     assert found & {"matmul", "broadcast_matmul"}
 
 
 def test_groups_and_dilation_stay_oneflows():
-    assert "conv2d" in compiled(Convolution(4, 4, 1, groups=2))
-    assert "conv2d" in compiled(Convolution(4, 4, 3, dilation=2, padding=2))
+    assert "conv2d" in compiled(Convolution(64, 8, 1, groups=2))
+    assert "conv2d" in compiled(Convolution(64, 64, 3, dilation=2, padding=2))
 
 
 def test_a_graph_that_is_exported_has_convolutions():
     import resnet_to_onnx
 
-    graph = resnet_to_onnx.LogitsGraph(Convolution(4, 5, 1))
-    graph(flow.zeros(2, 4, 6, 6)).numpy()
+    graph = resnet_to_onnx.LogitsGraph(Convolution(64, 8, 1))
+    graph(flow.zeros(64, 64, 12, 12)).numpy()
     assert "conv2d" in operators(graph)
 
 
