@@ -32,7 +32,7 @@ def hits(logits: flow.Tensor, label: flow.Tensor, top_k: int) -> tuple[flow.Tens
     """Whether each label is the first, or among the first `top_k`, of its logits.
 
     Of equal logits the lower class ranks first, so that a network that gives the same for every
-    class is not row_mask as right. A label whose logit is NaN ranks last, and any other NaN ranks
+    class is not counted as right. A label whose logit is NaN ranks last, and any other NaN ranks
     above the label.
 
     Args:

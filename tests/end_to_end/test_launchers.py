@@ -239,7 +239,8 @@ def test_a_killed_rank_ends_all(launcher, rank, tmp_path):
     ],
 )
 def test_stopped_by_a_signal_to_one_rank_and_resumed(launcher, number, data, tmp_path):
-    flags = (*recipe(data, epochs=4), "--model_save_dir=run", "--resume=auto")
+    epochs = 20  # some seconds, so that the signal comes while it trains
+    flags = (*recipe(data, epochs=epochs), "--model_save_dir=run", "--resume=auto")
     run = start(launcher, *flags, cwd=tmp_path)
     wait_for_line(run, "train: epoch 1, iter 2,")
     (process,) = processes(tmp_path, rank=1)
@@ -252,8 +253,8 @@ def test_stopped_by_a_signal_to_one_rank_and_resumed(launcher, number, data, tmp
     stopped = read_description(str(tmp_path / "run" / "snapshot_last"))
     wait_until(lambda: not processes(tmp_path))
     out, _ = finish(start(launcher, *flags, cwd=tmp_path))
-    assert out.count("validation:") == 4 - stopped.epoch - 1
-    assert (tmp_path / "run" / "snapshot_epoch_3").exists()
+    assert out.count("validation:") == epochs - stopped.epoch - 1
+    assert (tmp_path / "run" / f"snapshot_epoch_{epochs - 1}").exists()
 
 
 def test_a_second_signal_ends_all_at_once(tmp_path):
