@@ -239,7 +239,7 @@ def test_a_killed_rank_ends_all(launcher, rank, tmp_path):
     ],
 )
 def test_stopped_by_a_signal_to_one_rank_and_resumed(launcher, number, data, tmp_path):
-    epochs = 20  # some seconds, so that the signal comes while it trains
+    epochs = 10  # some seconds, so that the signal comes while it trains
     flags = (*recipe(data, epochs=epochs), "--model_save_dir=run", "--resume=auto")
     run = start(launcher, *flags, cwd=tmp_path)
     wait_for_line(run, "train: epoch 1, iter 2,")
@@ -537,7 +537,7 @@ def test_the_example_of_a_batch_script(slurm, data, tmp_path):
 def test_a_signal_of_slurm_before_the_time_is_over(slurm, data, tmp_path):
     """Which Slurm sends up to a minute earlier than asked for, to the tasks of the step."""
     example = Example(slurm, data, tmp_path)
-    example.submit("--time=4", "--signal=TERM@60", epochs=1000)
+    example.submit("--time=3", "--signal=TERM@60", epochs=1000)
     example.wait_for("interrupted by SIGTERM", times=1, seconds=240)
     wait_until(lambda: example.resumed(1), 400)
     example.cancel()
