@@ -15,7 +15,7 @@ from cnns.checkpoint.snapshot import local
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
 from cnns.losses import main_label
 from cnns.models.layers import Dropout
-from cnns.polling import Runs
+from cnns.polling import sleep_instead_of_polling
 from cnns.runorder import queue_before_start
 
 # Of dynamic loss scaling. 2^16 is more than float16 holds (65504), but the first float16 value of a
@@ -100,7 +100,7 @@ def score(
 class QuietGraph(nn.Graph):
     """Holds back what OneFlow prints while it compiles, and drops it where that raises.
 
-    While it runs on a CPU, OneFlow's scheduler sleeps, see `cnns.polling`.
+    From the first on a CPU on, OneFlow's scheduler sleeps where it would poll, see `cnns.polling`.
 
     OneFlow 0.9.0 starts a run of a graph before it queues it, and a run that is over by then
     corrupts memory; that is corrected before the first run, see `cnns.runorder`.
@@ -109,22 +109,24 @@ class QuietGraph(nn.Graph):
     def __init__(self) -> None:
         super().__init__()
         queue_before_start()
-        self.runs = Runs()
 
     def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
         if not self.is_compiled:
             return self.compile_quietly(*batch, **more)
-        output = super().__call__(*batch, **more)
-        if batch and batch[0].placement.type == "cpu":
-            self.runs.start()
-        return output
+        return super().__call__(*batch, **more)
 
     def compile_quietly(self, *batch: flow.Tensor, **more: Any) -> Any:
-        printed = io.StringIO()
+        printed, on_cpu = io.StringIO(), is_on_cpu(batch)
+        if on_cpu:
+            sleep_instead_of_polling()
         with redirect_stdout(printed), redirect_stderr(printed):
             output = super().__call__(*batch, **more)
         sys.stderr.write(printed.getvalue())
         return output
+
+
+def is_on_cpu(batch: Sequence[flow.Tensor]) -> bool:
+    return bool(batch) and batch[0].placement.type == "cpu"
 
 
 class TrainGraph(QuietGraph):
