@@ -188,16 +188,46 @@ def convert(
 def call_oneflow_onnx(graph: nn.Graph, *, opset: int) -> onnx.ModelProto:
     """The graph as oneflow-onnx exports it. Raises RunError."""
     with tempfile.TemporaryDirectory() as place, library_errors() as errors:
-        weights, path = os.path.join(place, "weights"), os.path.join(place, "model.onnx")
-        flow.save(graph.state_dict(), weights)
+        path = os.path.join(place, "model.onnx")
         try:
-            with redirect_stdout(io.StringIO()):
-                Export(graph, weights, path, opset=opset, dynamic_batch_size=True)
+            with redirect_stdout(io.StringIO()), loading(read_once(graph.state_dict())):
+                Export(graph, place, path, opset=opset, dynamic_batch_size=True)
         except Exception as error:  # of any kind, for a layer that it does not know
             errors.append(f"{type(error).__name__}: {error}")
         if errors:
             raise RunError(f"oneflow-onnx cannot export the network: {errors[0]}")
         return onnx.load(path)
+
+
+class Weight:
+    """A tensor that was read once. oneflow-onnx reads and copies each a hundred times."""
+
+    def __init__(self, tensor: flow.Tensor):
+        self.array = tensor.numpy()
+
+    def numpy(self) -> np.ndarray:
+        return self.array
+
+    def __deepcopy__(self, memo: dict) -> "Weight":
+        return self
+
+
+def read_once(state: dict) -> dict:
+    """A graph's state, a dict of dicts of tensors, with a Weight for each tensor."""
+    return {
+        name: read_once(value) if isinstance(value, dict) else Weight(value)
+        for name, value in state.items()
+    }
+
+
+@contextmanager
+def loading(state: dict) -> Iterator[None]:
+    """A context in which `flow.load` gives this state, whatever it is asked for."""
+    load, flow.load = flow.load, lambda path: state
+    try:
+        yield
+    finally:
+        flow.load = load
 
 
 @contextmanager
