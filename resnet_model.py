@@ -18,8 +18,9 @@ from cnns.models.layers import (
     making_layers,
     pad_input,
 )
+from cnns.models.products import Convolution
 
-conv = partial(nn.Conv2d, bias=False)
+conv = partial(Convolution, bias=False)
 BATCH_NORM = {"eps": 1e-5, "momentum": 0.1}  # running = 0.9 old + 0.1 new
 
 

@@ -15,6 +15,7 @@ from cnns.checkpoint.snapshot import local
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
 from cnns.losses import main_label
 from cnns.models.layers import Dropout
+from cnns.models.products import convolutions_as_products
 from cnns.polling import sleep_instead_of_polling
 from cnns.runorder import queue_before_start
 
@@ -119,7 +120,7 @@ class QuietGraph(nn.Graph):
         printed, on_cpu = io.StringIO(), is_on_cpu(batch)
         if on_cpu:
             sleep_instead_of_polling()
-        with redirect_stdout(printed), redirect_stderr(printed):
+        with redirect_stdout(printed), redirect_stderr(printed), convolutions_as_products(on_cpu):
             output = super().__call__(*batch, **more)
         sys.stderr.write(printed.getvalue())
         return output

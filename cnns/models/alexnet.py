@@ -3,6 +3,7 @@
 from oneflow import nn
 
 from cnns.models.layers import Dropout, adaptive_mean, init_uniform
+from cnns.models.products import Convolution
 
 POOLED = 6  # pixels a side of what the classifier sees; at 224 px the last pooling gives just that
 
@@ -19,17 +20,17 @@ class AlexNet(nn.Module):
     def __init__(self, num_classes: int = 1000, hidden: int = 4096):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 64, 11, stride=4, padding=2),
+            Convolution(3, 64, 11, stride=4, padding=2),
             nn.ReLU(),
             nn.MaxPool2d(3, stride=2),
-            nn.Conv2d(64, 192, 5, padding=2),
+            Convolution(64, 192, 5, padding=2),
             nn.ReLU(),
             nn.MaxPool2d(3, stride=2),
-            nn.Conv2d(192, 384, 3, padding=1),
+            Convolution(192, 384, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(384, 256, 3, padding=1),
+            Convolution(384, 256, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(256, 256, 3, padding=1),
+            Convolution(256, 256, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(3, stride=2),
         )

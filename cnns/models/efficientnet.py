@@ -7,6 +7,7 @@ Parameters are named as in the file of the package efficientnet-lite0-pytorch-mo
 from oneflow import nn
 
 from cnns.models.layers import Dropout, init_fan_out
+from cnns.models.products import Convolution
 
 # Blocks, kernel, stride of the first block, expansion, channels: table 1 of the paper.
 STAGES = (
@@ -22,7 +23,7 @@ STEM_CHANNELS, LAST_CHANNELS = 32, 1280
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.01}  # running = 0.99 old + 0.01 new
 
 
-class SameConv2d(nn.Conv2d):
+class SameConv2d(Convolution):
     """A convolution without bias, padded as TensorFlow's "SAME": an odd pixel goes to the end."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
@@ -37,7 +38,7 @@ class SameConv2d(nn.Conv2d):
             padding += [missing // 2, missing - missing // 2]
         if any(padding):
             x = nn.functional.pad(x, padding)
-        return nn.Conv2d.forward(self, x)
+        return Convolution.forward(self, x)
 
 
 class Block(nn.Module):

@@ -4,6 +4,7 @@ import oneflow as flow
 from oneflow import nn
 
 from cnns.models.layers import BATCH_NORMS, Dropout, adaptive_mean, init_uniform
+from cnns.models.products import Convolution
 
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.1}  # running = 0.9 old + 0.1 new
 
@@ -23,7 +24,7 @@ class Conv(nn.Module):
         super().__init__()
         height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
         padding = (0, 0) if valid else (height // 2, width // 2)
-        self.conv = nn.Conv2d(
+        self.conv = Convolution(
             inputs, outputs, (height, width), stride=stride, padding=padding, bias=False
         )
         self.bn = nn.BatchNorm2d(outputs, **BATCH_NORM)

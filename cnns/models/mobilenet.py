@@ -5,6 +5,7 @@ from typing import Any
 from oneflow import nn
 
 from cnns.models.layers import Dropout, init_fan_out
+from cnns.models.products import Convolution
 
 # Expansion, channels, blocks and stride of the first of them: table 2 of the paper.
 STAGES = (
@@ -20,7 +21,7 @@ STEM_CHANNELS, LAST_CHANNELS = 32, 1280
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int, **settings: Any) -> list[nn.Module]:
-    convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **settings)
+    convolution = Convolution(inputs, outputs, kernel, padding=kernel // 2, bias=False, **settings)
     return [convolution, nn.BatchNorm2d(outputs)]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from oneflow import nn
 
 from cnns.models.layers import Dropout, adaptive_mean, init_fan_out
+from cnns.models.products import Convolution
 
 # Convolutions in each stage, and their channels: configuration D of the paper.
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -28,7 +29,7 @@ class VGG(nn.Module):
         layers, channels = [], 3
         for depth, width in stages:
             for _ in range(depth):
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width)]
+                layers += [Convolution(channels, width, 3, padding=1), nn.BatchNorm2d(width)]
                 layers.append(nn.ReLU())
                 channels = width
             layers.append(nn.MaxPool2d(2, stride=2))
