@@ -386,8 +386,10 @@ def test_names_that_are_not_utf_8(tmp_path):
 def own_data(data, monkeypatch):
     """A snapshot of a run on data of its own."""
 
+    original = Snapshot
+
     def save_with_flags(*argv, **settings):
-        snapshot = Snapshot(*argv, **settings)
+        snapshot = original(*argv, **settings)
         snapshot.flags = {
             "train_data_dir": str(data / "validation.npz"),
             "val_data_dir": str(data / "validation"),

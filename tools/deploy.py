@@ -314,7 +314,8 @@ def check_folder(folder: str, default: Made, data: Data, snapshot: Snapshot) -> 
     with tempfile.TemporaryDirectory() as place:
         path = os.path.join(place, "picture.png")
         picture.save(path)
-        command = [sys.executable, os.path.join(folder, "predict.py"), path, "--output=json"]
+        program = os.path.join(os.path.abspath(folder), "predict.py")
+        command = [sys.executable, program, path, "--output=json"]
         done = subprocess.run(
             command, cwd=place, capture_output=True, text=True, timeout=SECONDS, check=False
         )
@@ -333,13 +334,16 @@ def print_summary(output: str, card: Card) -> None:
     say(f"{output}/{CARD}", sys.stdout)
     for variant in card.variants:
         result = variant.score
+        kind = "right" if result.labelled else "of float32's confident answers"
         times = ", ".join(f"{ms:.1f} ms (batch {n})" for n, ms in variant.milliseconds.items())
-        say(
-            f"{variant.name:8} {variant.num_bytes / 1e6:7.1f} MB  {result.top_1:7.2%} "
-            f"({result.hits} of {result.count})  same answer {result.agreement:7.2%}  {times}"
-            + ("  refused" if variant.refusal else "  default" * (variant == card.default)),
-            sys.stdout,
-        )
+        cells = [
+            f"{variant.name:8} {variant.num_bytes / 1e6:7.1f} MB",
+            f"{result.top_1:.2%} {kind} ({result.hits} of {result.count})",
+            f"same answer {result.agreement:.2%}",
+            times,
+        ]
+        cells += ["refused"] if variant.refusal else ["default"] * (variant == card.default)
+        say("  ".join(cells), sys.stdout)
     say(f"Serve it: python3 {output}/serve.py", sys.stdout)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cnns.advice import size as size_text
-from cnns.deploy.gate import CONFIDENT, Score, wilson
+from cnns.deploy.gate import CONFIDENT, ROUNDS, Score, wilson
 from cnns.errors import printable
 from cnns.report.metrics import class_figures, confusion_cells, most_confused
 
@@ -121,8 +121,9 @@ class Card:
                 "smaller file differs from float32, not how often it is right."
             )
         lines.append(
-            "Milliseconds are medians of one call of ONNX Runtime on the machine above, the files "
-            "by turns, without reading and resizing the picture."
+            f"Milliseconds are what the fastest quarter of {ROUNDS} calls of ONNX Runtime took at "
+            "most on the machine above, the files by turns, without reading and resizing the "
+            "picture."
         )
         lines += [f"Refused: {cell(v.refusal)}." for v in self.variants if v.refusal is not None]
         if self.calibration:
@@ -176,7 +177,14 @@ class Card:
             "- The figures hold for pictures like those they were measured on. Others, of another "
             "camera, light or crop, were not tried."
         )
-        lines.append("- Times are of this machine; int8 pays where processors have fast integers.")
+        lines.append(
+            "- Times are of the machine above. Another processor may rank the files otherwise."
+        )
+        if not self.default.score.labelled:
+            lines.append(
+                "- Before it is relied on, score it: `--val_data_dir` takes labelled pictures, and "
+                "`--calibration_dir` ones of the kind that it will see."
+            )
         return "\n".join(lines)
 
     def origin(self) -> str:
@@ -207,7 +215,7 @@ def cell(text: object) -> str:
 
 
 def some(names: Sequence[str], count: int = 12) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+    return "; ".join(names[:count]) + ("; ..." if len(names) > count else "")
 
 
 def percent(share: float) -> str:

@@ -12,7 +12,10 @@ def free_size(model: onnx.ModelProto) -> None:
     """Make a graph that takes `images` (batch, 3, H, W), H and W numbers, take any H and W.
 
     oneflow-onnx writes a mean over all pixels as a sum, times one over their number; that becomes
-    a mean. Raises RunError where a layer needs a fixed number of pixels.
+    a mean. It leaves out padding that the size at hand does not need; that becomes what other sizes
+    need. The comparison with OneFlow at another size has to prove it.
+
+    Raises RunError where a layer needs a fixed number of pixels.
     """
     graph = model.graph
     shapes = {
@@ -31,6 +34,8 @@ def free_size(model: onnx.ModelProto) -> None:
             continue
         node.op_type, node.output[0] = "ReduceMean", scaled.output[0]
         graph.node.remove(scaled)
+    for node in graph.node:
+        free_padding(node)
     fixed = [node.name for node in graph.node if is_fixed(node, graph)]
     if fixed:
         raise RunError(
@@ -39,6 +44,22 @@ def free_size(model: onnx.ModelProto) -> None:
         )
     dims = graph.input[0].type.tensor_type.shape.dim
     dims[2].dim_param, dims[3].dim_param = HEIGHT, WIDTH
+
+
+def free_padding(node: onnx.NodeProto) -> None:
+    """Make the padding of a layer hold for any size, where it is not the same on both sides.
+
+    A pooling pads as much behind as in front, with nothing that could be a maximum; a convolution
+    is one of TensorFlow's, with padding by the size, by the rule that ONNX calls SAME_UPPER.
+    """
+    pads = next((each for each in node.attribute if each.name == "pads"), None)
+    if pads is None or list(pads.ints[:2]) == list(pads.ints[2:]):
+        return
+    if node.op_type == "MaxPool" and min(pads.ints[:2]) > 0:
+        pads.ints[2:] = pads.ints[:2]
+    elif node.op_type == "Conv":
+        node.attribute.remove(pads)
+        node.attribute.append(helper.make_attribute("auto_pad", "SAME_UPPER"))
 
 
 def axes_of(node: onnx.NodeProto) -> list[int]:

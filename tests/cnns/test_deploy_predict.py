@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import deployed
+import predict
 from cnns.data.images import load_image
 from cnns.errors import RunError
 from cnns.export import ExportedModel
@@ -25,18 +26,6 @@ PHOTOGRAPHS = [str(ROOT / "data" / name) for name in ("cat.jpg", "coffee.jpg")]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return deployed.make_folder(tmp_path_factory.mktemp("predict") / "served")
-
-
-@pytest.fixture(scope="module")
-def program():
-    """The module predict, imported from where it lies."""
-    sys.path.insert(0, str(deployed.TEMPLATE))
-    try:
-        import predict
-
-        yield predict
-    finally:
-        sys.path.remove(str(deployed.TEMPLATE))
 
 
 def pictures(tmp_path) -> list[str]:
@@ -65,26 +54,26 @@ def pictures(tmp_path) -> list[str]:
     return [*PHOTOGRAPHS, *(str(tmp_path / name) for name in made)]
 
 
-def test_a_picture_becomes_the_same_array_as_in_the_project(folder, program, tmp_path):
-    network = program.Network(str(folder / "model.onnx"))
+def test_a_picture_becomes_the_same_array_as_in_the_project(folder, tmp_path):
+    network = predict.Network(str(folder / "model.onnx"))
     for path in pictures(tmp_path):
-        theirs = network.prepare(program.read_picture(path))
+        theirs = network.prepare(predict.read_picture(path))
         np.testing.assert_array_equal(theirs, load_image(path, deployed.PREPROCESSING), path)
 
 
-def test_bad_pictures_are_bad_for_both(program, tmp_path):
+def test_bad_pictures_are_bad_for_both(tmp_path):
     for name, data in {
         "empty.png": b"",
         "text.png": b"hello",
         "cut.jpg": open(PHOTOGRAPHS[0], "rb").read()[:3000],
     }.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(program.BadPicture):
-            program.read_picture(str(tmp_path / name))
+        with pytest.raises(predict.BadPicture):
+            predict.read_picture(str(tmp_path / name))
         with pytest.raises(RunError):
             load_image(str(tmp_path / name), deployed.PREPROCESSING)
-    with pytest.raises(program.TooLarge):
-        program.read_picture(PHOTOGRAPHS[0], max_pixels=1000)
+    with pytest.raises(predict.TooLarge):
+        predict.read_picture(PHOTOGRAPHS[0], max_pixels=1000)
 
 
 def test_the_command_in_its_three_forms(folder, tmp_path):

@@ -275,6 +275,15 @@ def test_200_at_once_get_an_answer_each_and_the_memory_does_not_grow(server):
     assert server.request("POST", "/classify", PICTURE)[0] == 200
 
 
+def test_a_browser_that_connects_in_advance_has_its_time_when_it_sends(server):
+    with server.connect() as connection:
+        time.sleep(0.8 * TIMEOUT)
+        connection.sendall(post(f"Content-Length: {len(PICTURE)}\r\n", PICTURE[:10]))
+        time.sleep(0.6 * TIMEOUT)
+        connection.sendall(PICTURE[10:])
+        assert b"200 OK" in connection.recv(1000)
+
+
 def test_busy_is_503_while_health_answers(folder):
     server = Running(folder, "--max_requests=2", f"--timeout={TIMEOUT}")
     held = [server.connect() for _ in range(2)]

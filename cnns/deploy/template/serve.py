@@ -218,6 +218,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request of a connection, which is then closed."""
 
     server: Server
+    rfile: io.BufferedReader
     protocol_version = "HTTP/1.1"
 
     def setup(self) -> None:
@@ -251,9 +252,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> tuple[int, object, dict[str, str]]:
         """Status, body and more headers. Raises Refused, or TimeoutError."""
-        self.raw_requestline = self.rfile.readline(MAX_HEADER_BYTES)
-        if not self.raw_requestline:
+        if not self.rfile.peek(1):
             raise ConnectionAbortedError  # it sent nothing
+        # Browsers connect before they have anything to send: the time counts from there on.
+        self.start = time.monotonic()
+        self.sender.deadline = self.start + self.server.args.timeout
+        self.raw_requestline = self.rfile.readline(MAX_HEADER_BYTES)
         if not self.parse_request():
             raise Refused(400, "not an HTTP request")
         path = urlsplit(self.path)
