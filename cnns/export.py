@@ -271,6 +271,15 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
+def open_session(model: bytes | str, *, as_it_is: bool = False) -> onnxruntime.InferenceSession:
+    """A file that is one's own, as predict.py runs it, or each node as it is, none fused."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what is wrong is raised
+    if as_it_is:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 @cache
 def limit_memory() -> None:
     """Let what ONNX Runtime takes be no more than MEMORY_SHARE, in this process: it raises then."""

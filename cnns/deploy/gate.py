@@ -7,7 +7,7 @@ answers of float32 that have at least CONFIDENT probability take the place of la
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,8 @@ import onnxruntime
 
 from cnns.data.images import Preprocessing
 from cnns.deploy.pictures import Pictures
-from cnns.deploy.quantise import open_session
 from cnns.errors import RunError
-from cnns.export import INPUT, OUTPUT
+from cnns.export import INPUT, OUTPUT, open_session
 from cnns.report.metrics import Answers, reduce_logits
 
 BATCH = 32  # pictures that are scored at once
@@ -92,8 +91,6 @@ def score(
     variants: dict[str, bytes],
     pictures: Pictures,
     preprocessing: Preprocessing,
-    *,
-    say: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Score]:
     """The answers of each variant, ONNX files in memory, one of them FLOAT32, to all pictures."""
     sessions = {name: open_session(model) for name, model in variants.items()}
@@ -105,7 +102,6 @@ def score(
             logits = session.run([OUTPUT], {INPUT: images})[0]
             parts[name].append(reduce_logits(index, labels, logits))
         done += len(images)
-        say(done)
     answers = {
         name: Answers.unpack(np.concatenate([each.pack() for each in own]))
         for name, own in parts.items()

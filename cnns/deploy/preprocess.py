@@ -18,9 +18,17 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from cnns.data.images import Preprocessing, center_crop
-from cnns.deploy.quantise import open_session, opset_of
+from cnns.deploy.quantise import opset_of
 from cnns.errors import UsageError
-from cnns.export import HEIGHT, INPUT, OUTPUT, PICTURES, PROBABILITIES, WIDTH
+from cnns.export import (
+    HEIGHT,
+    INPUT,
+    OUTPUT,
+    PICTURES,
+    PROBABILITIES,
+    WIDTH,
+    open_session,
+)
 
 OPSET = 18  # the first with antialiasing in Resize
 MODES = {"bilinear": ("linear", None), "bicubic": ("cubic", -0.5)}  # with Pillow's coefficient

@@ -4,8 +4,9 @@ int8: onnxruntime.quantization, static, QDQ; activations are unsigned bytes with
 their own, weights signed, a scale for each output channel. ONNX Runtime makes one integer
 convolution of each convolution with its batch norm, which oneflow-onnx has folded, and its ReLU.
 Weights have 7 bits: the instruction that adds pairs of products on processors without VNNI (AVX2,
-AVX-512) saturates with 8, so that answers would depend on the processor. Activations that are
-signed as well would leave a third of the convolutions of EfficientNet-Lite0 in float32.
+AVX-512) saturates with 8, so that answers would depend on the processor. They are rounded so that
+the layers' outputs change least (rounding.py), which is worth more than the eighth bit. Activations
+that are signed as well would leave a third of the convolutions of EfficientNet-Lite0 in float32.
 
 fp16: weights and arithmetic in half precision, `images` and `logits` stay float32.
 """
@@ -13,12 +14,11 @@ fp16: weights and arithmetic in half precision, `images` and `logits` stay float
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper, version_converter
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -28,12 +28,12 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+from cnns.deploy.rounding import attribute, round_to_inputs, weight_makers
 from cnns.errors import RunError
-from cnns.export import INPUT, OUTPUT
+from cnns.export import INPUT, OUTPUT, open_session
 
 INT8_OPSET = 13  # the first with a scale for each channel
-LAYERS = ("Conv", "Gemm", "MatMul")  # with weights
-MAX_INTEGER = 127
+MAX_WEIGHT = 64  # of 7 bits; onnxruntime.quantization takes both ends of the range
 MAX_HALF = 65504
 
 
@@ -48,13 +48,6 @@ class Reader(CalibrationDataReader):
         return None if image is None else {INPUT: image[None]}
 
 
-def open_session(model: bytes | str) -> onnxruntime.InferenceSession:
-    """As predict.py runs a file."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def opset_of(model: onnx.ModelProto) -> int:
     return next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
 
@@ -66,13 +59,15 @@ def copy(model: onnx.ModelProto, *, at_least: int = 0) -> onnx.ModelProto:
     return onnx.ModelProto.FromString(model.SerializeToString())
 
 
-def to_int8(model: onnx.ModelProto, images: Iterable[np.ndarray]) -> onnx.ModelProto:
-    """The network in 8-bit integers, with ranges from `images`, (3, H, W) float32, normalised.
+def to_int8(model: onnx.ModelProto, images: Sequence[np.ndarray]) -> onnx.ModelProto:
+    """The network in 8-bit integers; `images` (3, H, W) float32, normalised, show what ranges its
+    tensors have, and how its weights are best rounded.
 
     Raises RunError where ONNX Runtime cannot make it.
     """
     # A copy in any case: quantize_static moves the weights of what it is given to a file.
     model = copy(model, at_least=INT8_OPSET)
+    exact = copy(model)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     with tempfile.TemporaryDirectory() as folder, quiet():
         path = os.path.join(folder, "int8.onnx")
@@ -96,6 +91,7 @@ def to_int8(model: onnx.ModelProto, images: Iterable[np.ndarray]) -> onnx.ModelP
         quantised = onnx.load(path)
     helper.set_model_props(quantised, metadata)  # without what its tools add
     remove_unused(quantised.graph)
+    round_to_inputs(quantised, exact, images, largest=MAX_WEIGHT)
     return quantised
 
 
@@ -161,11 +157,7 @@ def quiet() -> Iterator[None]:
 
 
 def layer_errors(
-    model: onnx.ModelProto,
-    quantised: onnx.ModelProto,
-    images: np.ndarray,
-    *,
-    say: Callable[[str], None] = lambda text: None,
+    model: onnx.ModelProto, quantised: onnx.ModelProto, images: np.ndarray
 ) -> list[tuple[str, float]]:
     """Layers by what the logits of `images` (N, 3, H, W) change if that layer alone is in int8.
 
@@ -174,29 +166,31 @@ def layer_errors(
     """
     float_logits = run(model, images)
     spread = float(float_logits.std()) or 1.0
-    ranges = activation_ranges(quantised)
+    ranges, weights = activation_ranges(quantised), rounded_weights(quantised)
     errors = []
-    layers = [node.name for node in model.graph.node if is_layer(node, model)]
-    for i, name in enumerate(layers, 1):
-        changed = run(with_one_layer(model, name, ranges), images) - float_logits
+    for name, weight in weights.items():
+        # As it is: ONNX Runtime makes 8 bits, one scale for all, of float32 weights between integers.
+        changed = run(with_one_layer(model, name, weight, ranges), images, as_it_is=True)
+        changed -= float_logits
         errors.append((name, float(np.sqrt(np.square(changed).mean())) / spread))
-        say(f"{i} of {len(layers)}")
     return sorted(errors, key=lambda each: -each[1])
 
 
-def run(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
-    return open_session(model.SerializeToString()).run([OUTPUT], {INPUT: images})[0]
+def run(model: onnx.ModelProto, images: np.ndarray, *, as_it_is: bool = False) -> np.ndarray:
+    session = open_session(model.SerializeToString(), as_it_is=as_it_is)
+    return session.run([OUTPUT], {INPUT: images})[0]
 
 
-def weight_of(node: onnx.NodeProto, model: onnx.ModelProto) -> onnx.TensorProto | None:
-    """The weights of a layer, where they are constants."""
-    if node.op_type not in LAYERS:
-        return None
-    return next((t for t in model.graph.initializer if t.name == node.input[1]), None)
-
-
-def is_layer(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
-    return weight_of(node, model) is not None
+def rounded_weights(quantised: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """The weights that the integers of each layer stand for, in float32."""
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer}
+    found = {}
+    for name, maker in weight_makers(quantised).items():
+        integers, scale = (held[each] for each in maker.input[:2])
+        axis = attribute(maker, "axis", 1)
+        shape = [-1 if i == axis else 1 for i in range(integers.ndim)]
+        found[name] = integers * (scale.reshape(shape) if scale.ndim else scale)
+    return found
 
 
 def activation_ranges(quantised: onnx.ModelProto) -> dict[str, tuple[onnx.TensorProto, ...]]:
@@ -210,16 +204,17 @@ def activation_ranges(quantised: onnx.ModelProto) -> dict[str, tuple[onnx.Tensor
 
 
 def with_one_layer(
-    model: onnx.ModelProto, name: str, ranges: dict[str, tuple[onnx.TensorProto, ...]]
+    model: onnx.ModelProto,
+    name: str,
+    weight: np.ndarray,
+    ranges: dict[str, tuple[onnx.TensorProto, ...]],
 ) -> onnx.ModelProto:
     """The network in float32, with the weights, the input and the output of one layer rounded as
     in int8."""
     model = copy(model, at_least=INT8_OPSET)
     graph = model.graph
     layer = next(node for node in graph.node if node.name == name)
-    weight = weight_of(layer, model)
-    assert weight is not None
-    rounded = numpy_helper.from_array(round_weights(weight, layer.op_type), f"{weight.name}/7")
+    rounded = numpy_helper.from_array(weight.astype(np.float32), f"{name}/rounded")
     graph.initializer.append(rounded)
     layer.input[1] = rounded.name
     followers = {each: node for node in graph.node for each in node.input}
@@ -229,15 +224,6 @@ def with_one_layer(
     for tensor in {layer.input[0], result} & set(ranges):
         round_tensor(graph, tensor, ranges[tensor])
     return model
-
-
-def round_weights(weight: onnx.TensorProto, kind: str) -> np.ndarray:
-    """Weights as they are in int8 of 7 bits, a scale for each output channel."""
-    values = numpy_helper.to_array(weight)
-    axes = tuple(range(1, values.ndim)) if kind == "Conv" else (0,)
-    largest = np.abs(values).max(axis=axes, keepdims=True)
-    scale = np.where(largest > 0, largest / (MAX_INTEGER // 2), 1).astype(np.float32)
-    return (np.rint(values / scale) * scale).astype(np.float32)
 
 
 def round_tensor(graph: onnx.GraphProto, tensor: str, how: tuple[onnx.TensorProto, ...]) -> None:

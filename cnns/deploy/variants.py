@@ -84,7 +84,8 @@ def make_smaller(
         smaller = to_fp16(model)
     else:
         chosen = data.chosen()
-        smaller = to_int8(model, (chosen.array(i, preprocessing)[0] for i in range(len(chosen))))
+        images = [chosen.array(i, preprocessing)[0] for i in range(len(chosen))]
+        smaller = to_int8(model, images)
     label(smaller, precision)
     return smaller
 

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -65,7 +66,7 @@ def test_bad_pictures_are_bad_for_both(tmp_path):
     for name, data in {
         "empty.png": b"",
         "text.png": b"hello",
-        "cut.jpg": open(PHOTOGRAPHS[0], "rb").read()[:3000],
+        "cut.jpg": Path(PHOTOGRAPHS[0]).read_bytes()[:3000],
     }.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(predict.BadPicture):

@@ -17,7 +17,7 @@ import small
 from cnns.checkpoint.snapshot import PREFIX, Snapshot, save_snapshot
 from cnns.deploy import variants
 from cnns.deploy.gate import wilson
-from cnns.deploy.quantise import open_session
+from cnns.export import open_session
 from small import TINY, call
 from tools import deploy
 

@@ -5,9 +5,9 @@ curl --data-binary @photo.jpg 'http://127.0.0.1:8000/classify?top_k=3'
 curl http://127.0.0.1:8000/health
 
 POST /classify takes the bytes of one picture and gives JSON. What is wrong gets an error status and
-one line: 400 not a picture, 408 sent too slowly, 413 too large, 503 busy. SIGTERM and SIGINT let
-the requests that have begun end, and then stop. It speaks HTTP without encryption and asks nobody
-for a password: put it behind a server that does before others can reach it.
+one line: 400 not a picture, 408 sent too slowly, 413 too large, 500 a fault here, 503 busy. SIGTERM
+and SIGINT let the requests that have begun end, and then stop. It speaks HTTP without encryption
+and asks nobody for a password: put it behind a server that does before others can reach it.
 """
 
 import argparse
@@ -186,8 +186,8 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address) -> None:  # type: ignore[no-untyped-def]
         """A client that went away needs no line; anything else is a fault of this program."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            log(f"fault: {type(error).__name__}: {predict.one_line(error or Exception())}")
+        if error is not None and not isinstance(error, OSError):
+            log_fault(error)
 
 
 def response(status: int, body: object, **headers: str) -> bytes:
@@ -212,6 +212,10 @@ def log(text: str) -> None:
     line = text.encode("ascii", "backslashreplace").decode()
     line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def log_fault(error: BaseException) -> None:
+    log(f"fault: {type(error).__name__}: {predict.one_line(error)}")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -239,6 +243,11 @@ class Handler(BaseHTTPRequestHandler):
         except TimeoutError:
             seconds = f"{self.server.args.timeout:g} s"
             answer = 408, {"error": f"the request was not complete after {seconds}"}, {}
+        except OSError:  # the client went away
+            raise
+        except Exception as error:  # of ONNX Runtime, or for want of memory
+            log_fault(error)
+            answer = 500, {"error": "the picture could not be classified"}, {}
         status, body, headers = answer
         self.send(response(status, body, **headers))
         milliseconds = 1000 * (time.monotonic() - self.start)

@@ -18,8 +18,9 @@ from cnns.deploy.preprocess import (
     compare_pixels,
     preprocessing_alone,
 )
-from cnns.deploy.quantise import layer_errors, open_session, run, to_fp16, to_int8
+from cnns.deploy.quantise import layer_errors, run, to_fp16, to_int8
 from cnns.errors import RunError, UsageError
+from cnns.export import open_session
 from cnns.report.metrics import reduce_logits
 from small import ROOT
 
