@@ -62,6 +62,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(template.__file__).parent
 PROGRAMS = ("predict.py", "serve.py", "page.html", "Dockerfile", "requirements.txt")
 CARD, ABOUT = "model_card.md", "about.json"
+PICTURES_FILE = "pictures.onnx"
+ONNX_FILES = (PICTURES_FILE, *(f"model_{name}.onnx" for name in PRECISIONS))
 BATCHES = (1, 8)  # that are timed
 CROPS = 256  # of the photographs of data/, where there are no other pictures
 SECONDS = 120  # that predict.py may take for its check
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     difference = take_pictures(pictures, snapshot.preprocessing, data.validation)
     add_softmax(pictures)
     files = {each.variant.file: each.model for each in kept}
-    files["pictures.onnx"] = pictures.SerializeToString()
+    files[PICTURES_FILE] = pictures.SerializeToString()
     files |= {name: (TEMPLATE / name).read_bytes() for name in PROGRAMS}
     files[ABOUT] = about_file(snapshot, default.variant)
     card = Card(
@@ -155,8 +157,17 @@ def default_output(path: str) -> str:
 def check_output(path: str) -> str:
     """Raise UsageError for a place with something else in it, before anything is computed."""
     path = os.path.normpath(path)
-    if os.path.lexists(path) and not os.path.isfile(os.path.join(path, CARD)):
+    if not os.path.lexists(path):
+        return path
+    if not os.path.isfile(os.path.join(path, CARD)):
         raise UsageError(f"--output: {path} exists and is not a folder of tools/deploy.py")
+    ours = {CARD, ABOUT, *PROGRAMS, "__pycache__", *ONNX_FILES}
+    others = sorted(set(os.listdir(path)) - ours)
+    if others:
+        raise UsageError(
+            f"--output: {path} would be replaced, and holds {others[0]}, which is not of "
+            "tools/deploy.py; move it, or name another folder"
+        )
     return path
 
 
@@ -177,6 +188,11 @@ def find_data(args: Namespace, snapshot: Snapshot) -> Data:
     if validation is None:
         found = calibration or demo_crops()
         half = len(found) // 2
+        if half == 0:
+            raise UsageError(
+                f"{found.path} has one picture: one is needed to take ranges from, and another to "
+                "compare answers on"
+            )
         calibration, validation = (
             found.part(list(range(half))),
             found.part(list(range(half, len(found)))),
@@ -316,9 +332,12 @@ def check_folder(folder: str, default: Made, data: Data, snapshot: Snapshot) -> 
         picture.save(path)
         program = os.path.join(os.path.abspath(folder), "predict.py")
         command = [sys.executable, program, path, "--output=json"]
-        done = subprocess.run(
-            command, cwd=place, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
+        try:
+            done = subprocess.run(
+                command, cwd=place, capture_output=True, text=True, timeout=SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise RunError(f"predict.py took more than {SECONDS} s in the new folder") from None
     shutil.rmtree(os.path.join(folder, "__pycache__"), ignore_errors=True)
     expected = int(default.variant.score.answers.predicted[0])
     try:

@@ -110,7 +110,7 @@ class Card:
                     *(f"{variant.milliseconds[batch]:.2f}" for batch in batches),
                 ]
             )
-        lines = ["## Measured", "", table(head, rows), ""]
+        lines = []
         if labelled:
             lines.append(f"Accuracy on {self.validation}; the interval is Wilson's.")
         else:
@@ -127,10 +127,11 @@ class Card:
         )
         lines += [f"Refused: {cell(v.refusal)}." for v in self.variants if v.refusal is not None]
         if self.calibration:
-            lines.append(f"Ranges of the integers are from {self.calibration}.")
+            lines.append(f"Integers: ranges and rounding are from {self.calibration}.")
         lines.append(f"OneFlow against `{self.variants[0].file}`: {self.compared}")
         lines.append(f"Preprocessing in `pictures.onnx` against `predict.py`: {self.pixels}.")
-        return "\n".join(lines)
+        notes = (f"- {line}" for line in lines)
+        return "\n".join(["## Measured", "", table(head, rows), "", *notes])
 
     def per_class(self) -> str:
         answers = self.default.score.answers
@@ -173,6 +174,10 @@ class Card:
                     f"- Fewer than {FEW} images were there to score {len(few)} classes "
                     f"({cell(some(few))}); their figures say little."
                 )
+            lines.append(
+                "- Where the same pictures chose the snapshot among those of a training (`best`), "
+                "the accuracy is a little too favourable."
+            )
         lines.append(
             "- The figures hold for pictures like those they were measured on. Others, of another "
             "camera, light or crop, were not tried."

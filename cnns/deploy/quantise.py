@@ -169,7 +169,7 @@ def layer_errors(
     ranges, weights = activation_ranges(quantised), rounded_weights(quantised)
     errors = []
     for name, weight in weights.items():
-        # As it is: ONNX Runtime makes 8 bits, one scale for all, of float32 weights between integers.
+        # As it is: ONNX Runtime would round float32 weights between integers once more.
         changed = run(with_one_layer(model, name, weight, ranges), images, as_it_is=True)
         changed -= float_logits
         errors.append((name, float(np.sqrt(np.square(changed).mean())) / spread))

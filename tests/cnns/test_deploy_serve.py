@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import deployed
+import serve
 
 pytestmark = pytest.mark.long
 
@@ -319,6 +320,25 @@ def test_only_this_machine_is_served_unless_told(server):
         if address.startswith("127."):
             raise OSError
         socket.create_connection((address, server.port), timeout=2)
+
+
+def test_a_fault_of_the_server_is_answered_too(monkeypatch, capsys):
+    class Broken:
+        path = "broken.onnx"
+
+        def prepare(self, image):
+            raise MemoryError("no room")
+
+    handler = serve.Server(serve.parse_args(["--port=0"]), Broken())
+    thread = threading.Thread(target=handler.handle_request)
+    thread.start()
+    connection = HTTPConnection("127.0.0.1", handler.server_port, timeout=GRACE)
+    connection.request("POST", "/classify", PICTURE)
+    answer = connection.getresponse()
+    assert answer.status == 500 and "could not be classified" in json.load(answer)["error"]
+    thread.join()
+    handler.server_close()
+    assert "fault: MemoryError: no room" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_one_line(server, folder):

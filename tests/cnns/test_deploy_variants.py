@@ -1,5 +1,7 @@
 """Preprocessing inside a file, integers, half precision, and the gate, on small networks."""
 
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -19,6 +21,7 @@ from cnns.deploy.preprocess import (
     preprocessing_alone,
 )
 from cnns.deploy.quantise import layer_errors, run, to_fp16, to_int8
+from cnns.deploy.variants import Data, gated
 from cnns.errors import RunError, UsageError
 from cnns.export import open_session
 from cnns.report.metrics import reduce_logits
@@ -186,6 +189,36 @@ def test_points_lost_are_counted_against_float32():
     assert better.drop == -0.5 and better.passes(0)
     line = refusal("int8", whole, max_drop=0.4, path="DIR", layers=[("conv", 0.25)])
     assert "0.50 points" in line and "199 of 200" in line and "conv (25%)" in line
+
+
+def test_a_network_that_integers_spoil_is_refused_with_its_layers():
+    size = Preprocessing(SIZE, SIZE, (127.5,) * 3, (60.0,) * 3)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, SIZE, SIZE, 3), np.uint8)
+    inputs = np.stack([as_input(Image.fromarray(each), size) for each in pixels])
+    for outlier in (False, True):
+        model = convolutions(outlier=outlier)
+        labels = run(model, inputs).argmax(axis=1)
+        pictures = Pictures(
+            "HERE", str, lambda i, own=labels: (Image.fromarray(pixels[i]), own[i]), 40, True
+        )
+        data = Data(pictures, pictures, 10, 40)
+        if not outlier:
+            assert gated(model, "int8", data, size)
+            continue
+        with pytest.raises(RunError, match=r"int8 loses \d+\.\d+ points on HERE") as found:
+            gated(model, "int8", data, size)
+        assert re.search(r"when they alone are int8: (second|fc) \(", str(found.value))
+
+
+def test_the_layers_alone_add_up_to_about_the_whole():
+    """ONNX Runtime must not round more than was asked for."""
+    model = convolutions()
+    quantised = to_int8(model, images())
+    alone = sum(error**2 for _, error in layer_errors(model, quantised, images(8))) ** 0.5
+    exact = run(model, images(8))
+    whole = np.sqrt(np.square(run(quantised, images(8)) - exact).mean()) / exact.std()
+    assert 0.3 * whole < alone < 3 * whole
 
 
 def test_without_labels_confident_answers_are_scored_and_none_is_no_pass():

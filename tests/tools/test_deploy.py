@@ -160,7 +160,25 @@ def test_a_place_with_something_else_in_it_is_left_alone(place, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     result = call(deploy.main, str(place / "run"), f"--output={tmp_path / 'mine'}")
     assert result.status == 2 and "not a folder of tools/deploy.py" in result.stderr
+    (tmp_path / "mine" / "model_card.md").write_text("# mine")
+    result = call(deploy.main, str(place / "run"), f"--output={tmp_path / 'mine'}")
+    assert result.status == 2 and "holds thesis.txt" in result.stderr
     assert Path(tmp_path / "mine" / "thesis.txt").read_text() == "x"
+
+
+def test_one_picture_is_not_enough(place, tmp_path):
+    (tmp_path / "few").mkdir()
+    deployed.solid("red").save(tmp_path / "few" / "x.png")
+    network = TINY.build(3)
+    save_snapshot(
+        str(tmp_path / f"{PREFIX}last"),
+        network,
+        Snapshot("tiny", 3, TINY.preprocessing(image_size=SIZE), classes=NAMES),
+    )
+    result = call(
+        deploy.main, str(tmp_path / f"{PREFIX}last"), f"--calibration_dir={tmp_path / 'few'}"
+    )
+    assert result.status == 2 and "has one picture" in result.stderr
 
 
 def test_without_labelled_pictures_the_card_says_that_nothing_is_known(place, tmp_path):
