@@ -194,11 +194,13 @@ def test_points_lost_are_counted_against_float32():
 def test_a_network_that_integers_spoil_is_refused_with_its_layers():
     size = Preprocessing(SIZE, SIZE, (127.5,) * 3, (60.0,) * 3)
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (40, SIZE, SIZE, 3), np.uint8)
+    colours = rng.integers(0, 256, (40, 1, 1, 3), np.uint8)
+    pixels = np.broadcast_to(colours, (40, SIZE, SIZE, 3))
     inputs = np.stack([as_input(Image.fromarray(each), size) for each in pixels])
     for outlier in (False, True):
         model = convolutions(outlier=outlier)
         labels = run(model, inputs).argmax(axis=1)
+        assert len(set(labels)) == 3
         pictures = Pictures(
             "HERE", str, lambda i, own=labels: (Image.fromarray(pixels[i]), own[i]), 40, True
         )
