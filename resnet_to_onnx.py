@@ -4,11 +4,9 @@ python3 resnet_to_onnx.py                                    # the newest run, i
 python3 resnet_to_onnx.py --model_load_dir=SNAPSHOT --onnx_path=resnet.onnx --opset=17
 python3 resnet_to_onnx.py --check_only --image_path photos   # compares the file that is there
 python3 resnet_to_onnx.py --precision=int8 --preprocess --softmax --onnx_path=small.onnx
-python3 resnet_to_onnx.py --help
 
 The file takes `images` (batch, 3, H, W) float32, RGB, normalised, of any batch size, and gives
-`logits` (batch, classes); cnns/export.py describes its metadata. tools/deploy.py makes a folder
-with all that is needed to run it.
+`logits` (batch, classes); cnns/export.py describes its metadata. tools/deploy.py does the rest.
 """
 
 import cnns.startup  # noqa: F401  (first, see there)
