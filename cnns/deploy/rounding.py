@@ -6,7 +6,7 @@ one can stand in for another is seen in what the layer reads on calibration imag
 shape (inputs of an output channel, places).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -18,13 +18,14 @@ LAYERS = ("Conv", "Gemm", "MatMul")  # with weights
 DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
 BLOCK = 128  # inputs that are rounded before all further weights are corrected
 MAX_INPUTS = 6000  # of a layer; H of more takes too much memory, and weights stay as they are
-PLACES = 256  # of an image that H is made of
+PLACES = 64  # of an image that H is made of
+BATCH = 8  # images between two sums into H, which is the slow part
 
 
 def round_to_inputs(
     quantised: onnx.ModelProto,
     model: onnx.ModelProto,
-    images: Iterable[np.ndarray],
+    images: Sequence[np.ndarray],
     *,
     largest: int,
 ) -> None:
@@ -109,7 +110,7 @@ def round_rows(
 
 
 def measure_inputs(
-    model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], images: Iterable[np.ndarray]
+    model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], images: Sequence[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """H of each layer by its name: (groups, inputs, inputs) float64."""
     names = sorted({layer.input[0] for layer in layers} - {INPUT})
@@ -120,8 +121,8 @@ def measure_inputs(
     shapes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     rng = np.random.default_rng(0)
     found: dict[str, np.ndarray] = {}
-    for image in images:
-        values = {INPUT: image[None]}
+    for start in range(0, len(images), BATCH):
+        values = {INPUT: np.stack(images[start : start + BATCH])}
         if names:
             values |= dict(zip(names, session.run(names, values), strict=True))
         for layer in layers:
@@ -134,10 +135,10 @@ def measure_inputs(
 def inputs_at_places(
     value: np.ndarray, layer: onnx.NodeProto, shape: Sequence[int], rng: np.random.Generator
 ) -> np.ndarray:
-    """What a layer reads of one image, a convolution at PLACES drawn ones: (groups, inputs, places)
-    float32. `shape` is that of its weights."""
+    """What a layer reads of some images, a convolution at PLACES drawn ones of each: (groups,
+    inputs, all places) float32. `shape` is that of its weights."""
     if layer.op_type != "Conv":
-        return value.reshape(1, -1, 1)
+        return value.reshape(1, len(value), -1).transpose(0, 2, 1)
     ones = [1, 1]
     strides, dilations = (attribute(layer, name, ones) for name in ("strides", "dilations"))
     span = [(k - 1) * d + 1 for k, d in zip(shape[2:], dilations, strict=True)]
@@ -146,10 +147,11 @@ def inputs_at_places(
         sizes = zip(value.shape[2:], strides, span, strict=True)
         both = [max((-(-n // stride) - 1) * stride + size - n, 0) for n, stride, size in sizes]
         pads = [n // 2 for n in both] + [n - n // 2 for n in both]
-    padded = np.pad(value[0], ((0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (1, *span))
-    windows = windows[:, :: strides[0], :: strides[1], 0, :: dilations[0], :: dilations[1]]
-    height, width = windows.shape[1:3]
+    padded = np.pad(value, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (1, 1, *span))[..., 0, 0, :, :]
+    windows = windows[:, :, :: strides[0], :: strides[1], :: dilations[0], :: dilations[1]]
+    height, width = windows.shape[2:4]
     places = rng.permutation(height * width)[:PLACES]
-    read = windows[:, places // width, places % width]  # (channels, places, kernel's two sides)
-    return read.transpose(0, 2, 3, 1).reshape(attribute(layer, "group", 1), -1, len(places))
+    read = windows[:, :, places // width, places % width]  # (N, channels, places, kernel's sides)
+    groups, count = attribute(layer, "group", 1), len(value) * len(places)
+    return read.transpose(1, 3, 4, 0, 2).reshape(groups, -1, count)

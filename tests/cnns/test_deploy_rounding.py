@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cnns.deploy.quantise import copy, run, to_int8
-from cnns.deploy.rounding import as_rows, inputs_at_places, measure_inputs, round_rows
+from cnns.deploy.rounding import PLACES, as_rows, inputs_at_places, measure_inputs, round_rows
 from cnns.export import open_session
 
 CONVOLUTIONS = {
@@ -36,18 +36,19 @@ def one_layer(kind: str, weight: np.ndarray, height: int, **settings) -> onnx.Mo
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_is_its_weights_times_what_it_reads(name):
-    """All places, in the order that they were drawn."""
+    """At the places that were drawn, in their order."""
     shape, settings = CONVOLUTIONS[name]
     rng = np.random.default_rng(0)
     weight = rng.normal(size=shape)
     model = one_layer("Conv", weight, 9, **settings)
-    image = rng.normal(size=(1, 6, 9, 11)).astype(np.float32)
-    output = run(model, image)[0]
+    image = rng.normal(size=(2, 6, 9, 11)).astype(np.float32)
+    output = run(model, image).reshape(2, len(weight), -1)
     (node,) = model.graph.node
     read = inputs_at_places(image, node, shape, np.random.default_rng(1))
-    order = np.random.default_rng(1).permutation(output[0].size)
+    order = np.random.default_rng(1).permutation(output.shape[2])[:PLACES]
+    expected = output[..., order].transpose(1, 0, 2).reshape(len(weight), -1)
     computed = (as_rows(weight, node) @ read).reshape(len(weight), -1)
-    np.testing.assert_allclose(computed, output.reshape(len(weight), -1)[:, order], atol=1e-4)
+    np.testing.assert_allclose(computed, expected, atol=1e-4)
 
 
 def changes(rows, hessian, integers, scale):
