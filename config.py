@@ -18,6 +18,7 @@ from cnns.flags import checks
 from cnns.flags.data import FOLDER_FLAGS, VAL_DATA_FLAGS, train_data_flags
 from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE
 from cnns.flags.devices import CUDA_TRAINING_FLAGS, DEVICE_FLAGS
+from cnns.flags.export import EXPORT_FLAGS, GATE_FLAGS, NEEDS_DATA, VARIANT_FLAGS
 from cnns.flags.network import (
     PRECISION_FLAGS,
     model_flags,
@@ -28,7 +29,6 @@ from cnns.flags.parser import Flag, FlagParser
 from cnns.flags.run import (
     BACKEND_FLAGS,
     CONFIG_FLAGS,
-    EXPORT_FLAGS,
     LOG_FLAGS,
     RECORD_FLAGS,
     REPORT_FLAGS,
@@ -133,11 +133,19 @@ SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
             "model": SNAPSHOT_MODEL_FLAGS,
             "snapshot": SNAPSHOT_FLAGS,
             "ONNX file": EXPORT_FLAGS,
-            "check": image_path_flags(
-                "image files, or directories of images, to compare on, beside random ones",
-                "cat.jpg",
-                "coffee.jpg",
-            ),
+            "deployment": VARIANT_FLAGS
+            | {
+                name: replace(flag, needs=("precision", NEEDS_DATA[name]))
+                for name, flag in GATE_FLAGS.items()
+            },
+            "check": {
+                "image_path": Flag(
+                    "image files, or directories of images, to compare on, beside random ones",
+                    otherwise="two images of the run's validation data, else data/cat.jpg and "
+                    "data/coffee.jpg",
+                    many=True,
+                )
+            },
         },
         "onnx",
         None,

@@ -3,10 +3,10 @@
 python3 resnet_to_onnx.py                                    # the newest run, its best
 python3 resnet_to_onnx.py --model_load_dir=SNAPSHOT --onnx_path=resnet.onnx --opset=17
 python3 resnet_to_onnx.py --check_only --image_path photos   # compares the file that is there
-python3 resnet_to_onnx.py --help
+python3 resnet_to_onnx.py --precision=int8 --preprocess --softmax --onnx_path=small.onnx
 
 The file takes `images` (batch, 3, H, W) float32, RGB, normalised, of any batch size, and gives
-`logits` (batch, classes). cnns/export.py describes its metadata.
+`logits` (batch, classes); cnns/export.py describes its metadata. tools/deploy.py does the rest.
 """
 
 import cnns.startup  # noqa: F401  (first, see there)
@@ -40,7 +40,11 @@ from cnns.checkpoint.files import (
 )
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import PREFIX, Snapshot
-from cnns.data.images import class_names, find_images, load_image
+from cnns.data.images import class_names
+from cnns.deploy.gate import FLOAT32
+from cnns.deploy.pictures import Pictures, find_photographs, named_images
+from cnns.deploy.sizes import free_size
+from cnns.deploy.variants import finish, lowest_opset, open_data
 from cnns.errors import RunError, UsageError, printable, run_main
 from cnns.export import (
     DATA_SUFFIX,
@@ -52,7 +56,7 @@ from cnns.export import (
     is_utf_8,
     softmax,
 )
-from cnns.flags.run import EXPORT_FLAGS
+from cnns.flags.export import EXPORT_FLAGS, OPSET, VARIANT_FLAGS
 from cnns.interrupts import exit_on_signals
 from cnns.launch.external import refuse_ranks
 from cnns.log import notice
@@ -69,14 +73,11 @@ RTOL, ATOL = 1e-4, 1e-5
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    paths = []
-    for found in find_images(args.image_path):
-        if isinstance(found, RunError):
-            raise found
-        paths.append(found)
+    paths = named_images(args.image_path or [])
     network, snapshot, snapshot_path = restore(**config.restore_flags(args))
     notice(f"Restoring model from {snapshot_path}.")
-    images = [load_image(path, snapshot.preprocessing) for path in paths]
+    data = open_data(**data_flags(args, snapshot)) if args.precision != FLOAT32 else None
+    photographs = find_photographs(paths, flags=snapshot.flags)
     reference = Reference(network)
     path = args.onnx_path or default_path(snapshot_path)
     if not is_utf_8(path):
@@ -84,17 +85,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.check_only:
         exported = ExportedModel(find_export(path))
         check_metadata(exported, snapshot)
-        comparison = compare(exported, reference, images, snapshot)
+        comparison = compare(exported, reference, photographs, snapshot)
     else:
         with staging(path) as temporary:
-            model = convert(reference, snapshot, snapshot_path, opset=args.opset)
+            settings = {"opset": choose_opset(args), "dynamic_size": args.dynamic_size}
+            model = convert(reference, snapshot, snapshot_path, **settings)
             write(model, temporary, external_data=args.external_data)
-            comparison = compare(ExportedModel(temporary), reference, images, snapshot)
+            comparison = compare(ExportedModel(temporary), reference, photographs, snapshot)
             if comparison.equal:
+                if args.precision != FLOAT32 or args.preprocess or args.softmax:
+                    model = finish(model, data, **finish_flags(args, photographs, snapshot))
+                    write(model, temporary, external_data=args.external_data)
                 replace_export(temporary, path)
         if comparison.equal:
             print("Convert to onnx success! >> ", printable(path))
-    print_comparison(comparison, paths, snapshot)
+    print_comparison(comparison, snapshot)
     if not comparison.equal:
         raise RunError(
             f"{path} differs from {snapshot_path}: logits by {comparison.difference:.3g}, and "
@@ -106,10 +111,43 @@ def main(argv: list[str] | None = None) -> None:
 def parse_args(argv: list[str] | None) -> Namespace:
     refuse_ranks("the export")
     args = config.make_parser("export", __doc__).read(argv)
-    for flag in ("external_data", "opset"):
-        if args.check_only and getattr(args, flag) != EXPORT_FLAGS[flag].default:
+    for flag in ("external_data", "opset", *VARIANT_FLAGS):
+        default = (EXPORT_FLAGS | VARIANT_FLAGS)[flag].default
+        if args.check_only and getattr(args, flag) != default:
             raise UsageError(f"--{flag} has no effect with --check_only; leave it out")
+    if args.dynamic_size and args.preprocess:
+        raise UsageError("--preprocess takes pictures of any size as it is; drop --dynamic_size")
+    choose_opset(args)
     return args
+
+
+def choose_opset(args: Namespace) -> int:
+    """Raises UsageError where the one that is given cannot express the file."""
+    lowest = lowest_opset(precision=args.precision, preprocess=args.preprocess)
+    if args.opset is not None and args.opset < lowest:
+        flag = "--preprocess" if args.preprocess else f"--precision={args.precision}"
+        raise UsageError(f"--opset={args.opset}: {flag} needs at least {lowest}")
+    return args.opset or max(OPSET, lowest)
+
+
+def data_flags(args: Namespace, snapshot: Snapshot) -> dict:
+    """The arguments of cnns.deploy.variants.open_data."""
+    return {
+        "precisions": (args.precision,),
+        "calibration_dir": args.calibration_dir,
+        "calibration_images": args.calibration_images,
+        "val_data_dir": args.val_data_dir,
+        "max_drop": args.max_drop,
+        "flags": snapshot.flags,
+        "classes": snapshot.classes,
+        "num_classes": snapshot.num_classes,
+    }
+
+
+def finish_flags(args: Namespace, photographs: Pictures, snapshot: Snapshot) -> dict:
+    """The arguments of cnns.deploy.variants.finish beside model and data."""
+    own = {name: getattr(args, name) for name in ("precision", "preprocess", "softmax")}
+    return {"photographs": photographs, "preprocessing": snapshot.preprocessing, **own}
 
 
 def default_path(snapshot_path: str) -> str:
@@ -145,30 +183,38 @@ class Reference:
 
     def __init__(self, model: nn.Module):
         self.model = model.eval()
-        self.graphs: dict[int, LogitsGraph] = {}
+        self.graphs: dict[tuple[int, ...], LogitsGraph] = {}
 
-    def graph(self, batch: int) -> LogitsGraph:
-        if batch not in self.graphs:
-            self.graphs[batch] = LogitsGraph(self.model)
-        return self.graphs[batch]
+    def graph(self, shape: tuple[int, ...]) -> LogitsGraph:
+        if shape not in self.graphs:
+            self.graphs[shape] = LogitsGraph(self.model)
+        return self.graphs[shape]
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        return self.graph(len(images))(flow.tensor(images)).numpy()
+        return self.graph(images.shape)(flow.tensor(images)).numpy()
 
 
 def convert(
-    reference: Reference, snapshot: Snapshot, snapshot_path: str, *, opset: int
+    reference: Reference,
+    snapshot: Snapshot,
+    snapshot_path: str,
+    *,
+    opset: int,
+    dynamic_size: bool = False,
 ) -> onnx.ModelProto:
     """The network as an ONNX model, in memory. Raises RunError where it cannot be expressed."""
     size = snapshot.preprocessing.image_size
-    reference.logits(np.zeros((EXPORT_BATCH, 3, size, size), np.float32))  # compiles
-    model = call_oneflow_onnx(reference.graph(EXPORT_BATCH), opset=min(opset, OWN_OPSET))
+    shape = (EXPORT_BATCH, 3, size, size)
+    reference.logits(np.zeros(shape, np.float32))  # compiles
+    model = call_oneflow_onnx(reference.graph(shape), opset=min(opset, OWN_OPSET))
     rename(model, model.graph.input[0].name, INPUT)
     rename(model, model.graph.output[0].name, OUTPUT)
     make_batch_dynamic(model)
+    model.graph.name = snapshot.model
+    if dynamic_size:
+        free_size(model)
     if opset > OWN_OPSET:
         model = version_converter.convert_version(model, opset)
-    model.graph.name = snapshot.model
     directory, name = os.path.split(os.path.abspath(snapshot_path))
     metadata = describe(
         model=snapshot.model,
@@ -370,24 +416,28 @@ def move(source: str, target: str) -> None:
 class Comparison:
     """Of the logits of OneFlow and of ONNX Runtime."""
 
-    photographs: list[tuple[np.ndarray, bool]]  # (1, C) of ONNX Runtime, and whether it is equal
+    # Name, logits (1, C) of ONNX Runtime, and whether they are equal.
+    photographs: list[tuple[str, np.ndarray, bool]]
     equal: bool  # these, and on random images
     difference: float  # the largest, of logits
     largest: float  # logit
 
 
 def compare(
-    exported: ExportedModel, reference: Reference, images: list[np.ndarray], snapshot: Snapshot
+    exported: ExportedModel, reference: Reference, photographs: Pictures, snapshot: Snapshot
 ) -> Comparison:
-    """Run both on `images`, one by one, and on random ones in batches. Raises RunError."""
+    """Run both on photographs, one by one, and on random images in batches. Raises RunError."""
     rng, size = np.random.default_rng(0), snapshot.preprocessing.image_size
-    batches = [image[None] for image in images] + [
-        rng.standard_normal((batch, 3, size, size), np.float32) for batch in CHECK_BATCHES
-    ]
+    images = [photographs.array(i, snapshot.preprocessing)[0] for i in range(len(photographs))]
+    shapes = [(batch, 3, size, size) for batch in CHECK_BATCHES]
+    if exported.takes_any_size:
+        shapes.append((1, 3, size + 7, size + 26))  # odd somewhere at each stride
+    batches = [image[None] for image in images]
+    batches += [rng.standard_normal(shape, np.float32) for shape in shapes]
     pairs = [(exported.logits(batch), reference.logits(batch)) for batch in batches]
     results = [are_equal(theirs, ours) for theirs, ours in pairs]
     return Comparison(
-        photographs=[(pairs[i][0], results[i]) for i in range(len(images))],
+        photographs=[(photographs.names(i), pairs[i][0], results[i]) for i in range(len(images))],
         equal=all(results),
         difference=max(
             np.abs(theirs - ours).max() if theirs.shape == ours.shape else np.inf
@@ -412,7 +462,13 @@ def are_equal(theirs: np.ndarray, ours: np.ndarray) -> bool:
 
 
 def check_metadata(exported: ExportedModel, snapshot: Snapshot) -> None:
-    """Raise RunError where model, classes or preprocessing of a file differ from the snapshot's."""
+    """Raise RunError where model, classes or preprocessing of a file differ from the snapshot's, or
+    it is not float32."""
+    if exported.precision != FLOAT32:
+        raise RunError(
+            f"{exported.path} is {exported.precision}, whose answers differ; --check_only is for "
+            "float32"
+        )
     classes = tuple(class_names(snapshot.num_classes, snapshot.classes))
     for name, theirs, ours in (
         ("model", exported.model, snapshot.model),
@@ -423,19 +479,19 @@ def check_metadata(exported: ExportedModel, snapshot: Snapshot) -> None:
             raise RunError(f"{exported.path} and the snapshot differ in {name}; export it again")
 
 
-def print_comparison(comparison: Comparison, paths: list[str], snapshot: Snapshot) -> None:
+def print_comparison(comparison: Comparison, snapshot: Snapshot) -> None:
     """The original's lines for each photograph."""
     names = class_names(snapshot.num_classes, snapshot.classes)
-    for path, (logits, equal) in zip(paths, comparison.photographs, strict=True):
+    for name, logits, equal in comparison.photographs:
         probabilities = softmax(logits)[0]
         best = int(probabilities.argmax())
-        print(printable(path))
+        print(printable(name))
         print(f"Are the results equal? {'Yes' if equal else 'No'}")
         print(f"Class: {printable(names[best])}; score: {probabilities[best]}", flush=True)
     notice(
         f"Largest difference: {comparison.difference:.3g}, of logits up to "
-        f"{comparison.largest:.3g} ({len(paths)} photographs, and random images in batches of "
-        f"{' and '.join(map(str, CHECK_BATCHES))})."
+        f"{comparison.largest:.3g} ({len(comparison.photographs)} photographs, and random images "
+        f"in batches of {' and '.join(map(str, CHECK_BATCHES))})."
     )
 
 

@@ -101,6 +101,7 @@ def next_steps(snapshot: str, *, val_data: str | None, scripts: str) -> list[str
         "Score it": ["of_cnn_evaluate.py", *flags, *scored],
         "Classify": ["of_cnn_inference.py", *flags, "--image_path", "PHOTO.jpg"],
         "Export it": ["resnet_to_onnx.py", *flags],
+        "Deploy it": ["tools/deploy.py", os.path.normpath(snapshot)],
     }
     if not scored:
         del steps["Score it"]

@@ -9,6 +9,11 @@ A file of resnet_to_onnx.py takes `images` (batch, 3, H, W) float32, RGB, normal
     run             name of the directory of that, if it is of a run
     classes         names of the classes, in the order of the logits
     image_size, resize_shorter, rgb_mean, rgb_std, interpolation   of cnns.data.images.Preprocessing
+    precision       fp16 or int8, of a smaller one
+
+Other texts are not looked at: tools that work on such files leave theirs, which are not JSON. With
+--dynamic_size the file takes any height and width. One of --preprocess or --softmax is for other
+programs, and is not read here.
 """
 
 import json
@@ -35,6 +40,8 @@ from cnns.jsonfile import INT64, anything, integer, listed, parse_json, record, 
 from cnns.places import ONNX_ROOT
 
 INPUT, OUTPUT = "images", "logits"
+PICTURES, PROBABILITIES = "pictures", "probabilities"  # in their place: --preprocess, --softmax
+HEIGHT, WIDTH = "height", "width"  # in place of numbers: --dynamic_size
 FORMAT_VERSION = 1
 DATA_SUFFIX = ".data"  # of the file with the weights, where they are kept apart
 MAX_BYTES = 2**31 - 1  # of a file without the one of its weights; protobuf reads no more
@@ -46,6 +53,7 @@ DESCRIBED = (
     "snapshot",
     "run",
     "classes",
+    "precision",
     *Preprocessing.__annotations__,
 )
 # What a graph may take while it computes: it is a program, and anybody may have written it.
@@ -136,7 +144,7 @@ ABOUT = record(
         "snapshot": name,
         "classes": listed(name, low=1),
     },
-    {"run": name},
+    {"run": name, "precision": name},
     others=anything,  # read_preprocessing checks the rest
 )
 
@@ -150,6 +158,7 @@ class About:
     run: str | None
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    precision: str
 
 
 def read_about(texts: dict[str, str], *, path: str) -> About:
@@ -171,6 +180,7 @@ def read_about(texts: dict[str, str], *, path: str) -> About:
         about.get("run"),
         tuple(about["classes"]),
         read_preprocessing(about),
+        about.get("precision", "float32"),
     )
 
 
@@ -261,6 +271,15 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
+def open_session(model: bytes | str, *, as_it_is: bool = False) -> onnxruntime.InferenceSession:
+    """A file that is one's own, as predict.py runs it, or each node as it is, none fused."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what is wrong is raised
+    if as_it_is:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 @cache
 def limit_memory() -> None:
     """Let what ONNX Runtime takes be no more than MEMORY_SHARE, in this process: it raises then."""
@@ -309,7 +328,7 @@ class ExportedModel:
             del structure
             self.model, self.classes = about.model, about.classes
             self.snapshot, self.run = about.snapshot, about.run
-            self.preprocessing = about.preprocessing
+            self.preprocessing, self.precision = about.preprocessing, about.precision
             self.session = onnxruntime.InferenceSession(
                 path,
                 options,
@@ -326,12 +345,22 @@ class ExportedModel:
             ) from None
 
     def check_ends(self) -> None:
-        """Raise ValueError where input and output contradict the metadata."""
+        """Raise ValueError where input and output contradict the metadata, and RunError where they
+        are those of --preprocess or --softmax."""
         size = self.preprocessing.image_size
         found = [
             (value.name, value.type, value.shape[1:])
             for value in (*self.session.get_inputs(), *self.session.get_outputs())
         ]
+        for name, flag in ((PICTURES, "preprocess"), (PROBABILITIES, "softmax")):
+            if name in [each[0] for each in found]:
+                raise RunError(
+                    f"{self.path} was exported with --{flag}, for other programs; name a file that "
+                    "was exported without it"
+                )
+        self.takes_any_size = found[0][2] == [3, HEIGHT, WIDTH]
+        if self.takes_any_size:
+            found[0] = (*found[0][:2], [3, size, size])
         needed = [
             (INPUT, "tensor(float)", [3, size, size]),
             (OUTPUT, "tensor(float)", [self.num_classes]),

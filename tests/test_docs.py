@@ -15,7 +15,9 @@ import model_registry
 import of_cnn_evaluate
 import of_cnn_inference
 import of_cnn_train_val
+import predict
 import resnet_to_onnx
+import serve
 from cnns.errors import UsageError
 from golden import learning_curves
 from small import ROOT
@@ -23,6 +25,7 @@ from tools import (
     benchmark,
     browse,
     convert_snapshot,
+    deploy,
     doctor,
     make_mini_imagenet,
     make_ofrecord,
@@ -46,6 +49,9 @@ PARSE = {
     "tools/report.py": report.parse_args,
     "tools/runs.py": runs.parse_args,
     "tools/doctor.py": doctor.parse_args,
+    "tools/deploy.py": deploy.parse_args,
+    "served/predict.py": predict.parse_args,
+    "served/serve.py": serve.parse_args,
     "tests/golden/learning_curves.py": learning_curves.make_parser().parse_args,
 }
 WRAPPERS = {

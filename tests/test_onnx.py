@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from oneflow import nn
+from PIL import Image
 
 import model_registry
 import of_cnn_evaluate
@@ -18,6 +19,8 @@ import resnet_to_onnx
 import small
 from cnns.checkpoint.find import restore
 from cnns.checkpoint.snapshot import PREFIX, Snapshot, save_snapshot
+from cnns.data.images import load_image
+from cnns.deploy.gate import Score
 from cnns.errors import RunError, UsageError
 from cnns.export import ExportedModel, find_export
 from cnns.models.model import Model
@@ -374,3 +377,104 @@ def test_names_that_are_not_utf_8(tmp_path):
         result = export(flag)  # named after the snapshot, unless it is named
         assert result.status == 2 and "is not UTF-8" in result.stderr, result.stderr
     assert [name for name in tree(tmp_path) if name.endswith(".onnx")] == ["b.onnx"]
+
+
+# For deployment.
+
+
+@pytest.fixture
+def own_data(data, monkeypatch):
+    """A snapshot of a run on data of its own."""
+
+    original = Snapshot
+
+    def save_with_flags(*argv, **settings):
+        snapshot = original(*argv, **settings)
+        snapshot.flags = {
+            "train_data_dir": str(data / "validation.npz"),
+            "val_data_dir": str(data / "validation"),
+        }
+        return snapshot
+
+    monkeypatch.setitem(globals(), "Snapshot", save_with_flags)
+    return data
+
+
+def test_any_size_is_proved_at_another_one_or_refused():
+    snapshot = save("tiny")
+    assert export("--dynamic_size", "--opset=13", "--onnx_path=any.onnx").status == 0
+    onnx.checker.check_model(onnx.load("any.onnx"), full_check=True)
+    session = onnxruntime.InferenceSession("any.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    network, *_ = restore(snapshot, model=None, num_classes=None, models=model_registry.MODELS)
+    odd = np.random.default_rng(0).standard_normal((2, 3, 70, 90)).astype(np.float32)
+    ours = resnet_to_onnx.Reference(network).logits(odd)
+    np.testing.assert_allclose(session.run(None, {"images": odd})[0], ours, rtol=1e-4, atol=1e-5)
+    assert ExportedModel("any.onnx").logits(images(1)).shape == (1, 3)  # --backend=onnxruntime
+    save("flat", name="epoch_1")  # adaptive pooling, which is slices
+    result = export("--dynamic_size", "--onnx_path=flat.onnx")
+    assert result.status == 1 and "needs images of one size" in result.stderr
+    assert not os.path.exists("flat.onnx")
+
+
+def test_a_file_that_takes_pictures():
+    save("tiny")
+    result = export("--preprocess", "--softmax", "--onnx_path=pictures.onnx")
+    assert result.status == 0, result.stderr
+    assert re.search(r"Pixels against of_cnn_inference.py's: mean 0\.0\d+", result.stderr)
+    onnx.checker.check_model("pictures.onnx", full_check=True)
+    assert export("--onnx_path=plain.onnx").status == 0
+    plain, session = ExportedModel("plain.onnx"), onnxruntime.InferenceSession("pictures.onnx")
+    for path in PHOTOGRAPHS:
+        picture = np.asarray(Image.open(path).convert("RGB"))[None]
+        ours = plain.probabilities(load_image(path, plain.preprocessing)[None])
+        (theirs,) = session.run(["probabilities"], {"pictures": picture})
+        np.testing.assert_allclose(theirs, ours, atol=2e-3)
+    with pytest.raises(RunError, match="exported with --preprocess"):
+        ExportedModel("pictures.onnx")
+    for flags, words in (
+        (["--opset=17"], "needs at least 18"),
+        (["--dynamic_size"], "drop --dynamic_size"),
+        (["--check_only"], "--preprocess has no effect"),
+    ):
+        result = export("--preprocess", *flags)
+        assert result.status == 2 and words in result.stderr
+
+
+def test_int8_of_the_run_s_own_data_passes_the_gate_or_is_not_written(own_data, monkeypatch):
+    save("tiny", seed=3)
+    result = export("--precision=int8", "--max_drop=100", "--onnx_path=small.onnx")
+    assert result.status == 0, result.stderr
+    assert re.search(r"int8: \d+ of 21 right, \d+ in float32; the first answer", result.stderr)
+    assert ExportedModel("small.onnx").precision == "int8"
+    kinds = {t.data_type for t in onnx.load("small.onnx").graph.initializer if len(t.dims) == 4}
+    assert kinds == {onnx.TensorProto.INT8}
+    before = Path("small.onnx").read_bytes()
+    monkeypatch.setattr(Score, "drop", property(lambda self: 12.5))
+    result = export("--precision=int8", "--onnx_path=small.onnx")
+    assert result.status == 1 and "success" not in result.stdout
+    assert "int8 loses 12.50 points" in result.stderr and "--max_drop=0.5" in result.stderr
+    assert re.search(r"when they alone are int8: model\S+ \(\d+%\)", result.stderr)
+    assert Path("small.onnx").read_bytes() == before
+    result = export("--check_only", "--onnx_path=small.onnx")
+    assert result.status == 1 and "is int8" in result.stderr
+
+
+def test_a_smaller_one_needs_data(data):
+    save("tiny")
+    result = export("--precision=fp16")
+    assert result.status == 2 and "--val_data_dir is needed" in result.stderr
+    result = export("--precision=int8", f"--val_data_dir={data / 'validation'}")
+    assert result.status == 2 and "--calibration_dir is needed" in result.stderr
+    result = export("--max_drop=1")
+    assert result.status == 2 and "--max_drop has no effect" in result.stderr
+    result = export("--precision=fp16", f"--val_data_dir={data / 'validation.npz'}")
+    assert result.status == 0, result.stderr
+
+
+def test_the_check_prints_images_of_the_run_s_own_validation_data(own_data):
+    save("tiny")
+    result = call(resnet_to_onnx.main)
+    assert result.status == 0, result.stderr
+    named = [line for line in result.stdout.splitlines() if ", image " in line]
+    assert len(named) == 2 and all(str(own_data / "validation") in line for line in named)

@@ -281,14 +281,19 @@ def load_image(
     """
     image = read_picture(path, max_pixels=max_pixels)
     try:
-        pixels = center_crop(
-            image,
-            resize_shorter=preprocessing.resize_shorter,
-            size=preprocessing.image_size,
-            interpolation=preprocessing.interpolation,
-        )
+        return as_input(image, preprocessing)
     except RunError as error:
         raise RunError(f"{path}: {error}") from None
+
+
+def as_input(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """The same of an RGB picture. Raises RunError as `center_crop`."""
+    pixels = center_crop(
+        image,
+        resize_shorter=preprocessing.resize_shorter,
+        size=preprocessing.image_size,
+        interpolation=preprocessing.interpolation,
+    )
     mean = np.asarray(preprocessing.rgb_mean, np.float32)
     std = np.asarray(preprocessing.rgb_std, np.float32)
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1), np.float32)

@@ -114,9 +114,9 @@ class OpenPart:
         with open_input(path, buffering=0) as file:
             self.fd = os.dup(file.fileno())
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # bound here: at exit the module is empty
         if hasattr(self, "fd"):
-            os.close(self.fd)
+            close(self.fd)
 
 
 class RecordSource:

@@ -7,7 +7,6 @@ from cnns.flags.parser import Flag
 from cnns.flags.values import COUNT, boolean, count_or_all, number, onnx_path, path
 from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT
 
-OPSETS = (9, 21)  # lowest and highest that resnet_to_onnx.py writes
 RUN_FLAGS = {
     "num_epochs": Flag(
         "passes over the training data",
@@ -123,21 +122,6 @@ BACKEND_FLAGS = {
         otherwise=f"the newest in {ONNX_ROOT}",
         needs=("backend", ("onnxruntime",)),
     ),
-}
-EXPORT_FLAGS = {
-    "onnx_path": Flag(
-        "file to write; an existing one is replaced after the new one has passed the comparison",
-        onnx_path,
-        otherwise=f"{ONNX_ROOT}/<name of the snapshot>.onnx",
-    ),
-    "opset": Flag(
-        f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[1]}", number(int, *OPSETS), 12
-    ),
-    "external_data": Flag(
-        "put the weights into a second file, <onnx_path>.data, which has to stay beside it",
-        default=False,
-    ),
-    "check_only": Flag("export nothing; compare the file that is there", default=False),
 }
 
 
