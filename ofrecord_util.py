@@ -164,7 +164,7 @@ class RecordTrainLoader(PictureTrainLoader):
 
 
 class GPUDecodingTrainLoader(nn.Module):
-    """The same with nvJPEG as decoder, on the device: --gpu_image_decoder.
+    """As OFRecordTrainLoader, but nvJPEG decodes and crops, on the device: --gpu_image_decoder.
 
     That decoder exists in graphs only, and a graph that is handed records has copies of them which
     are no longer valid, so the reader is in the graph as well. There it cannot be positioned: each

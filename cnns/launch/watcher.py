@@ -83,7 +83,7 @@ def launch_rank(
         "facts": found,
         "error": failed,
         "known": known,
-        "rank": os.getpid(),
+        "rank_pid": os.getpid(),
         "control": theirs.fileno(),
         "stderr": reading,
     }
@@ -253,7 +253,7 @@ class Watcher(Parent):
             explain=lambda _, words: known if any("out of memory" in w for w in words) else None,
             stdin=None,
         )
-        self.process = Rank(spec["rank"], spec["stderr"], self.tell)
+        self.process = Rank(spec["rank_pid"], spec["stderr"], self.tell)
         self.control = socket.socket(fileno=spec["control"])
         self.control.setblocking(False)
         self.rest = b""  # of a line of the rank

@@ -1,6 +1,12 @@
 """What the scripts know of a network besides its code: one record each.
 
 The records are in the table of model_registry.py; what is here takes that table as `models`.
+
+A network takes images (N, 3, H, W) float32 and gives logits (N, classes). Its convolutions are
+`cnns.models.products.Convolution`, which is quicker on a CPU, its dropout is
+`cnns.models.layers.Dropout`, since OneFlow's own draws equal masks inside a graph. One that has a
+second classifier gives a pair of logits while it trains, and has `auxiliary_weight`. Parameters are
+named as in PyTorch's version of it, and are the same whatever `Switches` say.
 """
 
 import os
