@@ -1,7 +1,6 @@
 """Export a network to ONNX, and check that ONNX Runtime computes what OneFlow computes.
 
 python3 resnet_to_onnx.py                                    # the newest run, its best
-python3 resnet_to_onnx.py --model_load_dir=SNAPSHOT --onnx_path=resnet.onnx --opset=17
 python3 resnet_to_onnx.py --check_only --image_path photos   # compares the file that is there
 python3 resnet_to_onnx.py --precision=int8 --preprocess --softmax --onnx_path=small.onnx
 

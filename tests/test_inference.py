@@ -274,22 +274,3 @@ def test_flags_that_contradict_are_refused(flags, words):
     result = classify("--image_path", "photos", *flags)
     assert (result.status, result.stdout) == (2, "") and words in result.stderr
     assert len(result.stderr.splitlines()) == 1
-
-
-def test_the_lines_that_serve_an_exported_file(tmp_path):
-    """Without OneFlow, and with nothing of this project."""
-    text = (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n# serve\.py\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "serve.py").write_text(code)
-    assert len(code.splitlines()) <= 16 and "oneflow" not in code
-    done = subprocess.run(
-        [sys.executable, tmp_path / "serve.py", "onnx/model/run_epoch_0.onnx", FILES[1]],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    probability, name = done.stdout.split(" ", 1)
-    flags = f"--image_path={FILES[1]}", "--backend=onnxruntime"
-    expected = classify(*flags).stdout.splitlines()[1].split(" ", 1)
-    assert name.strip() == expected[1]
-    assert float(probability) == pytest.approx(float(expected[0]), abs=1e-5)

@@ -163,8 +163,9 @@ def test_no_module_opens_a_picture_by_itself():
     from small import ROOT
 
     files = [*ROOT.glob("*.py"), *(ROOT / "cnns").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
-    users = [file.name for file in files if "Image.open(" in file.read_text(encoding="utf-8")]
-    assert users == ["images.py"]
+    users = {file.name for file in files if "Image.open(" in file.read_text(encoding="utf-8")}
+    # predict.py is copied to where this repository is not; its own tests refuse the same pictures.
+    assert users == {"images.py", "predict.py"}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.0, 65536.0])

@@ -21,12 +21,14 @@ import of_cnn_train_val
 import resnet_to_onnx
 from cnns.checkpoint.snapshot import read_description
 from small import ROOT, TINY, call, solid, validation_figures
+from tools import deploy
 
 CLASSES = ("dark", "grey", "light")
 SCRIPTS = {
     "of_cnn_evaluate.py": of_cnn_evaluate,
     "of_cnn_inference.py": of_cnn_inference,
     "resnet_to_onnx.py": resnet_to_onnx,
+    "deploy.py": deploy,
 }
 
 
@@ -86,7 +88,7 @@ def test_a_folder_is_fine_tuned_and_the_commands_that_follow_run(photos):
     assert held("tuned") == ["snapshot_best", "snapshot_epoch_2", "snapshot_last"]
     flags = read_description("tuned/snapshot_last").flags
     assert flags["train_data_dir"] == "photos" and flags["num_epochs"] == 3
-    commands = [line.partition(": ")[2] for line in run.stderr.splitlines()[-3:]]
+    commands = [line.partition(": ")[2] for line in run.stderr.splitlines()[-4:]]
     results = {}
     for command in commands:
         python, name, *argv = shlex.split(command.replace("PHOTO.jpg", "photos/dark/3.jpg"))
@@ -96,6 +98,7 @@ def test_a_folder_is_fine_tuned_and_the_commands_that_follow_run(photos):
             argv += ["--image_path", "photos/dark/3.jpg"]
         results[name] = call(SCRIPTS[name].main, *argv)
         assert results[name].status == 0, results[name].stderr
+    assert set(results) == set(SCRIPTS)
     best = read_description("tuned/snapshot_best").metrics["val_top_1"]
     assert (
         "\nCurves: tuned/report/report.html\nWhat it gets wrong: tuned/evaluation/report.html\n"

@@ -141,6 +141,16 @@ def test_the_folder_works_away_from_the_repository(folder, place, tmp_path):
     np.testing.assert_allclose(answers["pictures.onnx"], answers[default], atol=0.01)
 
 
+def test_of_classes_that_are_as_probable_either_may_come_first():
+    best, probabilities = np.array([2, 0, 1]), np.array([0.345, 0.335, 0.32])
+    assert [deploy.is_first(answer, best, probabilities) for answer in (0, 1, 2, 7)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
 def test_what_loses_too_much_is_left_out_and_status_1(place, monkeypatch):
     """float32 and fp16 are there all the same, and the card says what was refused."""
     monkeypatch.setattr(deploy, "explain_refusal", lambda *args: "int8 loses 9 points")
