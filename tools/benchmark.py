@@ -5,20 +5,16 @@ python3 tools/benchmark.py --model=resnet18 --print_steps=1
 python3 tools/benchmark.py --train_data_dir=data/imagenet/ofrecord/train
 python3 tools/benchmark.py --conversion --num_workers=2
 python3 tools/benchmark.py --inference --image_size=224 --batch_size_per_device=1
+python3 tools/benchmark.py --against=torch --peer_python=torch/bin/python
 """
 
-import io
 import itertools
 import json
 import os
 import platform
-import random
 import re
-import shutil
 import statistics
-import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from argparse import Namespace
@@ -35,19 +31,16 @@ import cnns.startup  # noqa: F401  (first, see there)
 
 import numpy as np
 import onnxruntime
-from PIL import Image
 
 import model_registry
 import of_cnn_train_val as script
 import ofrecord_util
 import resnet_to_onnx
 from cnns.checkpoint.snapshot import Snapshot, versions
-from cnns.convert.writer import BLOCK_BYTES
 from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset
-from cnns.data.images import CLASSES_FILE, read_classes, read_picture
 from cnns.distributed import choose_device, place
-from cnns.errors import RunError, UsageError, run_main
+from cnns.errors import UsageError, run_main
 from cnns.export import ExportedModel
 from cnns.flags.parser import Parser, add_switch
 from cnns.flags.values import number
@@ -57,19 +50,20 @@ from cnns.log import limit_run_ahead
 from cnns.models.layers import Switches
 from cnns.record import Record
 from cnns.run import Run
-from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
-
-# Crops of the demo photographs at this size and quality are 110 kB on average, as ImageNet's are.
-PHOTOGRAPH_SIZE = (580, 435)
-PHOTOGRAPH_QUALITY = 98
-CONVERSION_PARTS = 4  # of 130 MB; ImageNet's have 560
+from tools.against import LAYOUTS, Peer, start_peer
+from tools.benchmark_conversion import benchmark_conversion
+from tools.timing import by_turns, compare, print_table, timed
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     device = choose_device(args.device)
     report = {"date": date.today().isoformat(), "machine": describe_machine(device)}
-    if args.conversion:
+    if args.peer_python is not None and args.against is None:
+        raise UsageError("--peer_python has no effect without --against")
+    if args.against is not None:
+        report["against"] = benchmark_against(args, device)
+    elif args.conversion:
         report["conversion"] = benchmark_conversion(args)
     elif args.inference:
         report["inference"] = benchmark_inference(args, device)
@@ -86,7 +80,8 @@ def make_parser() -> Parser:
         "same graph, and what the record of a run costs; or, with --train_data_dir, the loader "
         "alone; or, with --conversion, how fast an archive of photographs becomes OFRecord parts, "
         "against a plain copy of its bytes; or, with --inference, how fast a network classifies by "
-        "OneFlow and by ONNX Runtime. Prints JSON.",
+        "OneFlow and by ONNX Runtime; or, with --against, training and classifying beside "
+        "PyTorch, by turns. Prints JSON.",
         doc=__doc__,
         epilog="Read on: docs/measured.md.",
     )
@@ -111,9 +106,12 @@ def make_parser() -> Parser:
         default=5,
         help="rounds of each kind, in turn; the median counts",
     )
-    parser.add_argument("--train_data_dir", help="OFRecord parts: measure their loader alone")
-    add_switch(parser, "--conversion", "measure tools/make_ofrecord.py imagenet")
-    add_switch(parser, "--inference", "measure both backends of of_cnn_inference.py")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--train_data_dir", help="OFRecord parts: measure their loader alone")
+    add_switch(other, "--conversion", "measure tools/make_ofrecord.py imagenet")
+    add_switch(other, "--inference", "measure both backends of of_cnn_inference.py")
+    other.add_argument("--against", choices=("torch",), help="measure ours and this by turns")
+    parser.add_argument("--peer_python", help="against: a Python that has PyTorch")
     parser.add_argument(
         "--num_images",
         type=number(int, 1000),
@@ -136,29 +134,6 @@ def describe_machine(device: str) -> dict:
     }
 
 
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def by_turns(
-    rounds: int, *functions: Callable[[], object], before: Callable[[], object] = lambda: None
-) -> tuple[list[float], float]:
-    """The median seconds of each function, and the median of first to second.
-
-    The ratio compares runs next to each other in time, so that a busy machine slows both.
-    """
-    seconds: list[list[float]] = []
-    for _ in range(rounds):
-        seconds.append([])
-        for function in functions:
-            before()
-            seconds[-1].append(timed(function))
-    medians = [statistics.median(column) for column in zip(*seconds, strict=True)]
-    return medians, statistics.median(first / second for first, second, *_ in seconds)
-
-
 def asked(args: Namespace, *names: str) -> dict:
     return {name: getattr(args, name) for name in names}
 
@@ -171,23 +146,7 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
     record of the run costs, with a line for each step.
     """
     samples = args.steps * args.batch_size_per_device
-    given = script.parse_args(
-        [
-            f"--device={device}",
-            f"--model={args.model}",
-            f"--image_size={args.image_size}",
-            f"--batch_size_per_device={args.batch_size_per_device}",
-            f"--num_examples={samples}",
-            "--warmup_epochs=0",
-            f"--loss_print_every_n_iter={args.print_steps}",
-            f"--tensorboard={args.tensorboard}",
-        ]
-    )
-    spec = script.make_spec(given)
-    with tempfile.TemporaryDirectory() as folder, script.make_record(spec, folder) as kept:
-        record = TimedRecord(kept)
-        # Saves nothing.
-        run = script.build_run(spec, save_dir="", log=record.line, record=record)
+    with training_run(args, device) as (run, record):
         (bare, own), ratio = time_loops(args, run)
         costs = time_record(args, run, record)
     return asked(args, *SIZES, "print_steps", "tensorboard") | {
@@ -196,6 +155,27 @@ def benchmark_training_loop(args: Namespace, device: str) -> dict:
         "own_to_bare": round(ratio, 4),
         "record": costs,
     }
+
+
+@contextmanager
+def training_run(args: Namespace, device: str) -> Iterator[tuple[Run, "TimedRecord"]]:
+    """A run on synthetic data whose epoch is --steps steps long, and that saves nothing."""
+    given = script.parse_args(
+        [
+            f"--device={device}",
+            f"--model={args.model}",
+            f"--image_size={args.image_size}",
+            f"--batch_size_per_device={args.batch_size_per_device}",
+            f"--num_examples={args.steps * args.batch_size_per_device}",
+            "--warmup_epochs=0",
+            f"--loss_print_every_n_iter={args.print_steps}",
+            f"--tensorboard={args.tensorboard}",
+        ]
+    )
+    spec = script.make_spec(given)
+    with tempfile.TemporaryDirectory() as folder, script.make_record(spec, folder) as kept:
+        record = TimedRecord(kept)
+        yield script.build_run(spec, save_dir="", log=record.line, record=record), record
 
 
 def train_loop(run: Run) -> Callable[[], None]:
@@ -267,11 +247,11 @@ def time_record(args: Namespace, run: Run, record: TimedRecord) -> dict:
     }
 
 
-def benchmark_inference(args: Namespace, device: str) -> dict:
-    """Milliseconds per image of the same network, with random weights, by both backends.
-
-    Without reading and resizing the images.
-    """
+@contextmanager
+def predictors(
+    args: Namespace, device: str
+) -> Iterator[tuple[dict[str, Callable[[np.ndarray], object]], np.ndarray]]:
+    """The same network, with random weights, by both backends, and images (N, 3, H, W) for them."""
     model = model_registry.MODELS[args.model]
     preprocessing, classes = model.preprocessing(image_size=args.image_size), 1000
     network = model.build(classes, Switches())
@@ -283,22 +263,75 @@ def benchmark_inference(args: Namespace, device: str) -> dict:
         reference = resnet_to_onnx.Reference(network)
         exported = resnet_to_onnx.convert(reference, snapshot, "random", opset=12)
         resnet_to_onnx.write(exported, path, external_data=False)
-        backends: tuple[Callable[[np.ndarray], object], ...] = (
-            Predictor(place(network, device), device=device),
-            ExportedModel(path).probabilities,
-        )
+        oneflow = Predictor(place(network, device), device=device)
+        yield {"oneflow": oneflow, "onnxruntime": ExportedModel(path).probabilities}, images
+
+
+def benchmark_inference(args: Namespace, device: str) -> dict:
+    """Milliseconds per image of the same network by both backends.
+
+    Without reading and resizing the images.
+    """
+    with predictors(args, device) as (backends, images):
 
         def repeat(predict: Callable[[np.ndarray], object]) -> Callable[[], object]:
             predict(images)  # compiles, and warms up
             return lambda: [predict(images) for _ in range(args.steps)]
 
-        (oneflow, onnx), ratio = by_turns(args.rounds, *map(repeat, backends))
+        (oneflow, onnx), ratio = by_turns(args.rounds, *map(repeat, backends.values()))
     milliseconds = 1000 / (args.steps * len(images))
     return asked(args, *SIZES) | {
         "onnxruntime": onnxruntime.__version__,
         "oneflow_milliseconds_per_image": round(oneflow * milliseconds, 2),
         "onnxruntime_milliseconds_per_image": round(onnx * milliseconds, 2),
         "onnxruntime_times_as_fast": round(ratio, 2),
+    }
+
+
+def benchmark_against(args: Namespace, device: str) -> dict:
+    """images/s of training and of classifying, of ours and of PyTorch in two layouts.
+
+    The same network, sizes, loss and optimizer; synthetic images, without reading or resizing.
+    """
+    if device != "cpu":
+        raise UsageError("--against compares on a CPU: give --device=cpu")
+    if args.peer_python is None:
+        raise UsageError(f"--against={args.against} needs --peer_python, a Python that has it")
+    with (
+        start_peer(
+            args.peer_python,
+            model=args.model,
+            batch_size=args.batch_size_per_device,
+            image_size=args.image_size,
+        ) as peer,
+        training_run(args, device) as (run, _),
+        predictors(args, device) as (backends, images),
+    ):
+        held = sum(parameter.numel() for parameter in run.parts.model.parameters())
+        if held != peer.about["parameters"]:
+            raise RuntimeError(f"{held} parameters against {peer.about['parameters']}")
+        train = train_loop(run)
+
+        def classify(backend: str) -> float:
+            return timed(lambda: [backends[backend](images) for _ in range(args.steps)])
+
+        kinds: dict[str, dict[str, Callable[[], float]]] = {
+            "training": {"ours": lambda: timed(train)} | peer_sides(args, peer, "train"),
+            "predicting": {
+                "ours": partial(classify, "oneflow"),
+                "onnxruntime": partial(classify, "onnxruntime"),
+            }
+            | peer_sides(args, peer, "predict"),
+        }
+        report = compare(args.rounds, kinds, args.steps * len(images))
+        versions = {"torch": peer.about["version"], "onnxruntime": onnxruntime.__version__}
+    print_table(report)
+    return asked(args, *SIZES) | versions | report
+
+
+def peer_sides(args: Namespace, peer: Peer, kind: str) -> dict[str, Callable[[], float]]:
+    return {
+        f"torch {layout}": partial(peer.seconds, kind, layout, args.steps) for layout in LAYOUTS
     }
 
 
@@ -350,117 +383,6 @@ def benchmark_loader(args: Namespace, device: str) -> dict:
             order: round(1000 * statistics.median(each[1:]) / count, 3)
             for order, each in processor.items()
         },
-    }
-
-
-def add_member(archive: tarfile.TarFile, name: str, file: io.BytesIO) -> int:
-    """Add what was written to a file in memory; returns the number of its bytes."""
-    member = tarfile.TarInfo(name)
-    member.size = file.tell()
-    file.seek(0)
-    archive.addfile(member, file)
-    return member.size
-
-
-def make_archive(path: Path, num_images: int) -> int:
-    """An archive of the official shape, a tar of 1000 tars; returns the bytes of its images."""
-    _, wordnet_ids = read_classes(CLASSES_FILE)
-    photographs = [read_picture(str(DATA / name)) for name in PHOTOGRAPHS]
-    rng, num_bytes, done = random.Random(0), 0, 0
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as outer:
-        for label, wordnet_id in enumerate(wordnet_ids):
-            members = io.BytesIO()
-            with tarfile.open(fileobj=members, mode="w", format=tarfile.USTAR_FORMAT) as inner:
-                while done * len(wordnet_ids) < (label + 1) * num_images:
-                    photograph = photographs[done % len(photographs)]
-                    crop = photograph.crop(draw_box(rng, *photograph.size))
-                    crop = crop.resize(PHOTOGRAPH_SIZE, Image.Resampling.BICUBIC)
-                    encoded = io.BytesIO()
-                    crop.save(encoded, "JPEG", quality=PHOTOGRAPH_QUALITY)
-                    num_bytes += add_member(inner, f"{wordnet_id}_{done}.JPEG", encoded)
-                    done += 1
-            add_member(outer, f"{wordnet_id}.tar", members)
-    return num_bytes
-
-
-def copy_plainly(source: Path, target: Path) -> None:
-    """Copy a file and flush it to the disk, as a part is."""
-    with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
-        while block := reader.read(BLOCK_BYTES):
-            writer.write(block)
-        os.fsync(writer.fileno())
-
-
-def resident_megabytes(pid: int) -> float:
-    """Resident memory of a process and those that it started."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it has ended
-        return 0.0
-    own = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-    return own + sum(resident_megabytes(int(child)) for child in children)
-
-
-@contextmanager
-def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
-    """A process that does not outlive the block: what remains of it is asked to end."""
-    with subprocess.Popen(command, **options) as run:
-        try:
-            yield run
-        finally:
-            run.terminate()
-
-
-def convert(archive: Path, output: Path, num_workers: int) -> float:
-    """Run the conversion; return the peak memory of all its processes together, in MB."""
-    tool, most = str(Path(__file__).with_name("make_ofrecord.py")), 0.0
-    command = [sys.executable, tool, "imagenet", f"--train={archive}", f"--output={output}"]
-    command += [f"--num_parts={CONVERSION_PARTS}", f"--num_workers={num_workers}"]
-    with tempfile.TemporaryFile("w+") as messages:
-        with process(command, stdout=messages, stderr=messages) as run:
-            while run.poll() is None:
-                most = max(most, resident_megabytes(run.pid))
-                time.sleep(0.02)
-        messages.seek(0)
-        if run.returncode:
-            raise RunError(f"the conversion failed: {messages.read().strip()}")
-    return most
-
-
-def benchmark_conversion(args: Namespace) -> dict:
-    """images/s of the whole command, from its start to its end, and of a copy of the archive.
-
-    Both read from the page cache, where the archive has just been written, and both wait for the
-    disk.
-    """
-    megabytes = []
-    with tempfile.TemporaryDirectory(prefix="ofrecord-benchmark-") as folder:
-        archive, copied, output = (Path(folder, name) for name in ("a.tar", "copy", "out"))
-        num_bytes = make_archive(archive, args.num_images)
-
-        def clear():
-            copied.unlink(missing_ok=True)
-            shutil.rmtree(output, ignore_errors=True)
-            os.sync()
-
-        (copy, conversion), ratio = by_turns(
-            args.rounds,
-            lambda: copy_plainly(archive, copied),
-            lambda: megabytes.append(convert(archive, output, args.num_workers)),
-            before=clear,
-        )
-    return {
-        "num_images": args.num_images,
-        "bytes_per_image": num_bytes // args.num_images,
-        "num_workers": args.num_workers,
-        "num_parts": CONVERSION_PARTS,
-        "rounds": args.rounds,
-        "images_per_second": round(args.num_images / conversion, 1),
-        "megabytes_per_second": round(num_bytes / conversion / 1e6, 1),
-        "plain_copy_megabytes_per_second": round(num_bytes / copy / 1e6, 1),
-        "to_plain_copy": round(ratio, 3),
-        "memory_of_all_processes_megabytes": round(max(megabytes), 1),
     }
 
 
