@@ -21,19 +21,19 @@ from cnns import interrupts
 
 CONTROL_MARK = "CNNS_CONTROL"  # the number of the file descriptor
 TELL_SECONDS = 0.5  # for the watcher to tell the others of a signal that ends this rank
-line: socket.socket | None = None  # None: this process was started by a parent of ours
+watcher: socket.socket | None = None  # None: this process was started by a parent of ours
 
 
 def attach() -> None:
     """To be called before OneFlow is imported; does nothing where there is no watcher."""
-    global line
+    global watcher
     number = os.environ.pop(CONTROL_MARK, None)
     if number is None:
         return
-    line = socket.socket(fileno=int(number))
-    line.set_inheritable(False)
-    line.setblocking(False)  # else it cannot be the one that signals are written to
-    signal.set_wakeup_fd(line.fileno(), warn_on_full_buffer=False)
+    watcher = socket.socket(fileno=int(number))
+    watcher.set_inheritable(False)
+    watcher.setblocking(False)  # else it cannot be the one that signals are written to
+    signal.set_wakeup_fd(watcher.fileno(), warn_on_full_buffer=False)
     interrupts.has_watcher = True
     for each in interrupts.watched():
         signal.signal(each, end_by_signal)
@@ -44,13 +44,13 @@ def attach() -> None:
     threading.Thread(target=obey, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)  # not in that thread
     # The first that is registered runs last, when OneFlow has ended. A failure does not get there.
-    atexit.register(end, 0)
+    atexit.register(leave, 0)
 
 
 def tell(text: str) -> None:
-    assert line is not None
+    assert watcher is not None
     with suppress(OSError):  # the watcher is gone: `obey` knows
-        line.sendall(f"{text}\n".encode())
+        watcher.sendall(f"{text}\n".encode())
 
 
 def end_by_signal(number: int, frame: FrameType | None) -> None:
@@ -60,9 +60,9 @@ def end_by_signal(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def end(status: int) -> None:
+def leave(status: int) -> None:
     """Leave with a status; with that of the job, once it has ended, where there is a watcher."""
-    if line is None:
+    if watcher is None:
         os._exit(status)
     tell(f"exit {status}")
     while True:  # until `obey` leaves
@@ -71,13 +71,13 @@ def end(status: int) -> None:
 
 def obey() -> None:
     """Take signals of other ranks from the watcher, and leave when it says so, or is gone."""
-    assert line is not None
+    assert watcher is not None
     rest = b""
     while True:
-        select.select([line], [], [])
+        select.select([watcher], [], [])
         data = b""
         with suppress(ConnectionError):
-            data = line.recv(1 << 12)
+            data = watcher.recv(1 << 12)
         if not data:
             os._exit(1)
         *lines, rest = (rest + data).split(b"\n")

@@ -61,15 +61,15 @@ class RankJob(Job):
     def flags(self) -> dict:
         return {"the number of ranks": self.num_nodes}
 
-    def parent(self, node_rank: int) -> str:
-        return self.node(node_rank)
+    def name_parent(self, node_rank: int) -> str:
+        return self.name_node(node_rank)
 
-    def node(self, node_rank: int) -> str:
+    def name_node(self, node_rank: int) -> str:
         host = self.hosts.get(node_rank) or (self.node_ips[0] if node_rank == 0 else "")
         return f"rank {node_rank} on {host}" if host else f"rank {node_rank}"
 
-    def rank(self, rank: int) -> str:
-        return self.node(rank)
+    def name_rank(self, rank: int) -> str:
+        return self.name_node(rank)
 
 
 # What the environment says.

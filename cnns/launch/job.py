@@ -55,16 +55,16 @@ class Job:
         """What node 0 has to know of this machine, beside what has to be the same on each."""
         return {}
 
-    def parent(self, node_rank: int) -> str:
-        return f"the launching process of {self.node(node_rank)}"
+    def name_parent(self, node_rank: int) -> str:
+        return f"the launching process of {self.name_node(node_rank)}"
 
-    def node(self, node_rank: int) -> str:
+    def name_node(self, node_rank: int) -> str:
         """A node as messages name it."""
         address = f" ({self.node_ips[node_rank]})" if self.node_ips else ""
         return f"node {node_rank}{address}"
 
-    def rank(self, rank: int) -> str:
-        return f"rank {rank} on {self.node(rank // self.processes_per_node)}"
+    def name_rank(self, rank: int) -> str:
+        return f"rank {rank} on {self.name_node(rank // self.processes_per_node)}"
 
     @property
     def flags(self) -> dict:
@@ -204,7 +204,7 @@ def listen(job: Job) -> socket.socket:
         sock = socket.create_server((address, job.ctrl_port))
     except OSError as error:
         raise RunError(
-            f"{job.node(0)} cannot listen on port {job.ctrl_port}: {error.strerror}"
+            f"{job.name_node(0)} cannot listen on port {job.ctrl_port}: {error.strerror}"
             f"{who_listens(job.ctrl_port)}; end that, or give every node another {job.port_name}"
         ) from None
     sock.setblocking(False)

@@ -58,8 +58,8 @@ async def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 def describe_lost(job: Job, node: int, channel: Channel, why: str) -> str:
     if channel.is_silent:
-        return f"{job.node(node)} was {why} (is the machine or the network down?)"
-    return f"{job.parent(node)} is gone ({why})"
+        return f"{job.name_node(node)} was {why} (is the machine or the network down?)"
+    return f"{job.name_parent(node)} is gone ({why})"
 
 
 class Coordinator:
@@ -71,12 +71,17 @@ class Coordinator:
         self.channels: set[Channel] = set()
         self.nodes: dict[int, Channel] = {}  # that take part
         self.num_met = 0  # nodes that have connected, whether they take part or not
-        self.port: socket.socket | None = None  # of rank 0, from the start on
+        self.reserved_port: socket.socket | None = None  # of rank 0, from the start on
         self.working = set(range(job.world_size))
         self.causes: list[End] = []
         self.stop_signal = 0  # 0: none has come
         self.stopped = False  # a worker has ended as a signal asked it to
         self.end: asyncio.Future[End] = self.loop.create_future()
+
+    @property
+    def has_started(self) -> bool:
+        """Whether all nodes take part, and their workers were told to start."""
+        return self.reserved_port is not None
 
     async def run(self, listener: socket.socket | None) -> None:
         """Returns when the job has ended on all nodes, as far as they can be told."""
@@ -86,7 +91,7 @@ class Coordinator:
         end = await self.end
         for channel in self.channels:
             channel.send("end", **vars(end))
-        if self.port is None and not end.at_once:
+        if not self.has_started and not end.at_once:
             seconds = min(TELL_SECONDS, self.job.start_timeout)
             await wait_until(lambda: self.num_met >= self.job.num_nodes, seconds)
         seconds = TERM_SECONDS + REAP_SECONDS
@@ -99,7 +104,7 @@ class Coordinator:
         self.channels.discard(channel)
         if channel.node is None or self.end.done():
             return
-        if self.port is None:  # it may connect again
+        if not self.has_started:  # it may connect again
             del self.nodes[channel.node]
             return
         text = describe_lost(self.job, channel.node, channel, why)
@@ -113,8 +118,8 @@ class Coordinator:
 
     def on_hello(self, channel: Channel, message: dict) -> None:
         self.num_met += 1
-        if self.port is not None:
-            text = f"a job is already running on {self.job.node(0)}, port {self.job.ctrl_port}"
+        if self.has_started:
+            text = f"a job is already running on {self.job.name_node(0)}, port {self.job.ctrl_port}"
             channel.send("end", **vars(End(1, text)))
             return
         if problem := self.admit(channel, message):
@@ -143,7 +148,7 @@ class Coordinator:
         if message["error"] is not None:
             return End(**message["error"])
         if self.facts is not None and (found := difference(self.facts, message["facts"])):
-            return self.differ(found, self.job.node(node))
+            return self.differ(found, self.job.name_node(node))
         return self.check_address(channel, node, message["facts"].get("device"))
 
     def check_address(self, channel: Channel, node: int, device: str | None) -> End | None:
@@ -154,7 +159,7 @@ class Coordinator:
         if node > 0 and first is not None and device == "cuda":
             return End(
                 2,
-                f"{self.job.node(first)} and {self.job.node(node)} both have the address "
+                f"{self.job.name_node(first)} and {self.job.name_node(node)} both have the address "
                 f"{channel.address}, so they are one machine to OneFlow; give its devices to one "
                 "node with --gpu_num_per_node, or each node an address of its own",
             )
@@ -164,8 +169,8 @@ class Coordinator:
         name, ours, theirs = found
         return End(
             2,
-            f"{name} differs: {brief(ours)} on {self.job.node(0)}, {brief(theirs)} on {where}; "
-            "every node needs the same command, data and versions",
+            f"{name} differs: {brief(ours)} on {self.job.name_node(0)}, {brief(theirs)} on "
+            f"{where}; every node needs the same command, data and versions",
         )
 
     def start(self) -> None:
@@ -174,11 +179,11 @@ class Coordinator:
             # The address by which others have connected, and a port known in advance, for the sake
             # of firewalls.
             address, port = self.nodes[1].own_address, self.job.master_port
-        self.port = reserve_port(port)
-        self.tell_all("start", master=(address, self.port.getsockname()[1]))
+        self.reserved_port = reserve_port(port)
+        self.tell_all("start", master=(address, self.reserved_port.getsockname()[1]))
 
     def give_up_start(self) -> None:
-        missing = [self.job.node(n) for n in range(self.job.num_nodes) if n not in self.nodes]
+        missing = [self.job.name_node(n) for n in range(self.job.num_nodes) if n not in self.nodes]
         if missing:
             text = (
                 f"{', '.join(missing)} did not connect to {self.job.node_ips[0]} port "
@@ -223,8 +228,8 @@ class Coordinator:
         settle(self.end, min(causes, key=lambda cause: cause.by, default=End(status)))
 
     def on_signal(self, number: int, node: int, *, again: bool) -> None:
-        at = f" on {self.job.node(node)}"
-        if self.port is None:
+        at = f" on {self.job.name_node(node)}"
+        if not self.has_started:
             settle(self.end, End(128 + number, f"interrupted{at}", at_once=True))
         elif again:
             text = f"ended at once by {signal.Signals(number).name}{at}"
@@ -263,7 +268,7 @@ class Parent:
                 self.facts = json.loads(json.dumps(facts()))  # as the others' arrive
         except (UsageError, RunError, OSError) as error:
             status, text = describe(error)
-            where = f"{job.node(job.node_rank)}: " if job.num_nodes > 1 else ""
+            where = f"{job.name_node(job.node_rank)}: " if job.num_nodes > 1 else ""
             self.facts, self.error = None, End(status, where + text)
         self.loop = asyncio.get_running_loop()
         self.coordinator: Channel | None = None  # once it has answered
@@ -329,7 +334,7 @@ class Parent:
     def give_up_connecting(self) -> None:
         if self.coordinator is None:
             text = (
-                f"{self.job.node(0)} did not answer on port {self.job.ctrl_port} within "
+                f"{self.job.name_node(0)} did not answer on port {self.job.ctrl_port} within "
                 f"{self.job.start_timeout:g} s ({self.refused}); run the same command there, "
                 "and let the port through its firewall"
             )

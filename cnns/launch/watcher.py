@@ -172,7 +172,7 @@ class RankWorker(Worker):
         if number > 0:
             why = " (out of memory?)" if number == signal.SIGKILL else ""
             text = f"was killed by {signal_name(number)}{why}"
-        return End(1, f"{self.job.rank(self.rank)} {text}; all processes were ended")
+        return End(1, f"{self.job.name_rank(self.rank)} {text}; all processes were ended")
 
 
 class RankCoordinator(Coordinator):
@@ -212,8 +212,8 @@ class RankCoordinator(Coordinator):
         for ranks in addresses.values():
             if problem := self.check_ranks(ranks, each):
                 return settle(self.end, End(2, problem))
-        self.port = reserve_port(self.job.master_port)
-        master = address, self.port.getsockname()[1]
+        self.reserved_port = reserve_port(self.job.master_port)
+        master = address, self.reserved_port.getsockname()[1]
         self.tell_all("start", master=master, nodes=(len(addresses), each))
 
     def check_ranks(self, ranks: Sequence[int], each: int) -> str | None:
@@ -221,7 +221,7 @@ class RankCoordinator(Coordinator):
 
         OneFlow takes an address for a machine, and the n-th rank of it for the one of the device n.
         """
-        first = self.job.node(ranks[0])
+        first = self.job.name_node(ranks[0])
         if list(ranks) != list(range(ranks[0], ranks[0] + each)) or ranks[0] % each:
             return (
                 f"the ranks beside {first} are {', '.join(map(str, ranks))}, and OneFlow needs as "
@@ -232,8 +232,8 @@ class RankCoordinator(Coordinator):
             devices = self.machines[rank]["devices"]
             if devices < each:
                 return (
-                    f"{self.job.node(rank)} may use {devices} CUDA devices, and {each} ranks run "
-                    "there; start fewer, and let each use all devices of its machine (Slurm: "
+                    f"{self.job.name_node(rank)} may use {devices} CUDA devices, and {each} ranks "
+                    "run there; start fewer, and let each use all devices of its machine (Slurm: "
                     "--gres=gpu:N, no --gpus-per-task)"
                 )
         return None
@@ -313,7 +313,7 @@ class Watcher(Parent):
             self.on_exit(self.workers[0], code)
         elif not self.workers:
             rank = self.job.node_rank
-            end = End(1, f"{self.job.rank(rank)} died before the start")
+            end = End(1, f"{self.job.name_rank(rank)} died before the start")
             if self.coordinator is not None:
                 self.coordinator.send("exit", rank=rank, end=vars(end))
             settle(self.end, end)
@@ -370,7 +370,7 @@ async def watch(spec: dict) -> None:
         coordinator = RankCoordinator(job, watcher.facts)
         watcher.others = lambda: (
             sum(channel.greeted for channel in coordinator.channels) > 1
-            or (coordinator.port is None and coordinator.num_met < job.num_nodes)
+            or (not coordinator.has_started and coordinator.num_met < job.num_nodes)
         )
         await coordinate(watcher, coordinator)
     except RunError as error:  # a port in use

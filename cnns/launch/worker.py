@@ -104,7 +104,7 @@ def leave(status: int) -> int:
         for file in (sys.stdout, sys.stderr):
             with suppress(OSError):  # nobody reads it any more
                 file.flush()
-        control.end(status)
+        control.leave(status)
     return status
 
 
@@ -267,7 +267,7 @@ class Worker:
         if self.is_alone and (known or code > 0):  # else it has said so itself
             return End(1, known) if known else End(code)
         status = 2 if code == 2 and not known else 1
-        who = "the process" if self.is_alone else self.job.rank(self.rank)
+        who = "the process" if self.is_alone else self.job.name_rank(self.rank)
         after = "" if self.is_alone else "; all processes were ended"
         errors = [match[1] for line in words if (match := OWN_ERROR.fullmatch(line))]
         if known or code > 0 and errors:

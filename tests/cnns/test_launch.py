@@ -268,9 +268,9 @@ def job(**options):
 def test_ranks_follow_nodes():
     second = job(node_rank=1)
     assert second.world_size == 8 and list(second.ranks) == [4, 5, 6, 7]
-    assert second.rank(3) == "rank 3 on node 0 (127.0.0.1)"
-    assert second.rank(4) == "rank 4 on node 1 (127.0.0.2)"
-    assert job(num_nodes=1, node_ips=None).rank(1) == "rank 1 on node 0"
+    assert second.name_rank(3) == "rank 3 on node 0 (127.0.0.1)"
+    assert second.name_rank(4) == "rank 4 on node 1 (127.0.0.2)"
+    assert job(num_nodes=1, node_ips=None).name_rank(1) == "rank 1 on node 0"
 
 
 @pytest.mark.parametrize(
