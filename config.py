@@ -15,6 +15,7 @@ from cnns.convert.cache import Settings
 from cnns.data.images import MAX_PIXELS
 from cnns.errors import UsageError
 from cnns.flags import checks
+from cnns.flags.augment import MIXING_FLAGS
 from cnns.flags.data import FOLDER_FLAGS, VAL_DATA_FLAGS, train_data_flags
 from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE
 from cnns.flags.devices import CUDA_TRAINING_FLAGS, DEVICE_FLAGS
@@ -62,6 +63,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
             "CUDA only": CUDA_TRAINING_FLAGS,
             "batches": BATCH_FLAGS,
             "training data": train_data_flags(DATA_ORDERS),
+            "augmentation": MIXING_FLAGS,
             "validation data": VAL_DATA_FLAGS,
             "folders of images": FOLDER_FLAGS,
             "optimizer and schedule": optimizer_flags(MODELS, OPTIMIZERS, SCHEDULES),

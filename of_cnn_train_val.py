@@ -34,6 +34,7 @@ from cnns.checkpoint.weights import Checkpoint, standard_shapes
 from cnns.configfile import read_config
 from cnns.data.crops import Augmentation
 from cnns.data.kinds import Dataset, Synthetic
+from cnns.data.mixing import Mixing, MixingLoader
 from cnns.distributed import (
     choose_device,
     cuda_devices,
@@ -402,7 +403,7 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
     """What feeds the training graph."""
     flags = spec.flags
     log(spec.train_data.loading_line)
-    return ofrecord_util.train_loader(
+    loader = ofrecord_util.train_loader(
         spec.train_data,
         batch_size=spec.batch_size,
         preprocessing=spec.about.preprocessing,
@@ -418,6 +419,11 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
         gpu_image_decoder=flags["gpu_image_decoder"],
         first_step=spec.progress.step,
     )
+    mixing = Mixing(flags["mixup_alpha"], flags["cutmix_alpha"], flags["seed"])
+    if not mixing.is_on:
+        return loader
+    size = spec.about.preprocessing.image_size
+    return MixingLoader(loader, mixing, batch_size=spec.batch_size, size=size, device=spec.device)
 
 
 def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> TrainGraph:

@@ -16,6 +16,7 @@ from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
 from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.errors import UsageError
+from cnns.flags.augment import check_mixing
 from cnns.flags.defaults import SYNTHETIC_STEPS_PER_EPOCH, finetune_batch_size
 from cnns.flags.network import preprocessing_flags
 from cnns.models.layers import Switches
@@ -54,6 +55,7 @@ def open_data(
         )
         notices.append(f"Fine-tuning: --batch_size_per_device={args.batch_size_per_device}.")
         args.global_batch_size = args.batch_size_per_device * num_processes(vars(args))
+        check_mixing(args)
     batch_size = args.global_batch_size
     if batch_size > train_data.num_examples:
         raise UsageError(

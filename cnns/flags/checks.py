@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from cnns.convert.cache import is_photo_folder
 from cnns.distributed import choose_device
 from cnns.errors import UsageError
+from cnns.flags.augment import check_mixing
 from cnns.flags.data import AUGMENTATION_FLAGS, FOLDER_FLAGS
 from cnns.flags.defaults import (
     BATCH_SIZE_PER_DEVICE,
@@ -185,6 +186,7 @@ def finish_train_args(
         args.batch_size_per_device = BATCH_SIZE_PER_DEVICE
     if args.batch_size_per_device is not None:  # else a share of data that are not open yet
         args.global_batch_size = args.batch_size_per_device * num_processes(vars(args))
+    check_mixing(args)
     if args.num_epochs is None:
         args.num_epochs = NUM_EPOCHS
     if args.keep_snapshots is None:

@@ -27,6 +27,8 @@ from small import MODELS, RECORD, ROOT, TINY, call, tree, write_sets
 
 NUM_CLASSES = 4
 EPOCHS = 3
+# What a recipe adds to the kinds of data.
+AUGMENTED = {"mixed": ["--mixup_alpha=0.2", "--cutmix_alpha=1"]}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,9 @@ def recipe(data: Path, kind: str) -> list[str]:
     ]
     if kind == "synthetic":
         return [*flags, "--num_examples=41"]
-    suffix = ".npz" if kind == "arrays" else ""
+    if kind in AUGMENTED:
+        flags += AUGMENTED[kind]
+    suffix = ".npz" if kind in ("arrays", "mixed") else ""
     of_parts = {"parts": ["--shuffle_buffer_size=4"], "global": ["--data_order=global"]}
     return [
         *flags,
@@ -112,6 +116,7 @@ def figures(stdout: str) -> list[str]:
         ("synthetic", "sgd"),
         ("arrays", "adam"),
         ("arrays", "rmsprop"),
+        ("mixed", "sgd"),
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped(data, stop_at, kind, optimizer):

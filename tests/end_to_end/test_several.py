@@ -123,6 +123,22 @@ def test_losses_do_not_depend_on_the_number_of_processes(runs):
             assert validation_figures(several) == validation_figures(alone)
 
 
+AUGMENTED = {"mixed": ("--mixup_alpha=0.2", "--cutmix_alpha=1")}
+
+
+@pytest.mark.parametrize("kind", AUGMENTED)
+def test_nor_do_those_of_augmented_images(data, tmp_path, runs, kind):
+    """As above."""
+    found = []
+    for processes in (1, 2):
+        flags = recipe(data, "plain", processes=processes) + AUGMENTED[kind]
+        run = start(*flags, f"--model_save_dir={kind}-{processes}", cwd=tmp_path)
+        found.append(losses(finish(run)[0]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=2e-6)
+    _, plain = runs
+    assert len(found[0]) == 10 and found[0] != losses(plain["plain", 1])
+
+
 def test_each_process_normalises_by_its_own_share(runs):
     """Two processes are one whose batch norms look at each half of a batch by itself."""
     root, done = runs

@@ -102,3 +102,15 @@ def test_images_are_decoded_on_the_device(data, tmp_path):
     session = train(data, "", "--gpu_image_decoder", cwd=tmp_path / "run", steps=STEPS[0])
     check(session, steps=STEPS[0])
     assert jobs.read_log(tmp_path / "run" / "device.log").faults == []
+
+
+@pytest.mark.parametrize("suffix, more", [("", ()), (".npz", ()), ("", ("--gpu_image_decoder",))])
+def test_images_are_mixed_on_the_device(data, tmp_path, suffix, more):
+    """A step copies six numbers for each image more, in half precision and channels-last too."""
+    flags = ("--mixup_alpha=0.2", "--cutmix_alpha=1", "--batch_size_per_device=4")
+    flags += ("--num_examples=16", "--model=tiny", "--use_fp16", "--channel_last")
+    session = train(data, suffix, *flags, *more, cwd=tmp_path / "run", steps=STEPS[0])
+    check(session, steps=4)
+    log = jobs.read_log(tmp_path / "run" / "device.log")
+    assert log.faults == []
+    assert log.copied("HD")[4 * 6 * 4] == 4
