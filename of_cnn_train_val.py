@@ -32,7 +32,7 @@ from cnns.checkpoint.snapshot import Progress, Snapshot, load_training_state, ve
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, standard_shapes
 from cnns.configfile import read_config
-from cnns.data.crops import Augmentation
+from cnns.data.images import Preprocessing
 from cnns.data.kinds import Dataset, Synthetic
 from cnns.data.mixing import Mixing, MixingLoader
 from cnns.distributed import (
@@ -150,6 +150,12 @@ class RunSpec:
     @property
     def flags(self) -> dict[str, Any]:
         return self.about.flags
+
+    @property
+    def train_preprocessing(self) -> Preprocessing:
+        """That of training crops, which may have a size of their own."""
+        own = self.about.preprocessing
+        return replace(own, image_size=self.flags["train_image_size"] or own.image_size)
 
     @property
     def top_k(self) -> int:
@@ -406,13 +412,8 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
     loader = ofrecord_util.train_loader(
         spec.train_data,
         batch_size=spec.batch_size,
-        preprocessing=spec.about.preprocessing,
-        augmentation=Augmentation(
-            area=flags["random_area"],
-            aspect_ratio=flags["random_aspect_ratio"],
-            flip=flags["random_flip"],
-            shuffle_buffer_size=flags["shuffle_buffer_size"],
-        ),
+        preprocessing=spec.train_preprocessing,
+        augmentation=config.augmentation(Namespace(**flags)),
         seed=flags["seed"],
         device=spec.device,
         data_order=flags["data_order"],
@@ -422,7 +423,7 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
     mixing = Mixing(flags["mixup_alpha"], flags["cutmix_alpha"], flags["seed"])
     if not mixing.is_on:
         return loader
-    size = spec.about.preprocessing.image_size
+    size = spec.train_preprocessing.image_size
     return MixingLoader(loader, mixing, batch_size=spec.batch_size, size=size, device=spec.device)
 
 

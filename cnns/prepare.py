@@ -126,5 +126,9 @@ def describe_network(
                 f"Classes: 1000 ({args.train_data_dir} does not say; see --num_classes)."
             )
     own = known.preprocessing if known else models[model].preprocessing()
-    preprocessing = models[model].override(own, **preprocessing_flags(args))
+    preprocessing = models[model].override(
+        own, interpolation=args.interpolation, **preprocessing_flags(args)
+    )
+    if args.train_image_size is not None:
+        models[model].check_size(args.train_image_size, "--train_image_size")
     return Snapshot(model, num_classes, preprocessing, classes)

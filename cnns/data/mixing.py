@@ -18,6 +18,7 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 
+from cnns.data.boxes import in_boxes
 from cnns.distributed import own_rows, to_global
 
 STREAM = 2  # of random numbers, beside those of the order (0) and the crops (1)
@@ -122,13 +123,6 @@ def mix_pairs(
         label: (N,) int32.
         mix: (N, 6) float32, the fields of a `Mix` in each row.
     """
-    level, top, bottom, left, right = (mix[:, i].reshape(-1, 1, 1, 1) for i in range(5))
-    height, width = image.shape[2:]
-    everywhere = {"placement": image.placement, "sbp": flow.sbp.broadcast}
-    y = flow.arange(height, dtype=flow.float32, **everywhere).reshape(1, 1, height, 1)
-    x = flow.arange(width, dtype=flow.float32, **everywhere).reshape(1, 1, 1, width)
-    in_rows = (y >= top).to(flow.float32) * (y < bottom).to(flow.float32)  # (N, 1, H, 1)
-    in_columns = (x >= left).to(flow.float32) * (x < right).to(flow.float32)  # (N, 1, 1, W)
-    own = level * (1 - in_rows * in_columns)  # (N, 1, H, W)
+    own = mix[:, 0].reshape(-1, 1, 1, 1) * (1 - in_boxes(image, mix[:, 1:5]))  # (N, 1, H, W)
     mixed = image * own + swap_pairs(image) * (1 - own)
     return mixed, label, swap_pairs(label), mix[:, 5]

@@ -28,7 +28,16 @@ from small import MODELS, RECORD, ROOT, TINY, call, tree, write_sets
 NUM_CLASSES = 4
 EPOCHS = 3
 # What a recipe adds to the kinds of data.
-AUGMENTED = {"mixed": ["--mixup_alpha=0.2", "--cutmix_alpha=1"]}
+AUGMENTED = {
+    "mixed": ["--mixup_alpha=0.2", "--cutmix_alpha=1"],
+    "augmented": [
+        "--auto_augment=randaugment",
+        "--color_jitter=0.4,0.4,0.4,0.1",
+        "--random_erasing=0.5",
+        "--repeated_augmentation=2",
+        "--interpolation=bicubic",
+    ],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +126,7 @@ def figures(stdout: str) -> list[str]:
         ("arrays", "adam"),
         ("arrays", "rmsprop"),
         ("mixed", "sgd"),
+        ("augmented", "sgd"),
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped(data, stop_at, kind, optimizer):
