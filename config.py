@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cnns.convert.cache import Settings
+from cnns.data.crops import Augmentation
 from cnns.data.images import MAX_PIXELS
 from cnns.errors import UsageError
 from cnns.flags import checks
+from cnns.flags.augment import MIXING_FLAGS, PICTURE_FLAGS, TRAIN_SIZE_FLAGS
 from cnns.flags.data import FOLDER_FLAGS, VAL_DATA_FLAGS, train_data_flags
 from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE
 from cnns.flags.devices import CUDA_TRAINING_FLAGS, DEVICE_FLAGS
@@ -62,6 +64,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
             "CUDA only": CUDA_TRAINING_FLAGS,
             "batches": BATCH_FLAGS,
             "training data": train_data_flags(DATA_ORDERS),
+            "augmentation": TRAIN_SIZE_FLAGS | PICTURE_FLAGS | MIXING_FLAGS,
             "validation data": VAL_DATA_FLAGS,
             "folders of images": FOLDER_FLAGS,
             "optimizer and schedule": optimizer_flags(MODELS, OPTIMIZERS, SCHEDULES),
@@ -165,6 +168,22 @@ def make_parser(script: str, doc: str | None = None) -> FlagParser:
 
 def switches(args: Namespace) -> Switches:
     return Switches(**{name: getattr(args, name) for name in vars(Switches())})
+
+
+def augmentation(args: Namespace) -> Augmentation:
+    return Augmentation(
+        area=args.random_area,
+        aspect_ratio=args.random_aspect_ratio,
+        flip=args.random_flip,
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        interpolation=args.interpolation,
+        auto_augment=args.auto_augment,
+        num_ops=args.randaugment_num_ops or 0,
+        magnitude=args.randaugment_magnitude or 0,
+        color_jitter=args.color_jitter,
+        random_erasing=args.random_erasing,
+        repeats=args.repeated_augmentation,
+    )
 
 
 def restore_flags(args: Namespace) -> dict:

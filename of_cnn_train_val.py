@@ -32,8 +32,9 @@ from cnns.checkpoint.snapshot import Progress, Snapshot, load_training_state, ve
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, standard_shapes
 from cnns.configfile import read_config
-from cnns.data.crops import Augmentation
+from cnns.data.images import Preprocessing
 from cnns.data.kinds import Dataset, Synthetic
+from cnns.data.mixing import Mixing, MixingLoader
 from cnns.distributed import (
     choose_device,
     cuda_devices,
@@ -149,6 +150,12 @@ class RunSpec:
     @property
     def flags(self) -> dict[str, Any]:
         return self.about.flags
+
+    @property
+    def train_preprocessing(self) -> Preprocessing:
+        """That of training crops, which may have a size of their own."""
+        own = self.about.preprocessing
+        return replace(own, image_size=self.flags["train_image_size"] or own.image_size)
 
     @property
     def top_k(self) -> int:
@@ -402,22 +409,22 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
     """What feeds the training graph."""
     flags = spec.flags
     log(spec.train_data.loading_line)
-    return ofrecord_util.train_loader(
+    loader = ofrecord_util.train_loader(
         spec.train_data,
         batch_size=spec.batch_size,
-        preprocessing=spec.about.preprocessing,
-        augmentation=Augmentation(
-            area=flags["random_area"],
-            aspect_ratio=flags["random_aspect_ratio"],
-            flip=flags["random_flip"],
-            shuffle_buffer_size=flags["shuffle_buffer_size"],
-        ),
+        preprocessing=spec.train_preprocessing,
+        augmentation=config.augmentation(Namespace(**flags)),
         seed=flags["seed"],
         device=spec.device,
         data_order=flags["data_order"],
         gpu_image_decoder=flags["gpu_image_decoder"],
         first_step=spec.progress.step,
     )
+    mixing = Mixing(flags["mixup_alpha"], flags["cutmix_alpha"], flags["seed"])
+    if not mixing.is_on:
+        return loader
+    size = spec.train_preprocessing.image_size
+    return MixingLoader(loader, mixing, batch_size=spec.batch_size, size=size, device=spec.device)
 
 
 def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> TrainGraph:

@@ -16,6 +16,7 @@ from cnns.data.datasets import open_train_dataset, open_val_dataset
 from cnns.data.kinds import Dataset, Synthetic
 from cnns.data.synthetic import SyntheticTrainLoader
 from cnns.errors import UsageError
+from cnns.flags.augment import check_mixing
 from cnns.flags.defaults import SYNTHETIC_STEPS_PER_EPOCH, finetune_batch_size
 from cnns.flags.network import preprocessing_flags
 from cnns.models.layers import Switches
@@ -54,6 +55,7 @@ def open_data(
         )
         notices.append(f"Fine-tuning: --batch_size_per_device={args.batch_size_per_device}.")
         args.global_batch_size = args.batch_size_per_device * num_processes(vars(args))
+        check_mixing(args)
     batch_size = args.global_batch_size
     if batch_size > train_data.num_examples:
         raise UsageError(
@@ -124,5 +126,9 @@ def describe_network(
                 f"Classes: 1000 ({args.train_data_dir} does not say; see --num_classes)."
             )
     own = known.preprocessing if known else models[model].preprocessing()
-    preprocessing = models[model].override(own, **preprocessing_flags(args))
+    preprocessing = models[model].override(
+        own, interpolation=args.interpolation, **preprocessing_flags(args)
+    )
+    if args.train_image_size is not None:
+        models[model].check_size(args.train_image_size, "--train_image_size")
     return Snapshot(model, num_classes, preprocessing, classes)

@@ -66,21 +66,25 @@ def batch(step: int, *, mixed: bool = False) -> tuple[flow.Tensor, ...]:
     return tuple(to_device(array, PLACEMENT) for array in arrays)
 
 
-def build(model: nn.Module, *, loss=None, optimizer: str = "sgd", **settings) -> TrainGraph:
+def build(
+    model: nn.Module, *, loss=None, optimizer: str = "sgd", loader=None, **settings
+) -> TrainGraph:
     given = {"learning_rate": RATE, "weight_decay": DECAY} | settings
     if optimizer == "sgd":
         given = SGD | given
     built = optimizer_util.build_optimizer(model, optimizer, **given)
     smoothing = GOLDEN["smoothing"].item()
     loss = loss or build_loss("cross_entropy", label_smoothing=smoothing)
-    return TrainGraph(model, Given(), built, loss=loss, top_k=2)
+    return TrainGraph(model, loader or Given(), built, loss=loss, top_k=2)
 
 
-def check(name: str, losses: list[float], model: nn.Module, rtol: float = 2e-5) -> None:
-    np.testing.assert_allclose(losses, GOLDEN[f"{name}/losses"], rtol=rtol)
+def check(
+    name: str, losses: list[float], model: nn.Module, rtol: float = 2e-5, *, values=GOLDEN
+) -> None:
+    np.testing.assert_allclose(losses, values[f"{name}/losses"], rtol=rtol)
     arrays = state_arrays(model)
     for key, array in arrays.items():
-        golden = GOLDEN[f"{name}/state/{key}"]
+        golden = values[f"{name}/state/{key}"]
         error = np.linalg.norm(array - golden) / np.linalg.norm(golden)
         assert error < 5 * rtol, (key, error)
 

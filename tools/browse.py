@@ -24,11 +24,11 @@ from PIL import Image, ImageDraw, ImageFont
 import config
 import ofrecord_util
 from cnns.convert.cache import Settings, convert_for_training
-from cnns.data.crops import Augmentation
 from cnns.data.datasets import open_train_dataset
 from cnns.data.images import Preprocessing, class_names
 from cnns.data.kinds import Dataset
 from cnns.errors import RunError, UsageError, run_main
+from cnns.flags.augment import PICTURE_FLAGS, picture_flags_given
 from cnns.flags.data import AUGMENTATION_FLAGS, FOLDER_FLAGS
 from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE
 from cnns.flags.parser import Parser
@@ -57,7 +57,8 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("as in training")
     flags = config.make_parser("train").flags
     own = {"model": "resnet50", "batch_size_per_device": BATCH_SIZE_PER_DEVICE}
-    names = ("seed", *own, "image_size", *AUGMENTATION_FLAGS, "shuffle_buffer_size")
+    names = ("seed", *own, "image_size", *AUGMENTATION_FLAGS, *PICTURE_FLAGS)
+    names += ("shuffle_buffer_size",)
     for name in (*names, *FOLDER_FLAGS):
         flags[name].add_to(group, name)
         parser.set_defaults(**{name: own.get(name, flags[name].default)})
@@ -83,14 +84,10 @@ def pictures(
         data,
         batch_size=min(args.batch_size_per_device, data.num_examples),
         preprocessing=preprocessing,
-        augmentation=Augmentation(
-            area=args.random_area,
-            aspect_ratio=args.random_aspect_ratio,
-            flip=args.random_flip,
-            shuffle_buffer_size=args.shuffle_buffer_size,
-        ),
+        augmentation=config.augmentation(args),
         seed=args.seed,
         device="cpu",
+        data_order="global" if picture_flags_given(args, PICTURE_FLAGS) else "native",
     )
     mean, std = np.array(preprocessing.rgb_mean), np.array(preprocessing.rgb_std)
     for batch in loader.batches(args.epoch):

@@ -1,11 +1,14 @@
-"""Random crops and flips: how a training image is cut out, by the formula of OneFlow's decoder."""
+"""Random crops and flips: how a training image is cut out, by the formula of OneFlow's decoder.
+
+What may come after them is in augment.py.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from cnns.data.images import to_rgb
+from cnns.data.images import INTERPOLATIONS, to_rgb
 
 SHUFFLE_BUFFER_SIZE = 1024  # records; less for small data, see ofrecord_util.choose_buffer_size
 
@@ -18,6 +21,15 @@ class Augmentation:
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
     flip: float = 0.5  # probability
     shuffle_buffer_size: int | None = None  # records; None: `choose_buffer_size`
+    # What only loaders of single pictures can do, see `needs_pictures`.
+    interpolation: str | None = None  # a key of INTERPOLATIONS; None: the loader's own
+    auto_augment: str | None = None  # a key of augment.AUTO_AUGMENTS
+    num_ops: int = 2  # of RandAugment, for a picture
+    magnitude: int = 9  # of RandAugment, 0 to 30
+    color_jitter: tuple[float, ...] | None = None  # of brightness, contrast, saturation, hue
+    random_erasing: float = 0.0  # probability
+    repeats: int = 1  # of each record in an epoch, each augmented by itself
+    balanced: bool = False  # as many records of each class
 
 
 def derive_seeds(count: int, *key: int) -> list[int]:
@@ -49,7 +61,8 @@ def random_resized_crop(
 
     Share of the area, uniform, and aspect ratio, uniform in its logarithm, are drawn up to ten
     times until the crop fits (Szegedy et al., https://arxiv.org/abs/1409.4842); else it is the
-    largest within their bounds. Bilinear. OneFlow's decoder draws by the same formula.
+    largest within their bounds. OneFlow's decoder draws by the same formula. Bilinear unless told
+    otherwise.
 
     A JPEG that is not decoded yet is decoded at a half, a quarter or an eighth of its size where
     the crop has pixels enough even then.
@@ -63,7 +76,8 @@ def random_resized_crop(
     across, down = picture.width / width, picture.height / height
     right, bottom = min((x + w) * across, picture.width), min((y + h) * down, picture.height)
     box = (x * across, y * down, right, bottom)
-    crop = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    resample = INTERPOLATIONS[augmentation.interpolation or "bilinear"]
+    crop = picture.resize((size, size), resample, box=box)
     if rng.random() < augmentation.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(crop)

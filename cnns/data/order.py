@@ -1,7 +1,7 @@
 """Which records the batches of a run hold: a function of seed, epoch and iteration alone."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -12,17 +12,65 @@ def permutation(num_records: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(num_records)
 
 
+def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """As many numbers of records as there are labels, of each class that has some equally many.
+
+    Where the length is not a multiple of the classes, some that are drawn have one more. Of a class
+    every record comes before any comes again. Where PyTorch's WeightedRandomSampler draws each
+    record by itself, so that classes come equally often on average, here they do in every epoch.
+    """
+    rng = np.random.default_rng((seed, 0, epoch))
+    classes, counts = np.unique(labels, return_counts=True)
+    records = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    wanted = np.full(len(classes), len(labels) // len(classes))
+    wanted[rng.permutation(len(classes))[: len(labels) % len(classes)]] += 1
+    drawn = []
+    for own, count in zip(records, wanted.tolist(), strict=True):
+        rounds = [rng.permutation(own) for _ in range(-(-count // len(own)))]
+        drawn.append(np.concatenate([*rounds, own[:0]])[:count])
+    return rng.permutation(np.concatenate(drawn))
+
+
 @dataclass(frozen=True)
 class RecordOrder:
-    """Every record once an epoch. The first of an epoch fill its last batch up."""
+    """Every record once an epoch. The first of an epoch fill its last batch up.
+
+    With `repeats` each comes so many times in a row (repeated augmentation, arXiv:1901.09335), so
+    that an epoch, which is as long, holds fewer records; in a batch the copies are apart. With
+    `labels`, those of the records (N,), classes come equally often.
+    """
 
     num_records: int
     batch_size: int  # global
     seed: int
+    repeats: int = 1
+    labels: np.ndarray | None = field(default=None, compare=False, repr=False)
+    kept: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """The numbers of the records at these positions of an epoch."""
-        return permutation(self.num_records, self.seed, epoch)[positions % self.num_records]
+        if self.repeats > 1:
+            positions = self.spread(positions) // self.repeats
+        return self.order(epoch)[positions % self.num_records]
+
+    def order(self, epoch: int) -> np.ndarray:
+        if self.labels is None:
+            return permutation(self.num_records, self.seed, epoch)
+        order = self.kept.get(epoch)
+        if order is None:
+            order = balanced_order(self.labels, self.seed, epoch)
+            for old in [*self.kept][:-1]:
+                self.kept.pop(old, None)
+            self.kept[epoch] = order
+        return order
+
+    def spread(self, positions: np.ndarray) -> np.ndarray:
+        """Positions in an order with copies in a row, for such in an order without neighbours that
+        are copies: of a batch 0, 1, 2, ... the rows hold 0, R, 2 R, ..., 1, R + 1, ..."""
+        rows = np.arange(self.batch_size)
+        spread = np.argsort(rows % self.repeats, kind="stable")
+        batches, rows = np.divmod(positions, self.batch_size)
+        return batches * self.batch_size + spread[rows]
 
     def digest(self, before: str | None, epoch: int, iteration: int) -> str:
         """The digest `before`, None at the start of a run, continued with a global batch.

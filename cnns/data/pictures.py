@@ -16,7 +16,9 @@ import oneflow as flow
 from oneflow import nn
 from PIL import Image
 
-from cnns.data.crops import Augmentation, random_resized_crop
+from cnns.data.augment import augment, erased_box
+from cnns.data.boxes import in_boxes
+from cnns.data.crops import Augmentation
 from cnns.data.images import Preprocessing
 from cnns.data.order import RecordOrder
 from cnns.distributed import own_rows, to_global
@@ -35,6 +37,10 @@ class Source(Protocol):
 
     def expect(self, numbers: Sequence[int]) -> None:
         """These will be opened soon."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Those of all pictures (N,), by their numbers; may take a while."""
 
 
 def count_threads() -> int:
@@ -99,10 +105,11 @@ class PictureLoader(nn.Module):
 
 
 class PictureTrainLoader(PictureLoader):
-    """Every picture once per epoch, in an order of its own; what `crop` makes of it.
+    """Pictures in an order of the epoch's own, as `RecordOrder` says; what `crop` makes of them.
 
-    Order and crops depend on seed, epoch and position alone, so that a global batch is the same
-    for any number of processes.
+    Order, crops and all else that is random depend on seed, epoch and position alone, so that a
+    global batch is the same for any number of processes. Where images are erased, a batch has a
+    third tensor, the boxes of its images (N, 4) float32; the graph puts the mean there.
     """
 
     def __init__(
@@ -116,10 +123,17 @@ class PictureTrainLoader(PictureLoader):
     ):
         super().__init__(batch_size=batch_size, **picture_loader)
         self.source, self.seed = source, seed
-        self.record_order = RecordOrder(len(source), batch_size, seed)
+        self.random_erasing = augmentation.random_erasing
+        self.record_order = RecordOrder(
+            len(source),
+            batch_size,
+            seed,
+            repeats=augmentation.repeats,
+            labels=source.labels if augmentation.balanced else None,
+        )
         # Takes a picture and random numbers, gives (size, size, 3) uint8.
         self.crop: Callable[[Image.Image, np.random.Generator], np.ndarray] = partial(
-            random_resized_crop, size=self.size, augmentation=augmentation
+            augment, size=self.size, augmentation=augmentation
         )
 
     def batches(self, epoch: int, iteration: int = 0) -> Iterator[tuple]:
@@ -131,8 +145,19 @@ class PictureTrainLoader(PictureLoader):
             ),
         )
 
-    def make_row(self, epoch: int, position: int) -> tuple[np.ndarray, np.int32]:
+    def make_row(self, epoch: int, position: int) -> tuple:
         (number,) = self.record_order.at(epoch, np.array([position])).tolist()
         rng = np.random.default_rng((self.seed, 1, epoch, position))
         with self.source.open(number) as (picture, label):
-            return self.crop(picture, rng), np.int32(label)
+            row = self.crop(picture, rng), np.int32(label)
+        if not self.random_erasing:
+            return row
+        return *row, erased_box(rng, size=self.size, probability=self.random_erasing)
+
+    def forward(
+        self, image: flow.Tensor, label: flow.Tensor, *boxes: flow.Tensor
+    ) -> tuple[flow.Tensor, flow.Tensor]:
+        image, label = PictureLoader.forward(self, image, label)
+        for box in boxes:
+            image = image * (1 - in_boxes(image, box))
+        return image, label

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -186,6 +186,13 @@ class RecordSource:
                 f"{where} is not an OFRecord with one `encoded` image and one int32 "
                 "`class/label`; make the data set with tools/make_ofrecord.py"
             ) from None
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The label of every record (N,) int32, for which all of them are read. Raises RunError."""
+        with ThreadPoolExecutor(WALKING_THREADS) as pool:
+            labels = pool.map(lambda number: self.read(number)[1], range(len(self)))
+            return np.fromiter(labels, np.int32, len(self))
 
     @contextmanager
     def open(self, number: int) -> Iterator[tuple[Image.Image, int]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from cnns.convert.cache import is_photo_folder
 from cnns.distributed import choose_device
 from cnns.errors import UsageError
+from cnns.flags.augment import check_mixing, choose_data_order, picture_flags_given
 from cnns.flags.data import AUGMENTATION_FLAGS, FOLDER_FLAGS
 from cnns.flags.defaults import (
     BATCH_SIZE_PER_DEVICE,
@@ -112,7 +113,9 @@ def check_data_flags(args: Namespace, flags: Mapping[str, Flag]) -> None:
     if args.train_data_dir is None:
         of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num", *FOLDER_FLAGS)
         refuse("needs --train_data_dir, and without it data are synthetic", *of_files)
-        ignored = (*AUGMENTATION_FLAGS, *of_parts, "val_batch_size_per_device")
+        ignored = (*AUGMENTATION_FLAGS, "train_image_size", *picture_flags_given(args, flags))
+        refuse("has no effect on synthetic data", *ignored)
+        ignored = (*of_parts, "val_batch_size_per_device")
         refuse("has no effect on synthetic data", *ignored)
         if args.report:
             raise UsageError("--report has no effect on synthetic data; leave it out")
@@ -154,6 +157,7 @@ def finish_train_args(
     UsageError where flags contradict one another.
     """
     notices = check_precision_flags(args, device=device)
+    notices += choose_data_order(args, flags)
     check_data_flags(args, flags)
     take_batch_size(args)
     if args.epsilon is None:
@@ -185,6 +189,7 @@ def finish_train_args(
         args.batch_size_per_device = BATCH_SIZE_PER_DEVICE
     if args.batch_size_per_device is not None:  # else a share of data that are not open yet
         args.global_batch_size = args.batch_size_per_device * num_processes(vars(args))
+    check_mixing(args)
     if args.num_epochs is None:
         args.num_epochs = NUM_EPOCHS
     if args.keep_snapshots is None:

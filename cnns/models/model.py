@@ -90,18 +90,21 @@ class Model:
         if "image_size" in fields:
             fields.setdefault("resize_shorter", default_resize_shorter(fields["image_size"]))
         result = replace(own, **fields)
-        if result.image_size < self.min_image_size:
-            name = self.network.__name__.lower()
-            raise UsageError(
-                f"--image_size={result.image_size} is too small for {name}; give at least "
-                f"{self.min_image_size}"
-            )
+        self.check_size(result.image_size, "--image_size")
         if result.resize_shorter < result.image_size:
             raise UsageError(
                 f"--resize_shorter={result.resize_shorter} is less than the crop, --image_size="
                 f"{result.image_size}"
             )
         return result
+
+    def check_size(self, size: int, flag: str) -> None:
+        """Raise UsageError where the network cannot take images of `size` pixels."""
+        if size < self.min_image_size:
+            name = self.network.__name__.lower()
+            raise UsageError(
+                f"{flag}={size} is too small for {name}; give at least {self.min_image_size}"
+            )
 
 
 Models = Mapping[str, Model]

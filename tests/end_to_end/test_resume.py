@@ -27,6 +27,17 @@ from small import MODELS, RECORD, ROOT, TINY, call, tree, write_sets
 
 NUM_CLASSES = 4
 EPOCHS = 3
+# What a recipe adds to the kinds of data.
+AUGMENTED = {
+    "mixed": ["--mixup_alpha=0.2", "--cutmix_alpha=1"],
+    "augmented": [
+        "--auto_augment=randaugment",
+        "--color_jitter=0.4,0.4,0.4,0.1",
+        "--random_erasing=0.5",
+        "--repeated_augmentation=2",
+        "--interpolation=bicubic",
+    ],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +67,9 @@ def recipe(data: Path, kind: str) -> list[str]:
     ]
     if kind == "synthetic":
         return [*flags, "--num_examples=41"]
-    suffix = ".npz" if kind == "arrays" else ""
+    if kind in AUGMENTED:
+        flags += AUGMENTED[kind]
+    suffix = ".npz" if kind in ("arrays", "mixed") else ""
     of_parts = {"parts": ["--shuffle_buffer_size=4"], "global": ["--data_order=global"]}
     return [
         *flags,
@@ -112,6 +125,8 @@ def figures(stdout: str) -> list[str]:
         ("synthetic", "sgd"),
         ("arrays", "adam"),
         ("arrays", "rmsprop"),
+        ("mixed", "sgd"),
+        ("augmented", "sgd"),
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped(data, stop_at, kind, optimizer):

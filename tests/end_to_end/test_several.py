@@ -123,6 +123,37 @@ def test_losses_do_not_depend_on_the_number_of_processes(runs):
             assert validation_figures(several) == validation_figures(alone)
 
 
+MIXED = ("--mixup_alpha=0.2", "--cutmix_alpha=1")
+AUGMENTED = {
+    "mixed": (".npz", MIXED),
+    "augmented": (
+        "",
+        (
+            "--auto_augment=trivialaugment_wide",
+            "--color_jitter=0.4,0.4,0.4,0.1",
+            "--random_erasing=0.5",
+            "--repeated_augmentation=3",
+            "--interpolation=bicubic",
+            *MIXED,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AUGMENTED)
+def test_nor_do_those_of_augmented_images(data, tmp_path, runs, kind):
+    """As above."""
+    found = []
+    suffix, more = AUGMENTED[kind]
+    for processes in (1, 2):
+        flags = recipe(data, "plain", processes=processes, suffix=suffix) + more
+        run = start(*flags, f"--model_save_dir={kind}-{processes}", cwd=tmp_path)
+        found.append(losses(finish(run)[0]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=2e-6)
+    _, plain = runs
+    assert len(found[0]) == 10 and found[0] != losses(plain["plain", 1])
+
+
 def test_each_process_normalises_by_its_own_share(runs):
     """Two processes are one whose batch norms look at each half of a batch by itself."""
     root, done = runs

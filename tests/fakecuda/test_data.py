@@ -102,3 +102,32 @@ def test_images_are_decoded_on_the_device(data, tmp_path):
     session = train(data, "", "--gpu_image_decoder", cwd=tmp_path / "run", steps=STEPS[0])
     check(session, steps=STEPS[0])
     assert jobs.read_log(tmp_path / "run" / "device.log").faults == []
+
+
+@pytest.mark.parametrize("suffix, more", [("", ()), (".npz", ()), ("", ("--gpu_image_decoder",))])
+def test_images_are_mixed_on_the_device(data, tmp_path, suffix, more):
+    """A step copies six numbers for each image more, in half precision and channels-last too.
+
+    Of four images, as the labels of two would have the size of a count, and be read as one.
+    """
+    flags = ("--mixup_alpha=0.2", "--cutmix_alpha=1", "--batch_size_per_device=4")
+    flags += ("--num_examples=16", "--model=tiny", "--use_fp16", "--channel_last")
+    session = train(data, suffix, *flags, *more, cwd=tmp_path / "run", steps=STEPS[0])
+    check(session, steps=4)
+    log = jobs.read_log(tmp_path / "run" / "device.log")
+    assert log.faults == []
+    assert log.copied("HD")[4 * 6 * 4] == 4
+
+
+def test_images_are_augmented_on_the_host_and_erased_on_the_device(data, tmp_path):
+    """Bytes and a box for each image go over, and they are mixed there as well."""
+    flags = ("--auto_augment=trivialaugment_wide", "--random_erasing=0.1", "--mixup_alpha=0.2")
+    flags += ("--batch_size_per_device=4", "--num_examples=16")
+    flags += ("--model=tiny", "--use_fp16", "--channel_last", "--train_image_size=24")
+    session = train(data, "", *flags, cwd=tmp_path / "run", steps=STEPS[0])
+    check(session, steps=4)
+    log = jobs.read_log(tmp_path / "run" / "device.log")
+    assert log.faults == []
+    copied = log.copied("HD")
+    assert copied[4 * 3 * 24 * 24] == copied[4 * 6 * 4] == 4
+    assert copied[4 * 4 * 4] >= 4  # some parameters have this size
