@@ -255,7 +255,8 @@ def make_schedule(args: Namespace, plan: Plan) -> Schedule:
         decay_rate=args.lr_decay_rate,
         exponential_steps=plan.exponential_steps,
         warmup_factor=args.lr_warmup_decay,
-        minimum=args.lr_min or 0.0,
+        minimum=args.lr_min,
+        power=args.lr_power or 1.0,
     )
 
 

@@ -153,8 +153,8 @@ class Schedule:
 
         s < w          b * (f + (1 - f) * s / w)        f = warmup_factor
         cosine         m + (b - m) * (1 + cos(pi * (s - w) / n)) / 2        m = minimum
+        polynomial     m + (b - m) * (1 - (s - w) / n) ** power
         step           b * 0.1 ** (number of step_milestones <= s)
-        polynomial     b + (1e-5 - b) * (s - w) / n
         exponential    b * decay_rate ** ((s - w) / exponential_steps)
         none           b
 
@@ -165,7 +165,8 @@ class Schedule:
         warmup_steps: updates of the linear warm-up, less than `total_steps`.
         step_milestones: steps, counted from the start of the run and not within the warm-up.
         warmup_factor: share of the peak that the warm-up starts from.
-        minimum: where the cosine ends.
+        minimum: where cosine and polynomial end; None: 0, and 1e-5 of the polynomial.
+        power: of the polynomial.
     """
 
     name: str
@@ -176,7 +177,8 @@ class Schedule:
     decay_rate: float = 1.0
     exponential_steps: float = 1.0
     warmup_factor: float = 0.0
-    minimum: float = 0.0
+    minimum: float | None = None
+    power: float = 1.0
 
     def rate(self, step: int) -> float:
         """The rate of one update."""
@@ -212,8 +214,10 @@ class Schedule:
         return (step - self.warmup_steps) / self.decay_steps
 
     @property
-    def minimum_share(self) -> float:
-        return self.minimum / self.learning_rate if self.minimum else 0.0
+    def end(self) -> float:
+        if self.minimum is not None:
+            return self.minimum
+        return POLYNOMIAL_END_LEARNING_RATE if self.name == "polynomial" else 0.0
 
     @property
     def factor_of_a_step(self) -> float:
@@ -225,11 +229,12 @@ class Schedule:
 SCHEDULES: dict[str, tuple[Callable, Callable]] = {
     "cosine": (
         lambda s, step: (
-            s.minimum
-            + (s.learning_rate - s.minimum) * (1 + math.cos(math.pi * s.progress(step))) / 2
+            s.end + (s.learning_rate - s.end) * (1 + math.cos(math.pi * s.progress(step))) / 2
         ),
         lambda s, optimizer: lr_scheduler.CosineDecayLR(
-            optimizer, decay_steps=s.decay_steps, alpha=s.minimum_share
+            optimizer,
+            decay_steps=s.decay_steps,
+            alpha=s.end / s.learning_rate if s.end else 0.0,
         ),
     ),
     "step": (
@@ -240,10 +245,10 @@ SCHEDULES: dict[str, tuple[Callable, Callable]] = {
     ),
     "polynomial": (
         lambda s, step: (
-            s.learning_rate + (POLYNOMIAL_END_LEARNING_RATE - s.learning_rate) * s.progress(step)
+            s.end + (s.learning_rate - s.end) * (1 - s.progress(step)) ** s.power
         ),
         lambda s, optimizer: lr_scheduler.PolynomialLR(
-            optimizer, s.decay_steps, end_learning_rate=POLYNOMIAL_END_LEARNING_RATE, power=1.0
+            optimizer, s.decay_steps, end_learning_rate=s.end, power=s.power
         ),
     ),
     "exponential": (

@@ -175,6 +175,20 @@ def test_schedule_of_torchvision():
     assert schedule.rate(STEPS) == pytest.approx(GOLDEN["minimum"].item())
 
 
+def test_polynomial_schedule():
+    model = network()
+    schedule = Schedule(
+        "polynomial",
+        learning_rate=RATE,
+        total_steps=STEPS,
+        warmup_steps=GOLDEN["warmup_steps"].item(),
+        warmup_factor=GOLDEN["warmup_decay"].item(),
+        minimum=0.0,
+        power=GOLDEN["power"].item(),
+    )
+    check("polynomial", losses_of(build(model, schedule=schedule)), model)
+
+
 # Frozen parts.
 
 

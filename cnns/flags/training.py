@@ -132,7 +132,16 @@ def optimizer_flags(
             "share of the peak that the warm-up starts from", number(float, 0, 1), 0.0
         ),
         "lr_min": Flag(
-            "learning rate at the end", number(float, 0), 0.0, needs=("lr_decay", ("cosine",))
+            "learning rate at the end",
+            number(float, 0),
+            otherwise="0, and 1e-05 for polynomial, as in OneFlow-Benchmark",
+            needs=("lr_decay", ("cosine", "polynomial")),
+        ),
+        "lr_power": Flag(
+            "power of the share of steps that are left; for lars usually 2",
+            number(float, 0, above=True),
+            1.0,
+            needs=("lr_decay", ("polynomial",)),
         ),
         "lr_decay": Flag("schedule after the warm-up", str.lower, "cosine", choices=schedules),
         "lr_step_epochs": Flag(

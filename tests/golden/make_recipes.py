@@ -145,7 +145,7 @@ def adamw(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=ADAM_RATE, eps=1e-8)
 
 
-ADAM_RATE, WARMUP_DECAY, MINIMUM = 0.02, 0.01, 0.03
+ADAM_RATE, WARMUP_DECAY, MINIMUM, POWER = 0.02, 0.01, 0.03, 2.0
 
 
 def torchvision_schedule(optimizer: torch.optim.Optimizer) -> Any:
@@ -154,6 +154,13 @@ def torchvision_schedule(optimizer: torch.optim.Optimizer) -> Any:
     warmup = schedulers.LinearLR(optimizer, WARMUP_DECAY, total_iters=WARMUP_STEPS)
     cosine = schedulers.CosineAnnealingLR(optimizer, STEPS - WARMUP_STEPS, eta_min=MINIMUM)
     return schedulers.SequentialLR(optimizer, [warmup, cosine], [WARMUP_STEPS])
+
+
+def polynomial(optimizer: torch.optim.Optimizer) -> Any:
+    schedulers = torch.optim.lr_scheduler
+    warmup = schedulers.LinearLR(optimizer, WARMUP_DECAY, total_iters=WARMUP_STEPS)
+    rest = schedulers.PolynomialLR(optimizer, STEPS - WARMUP_STEPS, power=POWER)
+    return schedulers.SequentialLR(optimizer, [warmup, rest], [WARMUP_STEPS])
 
 
 def train(
@@ -267,6 +274,7 @@ CASES: dict[str, Callable[[], dict]] = {
     "nesterov": lambda: train(optimizer=partial(sgd, nesterov=True)),
     "adamw": lambda: train(optimizer=adamw),
     "schedule": lambda: train(schedule=torchvision_schedule),
+    "polynomial": lambda: train(schedule=polynomial),
     "freeze": frozen,
     "accumulate": accumulate,
     "ema": average,
@@ -277,7 +285,7 @@ def main() -> None:
     torch.set_num_threads(1)
     content = {"torch": torch.__version__, "steps": STEPS, "smoothing": SMOOTHING}
     content |= {"norm_decay": NORM_DECAY, "bias_decay": BIAS_DECAY, "adam_rate": ADAM_RATE}
-    content |= {"warmup_decay": WARMUP_DECAY, "minimum": MINIMUM}
+    content |= {"warmup_decay": WARMUP_DECAY, "minimum": MINIMUM, "power": POWER}
     content |= {"parts": PARTS, "clip": CLIP, "warmup_steps": WARMUP_STEPS}
     content |= {"rate": RATE, "momentum": MOMENTUM, "decay": DECAY}
     content |= {"first_batch_seed": FIRST_BATCH_SEED, "weights_seed": WEIGHTS_SEED}
