@@ -26,7 +26,7 @@ from oneflow import nn
 import config
 import ofrecord_util
 import optimizer_util
-from cnns.advice import check_disk, most_snapshots, snapshot_bytes
+from cnns.advice import check_room
 from cnns.checkpoint.find import find_resume, list_snapshots, open_save_dir, position
 from cnns.checkpoint.snapshot import Progress, Snapshot, load_training_state, versions
 from cnns.checkpoint.training import fit_state
@@ -44,10 +44,13 @@ from cnns.distributed import (
     share_usage_errors,
     takes_cuda,
 )
+from cnns.ema import Average, make_average_schedule
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
-from cnns.flags.defaults import learning_rate_per_256
+from cnns.flags.checks import take_learning_rate
+from cnns.flags.defaults import LR_SCALINGS
 from cnns.flags.parser import CONFIGURED
+from cnns.freeze import freeze
 from cnns.graphs import DropoutMasks, TrainGraph, limit_top_k
 from cnns.launch.external import find_job, take_numbers
 from cnns.launch.worker import is_worker, leave
@@ -58,13 +61,14 @@ from cnns.record import Record, describe_process, open_record
 from cnns.report.finished import finish
 from cnns.resume import (
     check_flags,
+    check_records,
     compare_flags,
     compare_runs,
     first_start,
     inherited_flags,
     num_processes,
 )
-from cnns.run import Intervals, Parts, Run, Saver, announce
+from cnns.run import Parts, Run, Saver, announce, make_intervals
 from config import Plan
 from model_registry import MODELS
 from optimizer_util import Schedule
@@ -91,7 +95,12 @@ def main(argv: list[str] | None = None) -> int | None:
             notice(text)
         check_still_newest(spec)
         run = build_run(spec, save_dir=save_dir, log=log, record=record)
-        check_room(spec, run, save_dir=save_dir)
+        check_room(
+            run.parts.model,
+            spec.flags,
+            save_dir=save_dir,
+            validates=spec.val_data is not None,
+        )
         announce(
             run,
             restored=spec.start.path if spec.start else None,
@@ -205,10 +214,7 @@ def make_spec(given: Namespace) -> RunSpec:
     if val_data is not None:
         val_data = val_data.for_network(about.num_classes)
     batch_size = args.global_batch_size
-    if args.learning_rate is None:
-        rate = learning_rate_per_256(MODELS[about.model], args.optimizer, finetune=args.finetune)
-        args.learning_rate = rate * batch_size / 256
-        notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
+    notices += take_learning_rate(args, MODELS[about.model])
     top_k = limit_top_k(args.top_k, about.num_classes)
     if top_k < args.top_k:
         notices.append(f"top_k is {top_k}, as there are {about.num_classes} classes.")
@@ -248,12 +254,16 @@ def make_spec(given: Namespace) -> RunSpec:
 def make_schedule(args: Namespace, plan: Plan) -> Schedule:
     return Schedule(
         args.lr_decay,
-        learning_rate=args.learning_rate,
+        learning_rate=args.learning_rate
+        * LR_SCALINGS[args.lr_scaling](args.global_batch_size / 256),
         total_steps=plan.total_steps,
         warmup_steps=plan.warmup_steps,
         step_milestones=plan.step_milestones,
         decay_rate=args.lr_decay_rate,
         exponential_steps=plan.exponential_steps,
+        warmup_factor=args.lr_warmup_decay,
+        minimum=args.lr_min,
+        power=args.lr_power or 1.0,
     )
 
 
@@ -326,28 +336,27 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log, record: Record | None =
         nccl_fusion_max_ops=flags["nccl_fusion_max_ops"],
     )
     model = place(build_model(spec), device)
+    last_layer = MODELS[spec.about.model].last_layer
+    frozen_norms = freeze(model, flags["freeze"] or (), last_layer=last_layer)
     loader = build_train_loader(spec, log)
+    evaluator = build_evaluator(spec, model, log)
+    average = build_average(spec, model) if flags["ema_decay"] else None
     parts = Parts(
         model=model,
-        graph=build_train_graph(spec, model, loader),
+        graph=build_train_graph(spec, model, loader, average),
         loader=loader,
-        evaluator=build_evaluator(spec, model, log),
+        evaluator=evaluator,
         record_order=getattr(loader, "record_order", None),
         masks=DropoutMasks(model, seed=flags["seed"], batch_size=spec.batch_size, device=device),
         learning_rate=spec.schedule.rate,
         batch_size=spec.batch_size,
         device=device,
         use_fp16=flags["use_fp16"] and device == "cuda",
+        frozen_norms=frozen_norms,
+        average=average,
+        average_evaluator=evaluator.of(average.network) if evaluator and average else None,
     )
-    intervals = Intervals(
-        num_epochs=flags["num_epochs"],
-        steps_per_epoch=spec.plan.steps_per_epoch,
-        print_steps=flags["loss_print_every_n_iter"],
-        save_steps=flags["save_every_n_iter"],
-        save_epochs=flags["save_epoch_interval"],
-        keep_snapshots=flags["keep_snapshots"] or None,
-        save_last=flags["save_last"],
-    )
+    intervals = make_intervals(flags, steps_per_epoch=spec.plan.steps_per_epoch)
     last_good = spec.resumed.path if spec.resumed else None
     progress = start_progress(spec, parts)
     saver = Saver(save_dir, spec.describe, log, last_good=last_good, saved_step=progress.step)
@@ -355,54 +364,52 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log, record: Record | None =
 
 
 def start_progress(spec: RunSpec, parts: Parts) -> Progress:
-    """Where the run begins.
-
-    Raises RunError where the records that it has used, which follow from seed, epoch and iteration,
-    are not those that its snapshot says.
-    """
+    """Where the run begins. Raises as `check_records`."""
     progress, said = spec.progress, spec.progress.records_digest
     if parts.record_order is not None and spec.resumed is not None:
         progress.records_digest = parts.record_order.digest_at(
             progress.current_epoch, progress.iteration, steps_per_epoch=spec.plan.steps_per_epoch
         )
-        if said not in (None, progress.records_digest):  # None: of an earlier version
-            raise RunError(
-                f"{spec.resumed.path} is of a run that has used its records in another order than "
-                f"is made here (numpy {spec.resumed.snapshot.versions.get('numpy')} then, "
-                f"{spec.about.versions['numpy']} now); start a new run from the weights with "
-                f"--model_load_dir={spec.resumed.path}"
-            )
+        check_records(progress.records_digest, said, about=spec.about, resumed=spec.resumed)
     return progress
-
-
-def check_room(spec: RunSpec, run: Run, *, save_dir: str) -> None:
-    """Raise UsageError where the disk cannot hold the snapshots of a run."""
-    weights, state = snapshot_bytes(run.parts.model, spec.flags)
-    count = most_snapshots(
-        num_epochs=run.intervals.num_epochs,
-        save_epochs=run.intervals.save_epochs,
-        keep=run.intervals.keep_snapshots,
-        validates=spec.val_data is not None,
-        saves_last=run.intervals.save_steps is not None,
-    )
-    save_init = spec.flags["save_init"]
-    check_disk(save_dir, count=count, weights=weights, state=state, save_init=save_init)
 
 
 def build_model(spec: RunSpec) -> nn.Module:
     """The network with initial weights drawn by --seed, or with those to start from."""
     flow.manual_seed(spec.flags["seed"])
+    model = build_network(spec)
+    if spec.start is not None:
+        finetune = spec.flags["finetune"] and spec.resumed is None
+        for text in spec.start.load(model, finetune=finetune):
+            notice(text)
+    return model
+
+
+def build_network(spec: RunSpec) -> nn.Module:
+    """The network with weights that OneFlow draws."""
     switches = config.switches(Namespace(**spec.flags))
     model = MODELS[spec.about.model].build(spec.about.num_classes, switches)
     momentum = spec.flags["batch_norm_momentum"]
     for module in model.modules():
         if momentum is not None and hasattr(module, "running_mean"):
             module.momentum = momentum
-    if spec.start is not None:
-        finetune = spec.flags["finetune"] and spec.resumed is None
-        for text in spec.start.load(model, finetune=finetune):
-            notice(text)
     return model
+
+
+def build_average(spec: RunSpec, model: nn.Module) -> Average:
+    """What averages the weights of `model`."""
+    resumed, start = spec.resumed, None
+    if resumed is not None and resumed.average is not None:
+        start = resumed.average, resumed.path
+    schedule = make_average_schedule(spec.flags, batch_size=spec.batch_size)
+    return Average(
+        build_network(spec),
+        model,
+        schedule,
+        start=start,
+        device=spec.device,
+        within_graph=spec.flags["accumulate_steps"] == 1,
+    )
 
 
 def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
@@ -427,16 +434,21 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
     return MixingLoader(loader, mixing, batch_size=spec.batch_size, size=size, device=spec.device)
 
 
-def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> TrainGraph:
+def build_train_graph(
+    spec: RunSpec, model: nn.Module, loader: nn.Module, average: Average | None
+) -> TrainGraph:
     """The graph of a step, with the state of the run that is resumed, if any."""
     flags = spec.flags
     optimizer = optimizer_util.build_optimizer(
         model,
         flags["optimizer"],
-        learning_rate=flags["learning_rate"],
+        learning_rate=spec.schedule.learning_rate,
         weight_decay=flags["wd"],
+        norm_weight_decay=flags["norm_wd"],
+        bias_weight_decay=flags["bias_wd"],
         gradient_clipping=flags["gradient_clipping"],
         momentum=flags["momentum"],
+        nesterov=bool(flags["nesterov"]),
         decay_rate=flags["decay_rate"],
         epsilon=flags["epsilon"],
     )
@@ -452,6 +464,8 @@ def build_train_graph(spec: RunSpec, model: nn.Module, loader: nn.Module) -> Tra
             sum_classes=bool(flags["bce_sum"]),
         ),
         top_k=spec.top_k,
+        average=average.network if average and average.within_graph else None,
+        accumulate_steps=flags["accumulate_steps"],
         use_fp16=flags["use_fp16"],
         num_nodes=flags["num_nodes"],
     )

@@ -30,20 +30,35 @@ def no_decay_names(model: nn.Module) -> set[str]:
     }
 
 
+def decay_rates(
+    model: nn.Module, weight_decay: float, *, norm: float = 0.0, bias: float | None = None
+) -> dict[str, float]:
+    """The weight decay of each parameter by name: `norm` that of batch norms, `bias` that of all
+    other biases (None: as of weights), `weight_decay` that of weights."""
+    norms = no_decay_names(model)
+
+    def rate(name: str) -> float:
+        if name in norms:
+            return norm
+        return bias if bias is not None and name.endswith("bias") else weight_decay
+
+    return {name: rate(name) for name, _ in model.named_parameters()}
+
+
 class _SelectiveDecay:
-    """Mixed into an optimizer: one parameter group, of which some parameters do not decay.
+    """Mixed into an optimizer: one parameter group, whose parameters decay at rates of their own.
 
     OneFlow clips gradients by the norm of a parameter group, so the usual two groups, one with and
     one without decay, would be clipped by two norms. With one group the norm is global; what
     differs between parameters is set here, in the configuration of the graph.
     """
 
-    no_decay: tuple = ()
+    decay_of: tuple = ()  # pairs of parameters and rates
 
     def _generate_conf_for_graph(self, train_conf, vars_conf):
         confs = super()._generate_conf_for_graph(train_conf, vars_conf)  # type: ignore[misc]
-        for parameter in self.no_decay:
-            vars_conf[parameter].l2 = 0.0
+        for parameter, rate in self.decay_of:
+            vars_conf[parameter].l2 = rate
         return confs
 
 
@@ -56,13 +71,14 @@ class RMSprop(_SelectiveDecay, flow.optim.RMSprop):
 
 
 class AdamW(flow.optim.AdamW):
-    """Its decay is not a gradient term but a rate of the group, with exceptions by name pattern."""
+    """Its decay is not a gradient term but a rate of the group, with exceptions by name pattern,
+    which do not decay."""
 
-    no_decay: tuple = ()
+    decay_of: tuple = ()
 
     def _generate_conf_for_graph(self, train_conf, vars_conf):
         confs = super()._generate_conf_for_graph(train_conf, vars_conf)
-        names = [vars_conf[parameter].name for parameter in self.no_decay]
+        names = [vars_conf[parameter].name for parameter, rate in self.decay_of if not rate]
         for conf in confs:
             conf.weight_decay_conf.excludes.pattern.extend(f"^{re.escape(name)}$" for name in names)
         return confs
@@ -70,7 +86,9 @@ class AdamW(flow.optim.AdamW):
 
 # Each takes the one parameter group, and of the settings those that are its own.
 OPTIMIZERS: dict[str, Callable[..., flow.optim.Optimizer]] = {
-    "sgd": lambda group, own, **common: SGD([group], momentum=own["momentum"], **common),
+    "sgd": lambda group, own, **common: SGD(
+        [group], momentum=own["momentum"], nesterov=own["nesterov"], **common
+    ),
     "adam": lambda group, own, **common: AdamW(
         [group], betas=(0.9, 0.999), eps=own["epsilon"], **common
     ),
@@ -86,32 +104,43 @@ def build_optimizer(
     *,
     learning_rate: float,
     weight_decay: float,
+    norm_weight_decay: float = 0.0,
+    bias_weight_decay: float | None = None,
     gradient_clipping: float = 0.0,
     momentum: float | None = None,
+    nesterov: bool = False,
     decay_rate: float | None = None,
     epsilon: float | None = None,
 ) -> flow.optim.Optimizer:
-    """An optimizer over all parameters of `model`, for use inside an `nn.Graph`.
+    """An optimizer over the parameters of `model` that are not frozen, for an `nn.Graph`.
 
     Build it after the model has been moved to its placement.
 
     Args:
         name: a key of OPTIMIZERS. `adam` decays weights decoupled from the gradient (AdamW).
         learning_rate: peak of the schedule.
-        weight_decay: for every parameter but those of batch norms. For sgd and rmsprop it is added
-            to the gradient after clipping (L2).
+        weight_decay, norm_weight_decay, bias_weight_decay: see `decay_rates`. For sgd and rmsprop
+            it is added to the gradient after clipping (L2). With adam all that decay have one rate.
         gradient_clipping: largest L2 norm over the gradients of all parameters; 0: none.
-        momentum: of sgd.
+        momentum, nesterov: of sgd.
         decay_rate: of rmsprop's mean square.
         epsilon: of adam and rmsprop.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     group: dict[str, Any] = {"params": list(parameters.values())}
     if gradient_clipping > 0:
         group |= {"clip_grad_max_norm": gradient_clipping, "clip_grad_norm_type": 2.0}
-    own = {"momentum": momentum, "decay_rate": decay_rate, "epsilon": epsilon}
-    optimizer = OPTIMIZERS[name](group, own, lr=learning_rate, weight_decay=weight_decay)
-    optimizer.no_decay = tuple(parameters[name] for name in sorted(no_decay_names(model)))
+    own = {
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "decay_rate": decay_rate,
+        "epsilon": epsilon,
+    }
+    rates = decay_rates(model, weight_decay, norm=norm_weight_decay, bias=bias_weight_decay)
+    common = max(rates.values(), default=0.0) if name == "adam" else weight_decay
+    assert name != "adam" or {*rates.values()} <= {0.0, common}
+    optimizer = OPTIMIZERS[name](group, own, lr=learning_rate, weight_decay=common)
+    optimizer.decay_of = tuple((each, rates[name]) for name, each in parameters.items())
     return optimizer
 
 
@@ -122,10 +151,10 @@ class Schedule:
     With b the peak rate, w = warmup_steps, s the step from 0 and n = total_steps - w, the rate of
     the update made in step s is
 
-        s < w          b * s / w
-        cosine         b * (1 + cos(pi * (s - w) / n)) / 2
+        s < w          b * (f + (1 - f) * s / w)        f = warmup_factor
+        cosine         m + (b - m) * (1 + cos(pi * (s - w) / n)) / 2        m = minimum
+        polynomial     m + (b - m) * (1 - (s - w) / n) ** power
         step           b * 0.1 ** (number of step_milestones <= s)
-        polynomial     b + (1e-5 - b) * (s - w) / n
         exponential    b * decay_rate ** ((s - w) / exponential_steps)
         none           b
 
@@ -135,6 +164,9 @@ class Schedule:
         total_steps: updates of the whole run.
         warmup_steps: updates of the linear warm-up, less than `total_steps`.
         step_milestones: steps, counted from the start of the run and not within the warm-up.
+        warmup_factor: share of the peak that the warm-up starts from.
+        minimum: where cosine and polynomial end; None: 0, and 1e-5 of the polynomial.
+        power: of the polynomial.
     """
 
     name: str
@@ -144,11 +176,15 @@ class Schedule:
     step_milestones: tuple[int, ...] = ()
     decay_rate: float = 1.0
     exponential_steps: float = 1.0
+    warmup_factor: float = 0.0
+    minimum: float | None = None
+    power: float = 1.0
 
     def rate(self, step: int) -> float:
         """The rate of one update."""
         if step < self.warmup_steps:
-            return self.learning_rate * step / self.warmup_steps
+            done = step / self.warmup_steps
+            return self.learning_rate * (self.warmup_factor + (1 - self.warmup_factor) * done)
         formula, _ = SCHEDULES[self.name]
         return formula(self, step)
 
@@ -163,7 +199,7 @@ class Schedule:
             return schedule
         return lr_scheduler.WarmUpLR(
             optimizer if schedule is None else schedule,
-            warmup_factor=0.0,
+            warmup_factor=self.warmup_factor,
             warmup_iters=self.warmup_steps,
             warmup_method="linear",
             warmup_prefix=True,  # else the ramp would aim below the base rate
@@ -178,6 +214,12 @@ class Schedule:
         return (step - self.warmup_steps) / self.decay_steps
 
     @property
+    def end(self) -> float:
+        if self.minimum is not None:
+            return self.minimum
+        return POLYNOMIAL_END_LEARNING_RATE if self.name == "polynomial" else 0.0
+
+    @property
     def factor_of_a_step(self) -> float:
         """Of the exponential schedule."""
         return self.decay_rate ** (1 / self.exponential_steps)
@@ -186,8 +228,14 @@ class Schedule:
 # name -> (the rate after the warm-up, the same as OneFlow's schedule)
 SCHEDULES: dict[str, tuple[Callable, Callable]] = {
     "cosine": (
-        lambda s, step: s.learning_rate * (1 + math.cos(math.pi * s.progress(step))) / 2,
-        lambda s, optimizer: lr_scheduler.CosineDecayLR(optimizer, decay_steps=s.decay_steps),
+        lambda s, step: (
+            s.end + (s.learning_rate - s.end) * (1 + math.cos(math.pi * s.progress(step))) / 2
+        ),
+        lambda s, optimizer: lr_scheduler.CosineDecayLR(
+            optimizer,
+            decay_steps=s.decay_steps,
+            alpha=s.end / s.learning_rate if s.end else 0.0,
+        ),
     ),
     "step": (
         lambda s, step: s.learning_rate * STEP_FACTOR ** sum(step >= m for m in s.step_milestones),
@@ -196,11 +244,9 @@ SCHEDULES: dict[str, tuple[Callable, Callable]] = {
         ),
     ),
     "polynomial": (
-        lambda s, step: (
-            s.learning_rate + (POLYNOMIAL_END_LEARNING_RATE - s.learning_rate) * s.progress(step)
-        ),
+        lambda s, step: s.end + (s.learning_rate - s.end) * (1 - s.progress(step)) ** s.power,
         lambda s, optimizer: lr_scheduler.PolynomialLR(
-            optimizer, s.decay_steps, end_learning_rate=POLYNOMIAL_END_LEARNING_RATE, power=1.0
+            optimizer, s.decay_steps, end_learning_rate=s.end, power=s.power
         ),
     ),
     "exponential": (

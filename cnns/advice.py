@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from oneflow import nn
 
@@ -116,13 +117,33 @@ def next_steps(snapshot: str, *, val_data: str | None, scripts: str) -> list[str
 
 
 def snapshot_bytes(model: nn.Module, flags: Mapping[str, object]) -> tuple[int, int]:
-    """Bytes of the weights of a snapshot, and of what a run needs to resume from it."""
+    """Bytes of the weights of a snapshot, with their average, and of what else a run needs to
+    resume from it."""
     sizes = {
         name: 4 * tensor.numel()  # float32
         for name, tensor in model.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    return sum(sizes.values()), len(buffers_of(flags)) * sum(sizes[n] for n in parameters(sizes))
+    networks = 2 if flags.get("ema_decay") else 1
+    return networks * sum(sizes.values()), len(buffers_of(flags)) * sum(
+        sizes[n] for n in parameters(sizes)
+    )
+
+
+def check_room(
+    model: nn.Module, flags: Mapping[str, Any], *, save_dir: str, validates: bool
+) -> None:
+    """Raise UsageError where the disk cannot hold the snapshots of a run."""
+    weights, state = snapshot_bytes(model, flags)
+    count = most_snapshots(
+        num_epochs=flags["num_epochs"],
+        save_epochs=flags["save_epoch_interval"],
+        keep=flags["keep_snapshots"] or None,
+        validates=validates,
+        saves_last=flags["save_every_n_iter"] is not None,
+    )
+    save_init = flags["save_init"]
+    check_disk(save_dir, count=count, weights=weights, state=state, save_init=save_init)
 
 
 def most_snapshots(

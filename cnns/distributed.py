@@ -222,8 +222,9 @@ class Agreement:
     stops at once.
     """
 
-    def __init__(self, interrupts: Interrupts, device: str):
-        self.interrupts = interrupts
+    def __init__(self, interrupts: Interrupts, device: str, *, parts: int = 1):
+        """`parts` is how many the batch of a step is divided into, each with a vote."""
+        self.interrupts, self.parts = interrupts, parts
         self.alone = flow.env.get_world_size() == 1
         self.placement = flow.env.all_device_placement(device)
 
@@ -232,7 +233,8 @@ class Agreement:
         if self.alone:
             return {}
         stop = self.interrupts.received is not None
-        return {"stop": to_global(flow.tensor(np.array([stop], np.int32)), self.placement)}
+        vote = flow.tensor(np.full(self.parts, stop, np.int32))
+        return {"stop": to_global(vote, self.placement)}
 
     def check(self, done: tuple | None) -> None:
         """Raise Interrupted where the processes had agreed in a step that is `done`.
@@ -242,7 +244,7 @@ class Agreement:
         """
         if self.alone:
             self.interrupts.check()
-        elif done is not None and done[-1].numpy() > 0:
+        elif done is not None and done[-1].numpy().any():
             # Who has started this process passes on what another one got, perhaps later than that.
             end = time.monotonic() + SIGNAL_SECONDS
             while self.interrupts.received is None and time.monotonic() < end:

@@ -32,11 +32,15 @@ class Evaluator:
         use_fp16: bool = False,
         gives_logits: bool = False,
     ):
-        self.model, self.loader = model, loader
-        self.top_k, self.gives_logits = top_k, gives_logits
+        self.model, self.loader, self.gives_logits = model, loader, gives_logits
+        self.top_k, self.use_fp16 = top_k, use_fp16
         self.graph: EvalGraph | ArrayGraph = EvalGraph(
             model, loader, top_k=top_k, use_fp16=use_fp16, gives_logits=gives_logits
         )
+
+    def of(self, model: nn.Module) -> "Evaluator":
+        """The same for another model."""
+        return Evaluator(model, self.loader, top_k=self.top_k, use_fp16=self.use_fp16)
 
     def round(
         self, agreement: Agreement | None = None, collector: "Collector | None" = None

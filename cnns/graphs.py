@@ -13,6 +13,7 @@ from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
 from cnns.checkpoint.snapshot import local
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
+from cnns.ema import blend, state_names
 from cnns.losses import main_label
 from cnns.models.layers import Dropout
 from cnns.models.products import convolutions_as_products
@@ -135,13 +136,18 @@ class TrainGraph(QuietGraph):
 
     The loader gives images and labels, and where it mixes images, what `cnns.losses` says as well;
     `loss` is one of those. A network with dropout needs the `masks` of the step; see
-    `DropoutMasks`.
+    `DropoutMasks`. With an `average` of the network it needs the `share` that is due; see
+    `cnns.ema.Average`.
 
     Returns four scalars that stay there, over the batches of all devices: mean loss (that of an
     auxiliary classifier is in it, times the network's `auxiliary_weight`), top-1 hits,
     top-k hits, and the number of labels outside the network's classes (which are trained as class 0
     for one step: the caller must look at the count and stop). A fifth is the sum of `stop`, where
     that is given; see `Agreement`.
+
+    With `accumulate_steps` the rows of every input are divided into so many parts, which go through
+    the network one after the other; then there is one update with the mean of their gradients. Each
+    output has a value for each part.
     """
 
     def __init__(
@@ -153,6 +159,8 @@ class TrainGraph(QuietGraph):
         *,
         loss: nn.Module,
         top_k: int,
+        average: nn.Module | None = None,
+        accumulate_steps: int = 1,
         use_fp16: bool = False,
         num_nodes: int = 1,
     ):
@@ -161,15 +169,24 @@ class TrainGraph(QuietGraph):
         self.config.allow_fuse_model_update_ops(True)
         # As OneFlow's own ResNet-50: trying out cuDNN's algorithms pays on one node only.
         self.config.enable_cudnn_conv_heuristic_search_algo(num_nodes > 1)
+        self.accumulate_steps = accumulate_steps
+        if accumulate_steps > 1:
+            self.config.set_gradient_accumulation_steps(accumulate_steps)
+            # With it OneFlow 0.9.0 aborts on CUDA at a batch norm: its running statistics reach it
+            # by an operator that repeats them for each part.
+            self.config.proto.enable_inplace = False
         if use_fp16:
             self.config.enable_amp(True)
             self.set_grad_scaler(flow.amp.GradScaler(**LOSS_SCALE))
         self.model = model
         self.loader = loader
-        self.cross_entropy = loss
+        self.criterion = loss
         self.auxiliary_weight = getattr(model, "auxiliary_weight", 0.0)
         self.dropouts = dropouts(model)
         self.top_k = top_k
+        self.averaged_names = [] if average is None else state_names(average)
+        if average is not None:
+            self.average = average
         self.add_optimizer(optimizer, lr_sch=schedule)
 
     @property
@@ -184,6 +201,7 @@ class TrainGraph(QuietGraph):
         self,
         *batch: flow.Tensor,
         masks: Sequence[flow.Tensor] = (),
+        share: flow.Tensor | None = None,
         stop: flow.Tensor | None = None,
     ) -> tuple[flow.Tensor, ...]:
         # (N, 3, H, W) float32, (N,) int32; mixed: (N,) int32, (N,) float32
@@ -197,11 +215,13 @@ class TrainGraph(QuietGraph):
         # The loss kernel aborts the process on a label it has no logit for.
         valid = in_range(label, logits)
         label = label * valid
-        loss = self.cross_entropy(logits, label, *mixed)  # ()
+        loss = self.criterion(logits, label, *mixed)  # ()
         if auxiliary is not None:
-            auxiliary_loss = self.cross_entropy(in_float32(auxiliary), label, *mixed)
+            auxiliary_loss = self.criterion(in_float32(auxiliary), label, *mixed)
             loss = loss + self.auxiliary_weight * auxiliary_loss
         loss.backward()
+        if share is not None:
+            blend(self.average, self.model, self.averaged_names, share)
         top_1, top_k = hits(logits, main_label(label, tuple(mixed)), self.top_k)
         return broadcast_outputs(loss, top_1.sum(), top_k.sum(), (1 - valid).sum(), stop=stop)
 

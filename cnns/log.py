@@ -31,6 +31,11 @@ class Counts:
     def accuracies(self) -> tuple[float, float]:
         return self.top_1 / self.samples, self.top_k / self.samples
 
+    def as_scores(self, prefix: str = "") -> dict[str, float]:
+        top_1, top_k = self.accuracies()
+        scores = {f"{prefix}top_1": top_1, f"{prefix}top_k": top_k}
+        return scores if self.loss is None else scores | {f"{prefix}loss": self.loss}
+
     def as_metrics(self) -> dict[str, float | int]:
         top_1, top_k = self.accuracies()
         return {"val_top_1": top_1, "val_top_k": top_k, "num_val_examples": self.samples}
@@ -72,8 +77,10 @@ def train_line(epoch: int, iteration: int, loss: float, counts: Counts, seconds:
     return f"train: epoch {epoch}, iter {iteration}, loss: {loss:.6f}, {figures(counts, seconds)}"
 
 
-def validation_line(epoch: int, iterations: int, counts: Counts, seconds: float) -> str:
-    return f"validation: epoch {epoch}, iter {iterations}, {figures(counts, seconds)}"
+def validation_line(
+    epoch: int, iterations: int, counts: Counts, seconds: float, *, name: str = "validation"
+) -> str:
+    return f"{name}: epoch {epoch}, iter {iterations}, {figures(counts, seconds)}"
 
 
 def figures(counts: Counts, seconds: float) -> str:
@@ -222,9 +229,12 @@ class Meter:
 
         Waits for the steps, then restarts.
         """
-        values = np.array([[float(value.numpy()) for value in step[:4]] for step in self.pending])
+        # (steps, 4, parts): a step of --accumulate_steps gives a value for each part of its batch.
+        values = np.array(
+            [[value.numpy().reshape(-1) for value in step[:4]] for step in self.pending], np.float64
+        )
         seconds = time.perf_counter() - self.start
-        top_1, top_k, bad_labels = values[:, 1:].sum(axis=0).astype(int).tolist()
+        top_1, top_k, bad_labels = values[:, 1:].sum(axis=(0, 2)).astype(int).tolist()
         self.restart()
         counts = Counts(top_1, top_k, self.batch_size * len(values))
-        return values[:, 0].tolist(), counts, bad_labels, seconds
+        return values[:, 0].mean(axis=1).tolist(), counts, bad_labels, seconds

@@ -21,7 +21,7 @@ from cnns.flags.defaults import SYNTHETIC_STEPS_PER_EPOCH, finetune_batch_size
 from cnns.flags.network import preprocessing_flags
 from cnns.models.layers import Switches
 from cnns.models.model import Model, check_switches
-from cnns.resume import num_processes
+from cnns.resume import num_parts
 
 
 def open_data(
@@ -51,10 +51,10 @@ def open_data(
     )
     if args.batch_size_per_device is None:
         args.batch_size_per_device = finetune_batch_size(
-            train_data.num_examples, num_processes(vars(args))
+            train_data.num_examples, num_parts(vars(args))
         )
         notices.append(f"Fine-tuning: --batch_size_per_device={args.batch_size_per_device}.")
-        args.global_batch_size = args.batch_size_per_device * num_processes(vars(args))
+        args.global_batch_size = args.batch_size_per_device * num_parts(vars(args))
         check_mixing(args)
     batch_size = args.global_batch_size
     if batch_size > train_data.num_examples:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cnns.checkpoint.snapshot import DESCRIPTION, Snapshot
+from cnns.checkpoint.weights import Checkpoint
 from cnns.errors import RunError, UsageError
 from cnns.flags.parser import Flag, FlagParser
 from cnns.jsonfile import brief
@@ -132,6 +133,11 @@ def num_processes(flags: Mapping[str, Any]) -> int:
     return flags.get("num_nodes", 1) * flags.get("gpu_num_per_node", 1)
 
 
+def num_parts(flags: Mapping[str, Any]) -> int:
+    """Into which the batch of a step is divided: --batch_size_per_device is the size of one."""
+    return num_processes(flags) * flags.get("accumulate_steps", 1)
+
+
 def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
     """Refuse a run, described by what its snapshots will hold, that cannot resume `path`.
 
@@ -186,3 +192,16 @@ def compare_runs(now: Snapshot, was: Snapshot, *, path: str) -> list[str]:
     if was.current_epoch >= num_epochs:
         notices.append(f"{path} has finished all {num_epochs} epochs; raise --num_epochs for more.")
     return notices
+
+
+def check_records(
+    digest: str | None, said: str | None, *, about: Snapshot, resumed: Checkpoint
+) -> None:
+    """Raise RunError where the records that a run has used, which follow from seed, epoch and
+    iteration, are not those that its snapshot says; None: one of an earlier version."""
+    if said not in (None, digest):
+        raise RunError(
+            f"{resumed.path} is of a run that has used its records in another order than is made "
+            f"here (numpy {resumed.snapshot.versions.get('numpy')} then, {about.versions['numpy']} "
+            f"now); start a new run from the weights with --model_load_dir={resumed.path}"
+        )

@@ -6,8 +6,9 @@ writes the snapshots, and `Meter` has what a line shows.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import oneflow as flow
 from oneflow import nn
@@ -17,6 +18,7 @@ from cnns.checkpoint.find import link_snapshot, prune_snapshots
 from cnns.checkpoint.snapshot import EPOCH_NAME, PREFIX, Progress, Snapshot, save_snapshot
 from cnns.data.order import RecordOrder
 from cnns.distributed import Agreement, average_statistics, wait_for_all
+from cnns.ema import Average
 from cnns.errors import RunError
 from cnns.evaluation import Evaluator
 from cnns.graphs import DropoutMasks, TrainGraph
@@ -36,6 +38,22 @@ class Intervals:
     save_epochs: int
     keep_snapshots: int | None  # of epochs; None: all
     save_last: bool
+    best_metric: str = "top_1"
+    early_stop_epochs: int | None = None  # without a better one; None: never
+
+
+def make_intervals(flags: Mapping[str, Any], *, steps_per_epoch: int) -> Intervals:
+    return Intervals(
+        num_epochs=flags["num_epochs"],
+        steps_per_epoch=steps_per_epoch,
+        print_steps=flags["loss_print_every_n_iter"],
+        save_steps=flags["save_every_n_iter"],
+        save_epochs=flags["save_epoch_interval"],
+        keep_snapshots=flags["keep_snapshots"] or None,
+        save_last=flags["save_last"],
+        best_metric=flags["best_metric"],
+        early_stop_epochs=flags["early_stop_epochs"],
+    )
 
 
 @dataclass
@@ -52,6 +70,20 @@ class Parts:
     batch_size: int  # global
     device: str
     use_fp16: bool = False
+    frozen_norms: Sequence[nn.Module] = ()  # batch norms that keep their statistics
+    average: Average | None = None  # of the weights
+    average_evaluator: Evaluator | None = None  # of the network with the average
+
+
+def is_better(metrics: dict, best: dict, *, by: str) -> bool:
+    """Whether an epoch is better than the best before it, by its figure `by` (a key of
+    `cnns.flags.run.BEST_METRICS`). Any is better than none; of equal ones the first is the best.
+    """
+    name = by.replace("top", "val_top").replace("loss", "val_loss")
+    if name not in metrics or name not in best:
+        return name in metrics or not best
+    sign = -1 if by.endswith("loss") else 1
+    return sign * metrics[name] > sign * best[name]
 
 
 class Saver:
@@ -73,6 +105,8 @@ class Saver:
 
     def save(self, name: str, parts: Parts, progress: Progress, *, replace: bool = False) -> None:
         average_statistics(parts.model)
+        if parts.average is not None:
+            parts.average.finish()
         path = f"{self.save_dir}/{PREFIX}{name}"
         self.log(f"Saving model to {path}.")
         if self.save_dir:  # empty where only the first process knows it
@@ -83,6 +117,7 @@ class Saver:
                 parts.model,
                 self.describe(progress),
                 graph=parts.graph if progress.step > 0 else None,
+                average=parts.average.network if parts.average is not None else None,
                 replace=replace,
             )
         self.saved_step = progress.step
@@ -125,11 +160,21 @@ class Run:
         self.outlook = Outlook(intervals.num_epochs * intervals.steps_per_epoch)
         self.watch = OverfittingWatch()
         self.interrupts = Interrupts()
-        self.agreement = Agreement(self.interrupts, parts.device)
+        self.agreement = Agreement(
+            self.interrupts, parts.device, parts=parts.graph.accumulate_steps
+        )
 
     @property
     def is_over(self) -> bool:
-        return self.progress.current_epoch >= self.intervals.num_epochs
+        return self.progress.current_epoch >= self.intervals.num_epochs or self.stops_early
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the newest of the finished epochs are no better than the one before them."""
+        patience, progress = self.intervals.early_stop_epochs, self.progress
+        if patience is None or progress.epoch is None or progress.iteration:
+            return False
+        return progress.epoch - progress.best.get("epoch", progress.epoch) >= patience
 
     def run(self) -> None:
         """Run the epochs that are left. A signal ends it after an iteration, with a snapshot."""
@@ -144,6 +189,12 @@ class Run:
                     self.record.finish_epoch()
                     self.save_epoch()
                     self.agreement.check(None)
+                if self.stops_early and progress.current_epoch < self.intervals.num_epochs:
+                    notice(
+                        f"Stopped after epoch {progress.epoch}: none of the last "
+                        f"{self.intervals.early_stop_epochs} was better than epoch "
+                        f"{progress.best['epoch']} (--early_stop_epochs)."
+                    )
             except Interrupted as interrupted:
                 self.print_stop()
                 if progress.step > self.saver.saved_step:
@@ -156,13 +207,20 @@ class Run:
     def train_epoch(self) -> None:
         """Run what is left of an epoch, with a line at each interval, snapshot, and the end."""
         parts, progress, intervals = self.parts, self.progress, self.intervals
+        average = parts.average
         parts.model.train()
+        for norm in parts.frozen_norms:
+            norm.eval()
         batches = parts.loader.batches(progress.current_epoch, progress.iteration)
         self.meter.restart()
         for iteration in range(progress.iteration + 1, intervals.steps_per_epoch + 1):
             compiled = parts.graph.is_compiled
-            masks = parts.masks.at(progress.step)
-            output = parts.graph(*next(batches), **masks, **self.agreement.vote())
+            more = parts.masks.at(progress.step) | self.agreement.vote()
+            if average is not None:
+                more |= average.arguments()
+            output = parts.graph(*next(batches), **more)
+            if average is not None:
+                average.note(progress.current_epoch, progress.iteration)
             done = self.meter.add(output)
             if not compiled:
                 self.meter.restart_clock()
@@ -178,26 +236,39 @@ class Run:
             self.agreement.check(done)
 
     def validate(self) -> None:
-        evaluator, progress = self.parts.evaluator, self.progress
-        if evaluator is None:
+        """Score the network, and the average of its weights where there is one."""
+        parts, progress = self.parts, self.progress
+        if parts.evaluator is None:
             return
-        average_statistics(self.parts.model)
-        counts, seconds = evaluator.round(self.agreement)
-        epoch, num_batches = progress.current_epoch, evaluator.loader.num_batches
-        self.log(validation_line(epoch, num_batches, counts, seconds))
+        average_statistics(parts.model)
+        counts, seconds = self.score(parts.evaluator, "validation")
+        metrics = counts.as_metrics() | counts.as_scores("val_")
+        figures = counts.as_figures(seconds) | counts.as_scores()
+        if parts.average is not None and parts.average_evaluator is not None:
+            parts.average.finish()
+            averaged, _ = self.score(parts.average_evaluator, "validation (ema)")
+            metrics |= {f"ema_{name}": value for name, value in averaged.as_scores("val_").items()}
+            figures |= {f"ema_{name}": value for name, value in averaged.as_scores().items()}
+        epoch = progress.current_epoch
         self.record.add(
             "validation",
             epoch=epoch,
-            iteration=num_batches,
+            iteration=parts.evaluator.loader.num_batches,
             step=progress.step,
-            loss=counts.loss,
-            **counts.as_figures(seconds),
+            **figures,
         )
-        progress.metrics = counts.as_metrics()
-        if progress.metrics["val_top_1"] > progress.best.get("val_top_1", -1.0):
+        progress.metrics = metrics
+        if is_better(metrics, progress.best, by=self.intervals.best_metric):
             progress.best = {"epoch": epoch} | progress.metrics
         best_epoch = progress.best.get("epoch", epoch)
         self.watch.end_epoch(progress.metrics["val_top_1"], best_epoch=best_epoch)
+
+    def score(self, evaluator: Evaluator, name: str) -> tuple[Counts, float]:
+        """A round of an evaluator, and its line."""
+        counts, seconds = evaluator.round(self.agreement)
+        epoch, num_batches = self.progress.current_epoch, evaluator.loader.num_batches
+        self.log(validation_line(epoch, num_batches, counts, seconds, name=name))
+        return counts, seconds
 
     def print_line(self) -> None:
         """Print the iterations since the last line. Raises RunError for bad labels or losses."""

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 import config
 import model_registry
+import of_cnn_train_val
 from cnns.errors import UsageError, run_main
-from cnns.flags.checks import check_backend_flags
+from cnns.flags.checks import check_backend_flags, take_learning_rate
 from cnns.flags.values import number
 from cnns.models.model import default_resize_shorter
 from config import epochs_to_steps
@@ -142,11 +143,65 @@ def test_the_gpu_decoder_reads_in_its_own_order():
             ["--global_batch_size=8", "--batch_size_per_device=8", "--gpu_num_per_node=2"],
             "--batch_size_per_device=8 contradicts --global_batch_size=8, which is 4 for each of 2",
         ),
+        (
+            ["--global_batch_size=8", "--accumulate_steps=3"],
+            "--global_batch_size=8, 8 for each of 1 processes, cannot be divided by --accum",
+        ),
+        (
+            ["--global_batch_size=8", "--batch_size_per_device=8", "--accumulate_steps=2"],
+            "which is 4 for each of 1 processes in 2 steps",
+        ),
+        (["--accumulate_steps=2", "--use_fp16"], "--accumulate_steps contradicts --use_fp16"),
+        (
+            ["--accumulate_steps=2", "--gpu_image_decoder", "--train_data_dir=x"],
+            "--gpu_image_decoder reads inside the graph",
+        ),
+        (["--ema_steps=2"], "--ema_steps needs --ema_decay"),
+        (["--nesterov", "--momentum=0"], "--nesterov contradicts --momentum=0"),
+        (["--optimizer=adam", "--norm_wd=0.2"], "--norm_wd=0.2: with adam each kind"),
+        (["--bce_sum"], "--bce_sum has no effect with --loss=cross_entropy"),
     ],
 )
 def test_contradictions_are_refused(argv, words):
     with pytest.raises(UsageError, match=words):
         finish(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "factor"), [((), 0.0), (("--lr_scaling=linear",), 4.0), (("--lr_scaling=sqrt",), 2.0)]
+)
+@pytest.mark.parametrize("rate", [None, 0.1])
+def test_the_learning_rate_is_scaled_as_asked(argv, factor, rate):
+    """Unless asked, only the default is, in proportion. The flag stays as it was given."""
+    given = [] if rate is None else [f"--learning_rate={rate}"]
+    args = finish("--batch_size_per_device=256", "--gpu_num_per_node=4", *argv, *given)
+    take_learning_rate(args, model_registry.MODELS["resnet50"])
+    schedule = of_cnn_train_val.make_schedule(
+        args,
+        epochs_to_steps(num_examples=4096, global_batch_size=1024, num_epochs=90, warmup_epochs=5),
+    )
+    plain = 4 * 0.256 if rate is None else 0.1
+    expected = plain if not factor else factor * (0.256 if rate is None else 0.1)
+    assert schedule.learning_rate == pytest.approx(expected)
+    if rate is not None:
+        assert args.learning_rate == rate
+
+
+def test_a_minimum_above_the_peak_is_refused():
+    args = finish("--learning_rate=0.1", "--lr_min=0.2")
+    with pytest.raises(UsageError, match="--lr_min=0.2 is above the peak learning rate, 0.1"):
+        take_learning_rate(args, model_registry.MODELS["resnet50"])
+
+
+def test_adamw_is_adam():
+    assert parse("--optimizer=AdamW").optimizer == "adam"
+
+
+def test_accumulated_batches_make_the_global_one():
+    args = finish("--batch_size_per_device=8", "--gpu_num_per_node=2", "--accumulate_steps=4")
+    assert args.global_batch_size == 64
+    args = finish("--global_batch_size=64", "--gpu_num_per_node=2", "--accumulate_steps=4")
+    assert args.batch_size_per_device == 8
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,14 @@ from oneflow import nn
 import optimizer_util
 from cnns.checkpoint.snapshot import state_arrays
 from cnns.distributed import place, to_device
+from cnns.ema import Average, AverageSchedule, make_average_schedule
+from cnns.errors import UsageError
+from cnns.freeze import freeze
 from cnns.graphs import TrainGraph
+from cnns.log import Meter
 from cnns.losses import build_loss
 from golden import seeded
+from optimizer_util import Schedule
 from small import ballast
 
 PLACEMENT = flow.env.all_device_placement("cpu")
@@ -41,8 +46,8 @@ class Smooth(nn.Module):
         return self.fc(x) + ballast(image.placement)
 
 
-def network() -> nn.Module:
-    model = Smooth()
+def network(kind: type[nn.Module] = Smooth) -> nn.Module:
+    model = kind()
     shapes = {name: array.shape for name, array in state_arrays(model).items()}
     for name, array in seeded.any_state(shapes, GOLDEN["weights_seed"].item()).items():
         model.state_dict()[name].copy_(flow.tensor(array))
@@ -67,30 +72,46 @@ def batch(step: int, *, mixed: bool = False) -> tuple[flow.Tensor, ...]:
 
 
 def build(
-    model: nn.Module, *, loss=None, optimizer: str = "sgd", loader=None, **settings
+    model: nn.Module,
+    *,
+    loss=None,
+    optimizer: str = "sgd",
+    schedule=None,
+    loader=None,
+    graph=None,
+    **settings,
 ) -> TrainGraph:
+    """The graph with `graph` as further settings, and `settings` of the optimizer."""
     given = {"learning_rate": RATE, "weight_decay": DECAY} | settings
     if optimizer == "sgd":
         given = SGD | given
     built = optimizer_util.build_optimizer(model, optimizer, **given)
     smoothing = GOLDEN["smoothing"].item()
     loss = loss or build_loss("cross_entropy", label_smoothing=smoothing)
-    return TrainGraph(model, loader or Given(), built, loss=loss, top_k=2)
+    schedule = schedule and schedule.build(built)
+    loader = loader or Given()
+    return TrainGraph(model, loader, built, schedule, loss=loss, top_k=2, **(graph or {}))
 
 
 def check(
     name: str, losses: list[float], model: nn.Module, rtol: float = 2e-5, *, values=GOLDEN
 ) -> None:
     np.testing.assert_allclose(losses, values[f"{name}/losses"], rtol=rtol)
-    arrays = state_arrays(model)
-    for key, array in arrays.items():
-        golden = values[f"{name}/state/{key}"]
-        error = np.linalg.norm(array - golden) / np.linalg.norm(golden)
-        assert error < 5 * rtol, (key, error)
+    assert state_error(model, f"{name}/state", values=values) < 5 * rtol
+
+
+def state_error(model: nn.Module, golden: str, *, values=GOLDEN) -> float:
+    """The largest over all arrays, as a share of its norm."""
+    errors = [
+        np.linalg.norm(array - values[f"{golden}/{key}"]) / np.linalg.norm(array)
+        for key, array in state_arrays(model).items()
+    ]
+    return max(errors)
 
 
 def losses_of(graph: TrainGraph, *, mixed: bool = False) -> list[float]:
-    return [float(graph(*batch(step, mixed=mixed))[0].numpy()) for step in range(STEPS)]
+    outputs = (graph(*batch(step, mixed=mixed)) for step in range(STEPS))
+    return [float(output[0].numpy().mean()) for output in outputs]
 
 
 LOSSES = {
@@ -125,3 +146,209 @@ def test_hits_of_mixed_rows_are_those_of_the_larger_share():
     most, least = int(np.argmax(said)), int(np.argmin(said))
     for share, label in ((0.5, most), (0.51, most), (0.49, least), (0.0, least)):
         assert hits(most, least, share) == said[label]
+
+
+# Optimizers and schedules.
+
+
+def test_weight_decay_of_each_kind():
+    model = network()
+    decay = {f"{kind}_weight_decay": GOLDEN[f"{kind}_decay"].item() for kind in ("norm", "bias")}
+    check("kinds", losses_of(build(model, **decay)), model)
+
+
+def test_nesterov():
+    model = network()
+    check("nesterov", losses_of(build(model, nesterov=True)), model)
+
+
+def test_adamw():
+    """Its first steps divide a gradient by its own size, however small that is: so fewer digits."""
+    model = network()
+    rate = GOLDEN["adam_rate"].item()
+    graph = build(model, optimizer="adam", learning_rate=rate, epsilon=1e-8)
+    check("adamw", losses_of(graph), model, rtol=1e-4)
+
+
+def test_schedule_of_torchvision():
+    model = network()
+    schedule = Schedule(
+        "cosine",
+        learning_rate=RATE,
+        total_steps=STEPS,
+        warmup_steps=GOLDEN["warmup_steps"].item(),
+        warmup_factor=GOLDEN["warmup_decay"].item(),
+        minimum=GOLDEN["minimum"].item(),
+    )
+    check("schedule", losses_of(build(model, schedule=schedule)), model)
+    assert schedule.rate(0) == pytest.approx(RATE * GOLDEN["warmup_decay"].item())
+    assert schedule.rate(STEPS) == pytest.approx(GOLDEN["minimum"].item())
+
+
+def test_polynomial_schedule():
+    model = network()
+    schedule = Schedule(
+        "polynomial",
+        learning_rate=RATE,
+        total_steps=STEPS,
+        warmup_steps=GOLDEN["warmup_steps"].item(),
+        warmup_factor=GOLDEN["warmup_decay"].item(),
+        minimum=0.0,
+        power=GOLDEN["power"].item(),
+    )
+    check("polynomial", losses_of(build(model, schedule=schedule)), model)
+
+
+# Frozen parts.
+
+
+@pytest.mark.parametrize("names", [("conv", "bn"), ("backbone",), ("bn", "conv.weight")])
+def test_frozen_parts(names):
+    """No bit of them changes, and the rest is clipped and trained as by PyTorch."""
+    model = network()
+    before = state_arrays(model)
+    norms = freeze(model, names, last_layer="fc")
+    assert norms == [model.bn]
+    model.train()
+    model.bn.eval()
+    check("freeze", losses_of(build(model, gradient_clipping=GOLDEN["clip"].item())), model)
+    for name, array in state_arrays(model).items():
+        assert name.startswith("fc.") or (array == before[name]).all(), name
+
+
+def test_parts_that_cannot_be_frozen():
+    with pytest.raises(UsageError, match="--freeze=layer9: the network has no such part; it has c"):
+        freeze(network(), ("layer9",), last_layer="fc")
+    with pytest.raises(UsageError, match="leaves nothing to train"):
+        freeze(network(), ("backbone", "fc"), last_layer="fc")
+
+
+# Accumulated gradients.
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_accumulated_gradients(mixed):
+    """Clipped over the mean of all parts, with a rate by updates; batch norms see a part.
+
+    With mixed rows, which have no golden figures, every part must get its own.
+    """
+    parts = GOLDEN["parts"].item()
+    model = network()
+    graph = build(
+        model,
+        gradient_clipping=GOLDEN["clip"].item(),
+        schedule=Schedule(
+            "cosine",
+            learning_rate=RATE,
+            total_steps=STEPS,
+            warmup_steps=GOLDEN["warmup_steps"].item(),
+        ),
+        graph={"accumulate_steps": parts},
+    )
+    if not mixed:
+        check("accumulate", losses_of(graph), model)
+        return
+    rows = batch(0, mixed=True)
+    losses = graph(*rows)[0].numpy()
+    assert losses.shape == (parts,)
+    alone = build(network(), graph={"accumulate_steps": 1})
+    size = BATCH["size"] // parts
+    first = [to_device(each.numpy()[:size], PLACEMENT) for each in rows]
+    np.testing.assert_allclose(losses[0], alone(*first)[0].numpy(), rtol=1e-5)
+
+
+class WithoutBatchNorm(Smooth):
+    def forward(self, image):
+        x = flow.tanh(self.conv(image)).mean(dim=(2, 3))
+        return self.fc(x) + ballast(image.placement)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """With nothing that looks at a batch, an average beside it, and counts of hits."""
+    ends = {}
+    for parts in (1, 2, 8):
+        model = network(WithoutBatchNorm)
+        average = average_of(model, AverageSchedule(0.7, 3, 0), parts=parts, kind=WithoutBatchNorm)
+        within = {"average": average.network} if parts == 1 else {}
+        graph = build(model, graph={"accumulate_steps": parts, **within})
+        meter = Meter(BATCH["size"])
+        for step in range(STEPS):
+            meter.add(graph(*batch(step), **average.arguments()))
+            average.note(0, step)
+        average.settle()
+        losses, counts, bad_labels, _ = meter.read()
+        assert bad_labels == 0
+        ends[parts] = losses, counts, [state_arrays(m) for m in (model, average.network)]
+    for losses, counts, states in ends.values():
+        np.testing.assert_allclose(losses, ends[1][0], rtol=1e-5)
+        assert counts == ends[1][1] and counts.samples == STEPS * BATCH["size"]
+        for arrays, whole in zip(states, ends[1][2], strict=True):
+            for name, array in arrays.items():
+                np.testing.assert_allclose(array, whole[name], rtol=1e-5, atol=1e-6)
+
+
+# The average of weights.
+
+
+def ema_setting(name: str) -> float:
+    return GOLDEN[f"ema/{name}"].item()
+
+
+def average_of(
+    model: nn.Module, schedule: AverageSchedule | None = None, *, parts: int = 1, kind=Smooth
+) -> Average:
+    if schedule is None:
+        flags = {
+            f"ema_{key}": ema_setting(k) for key, k in (("decay", "decay"), ("steps", "interval"))
+        }
+        flags["warmup_epochs"] = ema_setting("warmup_epochs")
+        flags["num_epochs"] = STEPS // ema_setting("steps_per_epoch")
+        schedule = make_average_schedule(flags, batch_size=BATCH["size"])
+    return Average(kind(), model, schedule, start=None, device="cpu", within_graph=parts == 1)
+
+
+@pytest.mark.parametrize("settled_every", [1, 7, STEPS])
+def test_average_of_weights(settled_every):
+    """Running statistics as well; whenever it is read, and never the weights that are trained."""
+    model = network()
+    average = average_of(model)
+    graph = build(model, graph={"average": average.network})
+    losses = []
+    for step in range(STEPS):
+        output = graph(*batch(step), **average.arguments())
+        average.note(*divmod(step, ema_setting("steps_per_epoch")))
+        losses.append(float(output[0].numpy()))
+        if (step + 1) % settled_every == 0:
+            average.settle()
+    check("plain", losses, model)
+    average.settle()
+    assert state_error(average.network, "ema/average") < 1e-5
+    assert state_error(model, "ema/average") > 1e-2
+
+
+def test_settling_changes_no_bit():
+    """What is due is the same, computed by the next step or at once: a resumed run needs that."""
+    ends = []
+    for settled in (False, True):
+        model = network()
+        average = average_of(model, AverageSchedule(0.7, 1, 0))
+        graph = build(model, graph={"average": average.network})
+        for step in range(6):
+            graph(*batch(step), **average.arguments())[0].numpy()
+            average.note(0, step)
+            if settled:
+                average.settle()
+        average.settle()
+        ends.append(state_arrays(average.network))
+    for name, array in ends[0].items():
+        np.testing.assert_array_equal(array, ends[1][name])
+
+
+def test_when_the_average_is_updated():
+    schedule = AverageSchedule(0.9, 4, 1.5)
+    shares = {e: [schedule.share(e, i) for i in range(9)] for e in (0, 1, 2, 3)}
+    often = [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert shares[0] == shares[1] == often  # the warm-up ends in epoch 1
+    later = [0.1 * due for due in often]
+    assert shares[2] == pytest.approx([1.0, *later[1:]])
+    assert shares[3] == pytest.approx(later)

@@ -3,6 +3,7 @@
 A snapshot is a directory `snapshot_<name>` that holds
 
     model.safetensors     parameters and buffers, float32, named as in torchvision
+    ema.safetensors       where weights are averaged, their average, in the same form
     training.safetensors  what else a run needs to resume as if it had never stopped
     snapshot.json         what they belong to: model, classes, preprocessing, epoch, figures, flags
 
@@ -38,6 +39,7 @@ FORMAT_VERSION = 1
 PREFIX = "snapshot_"
 EPOCH_NAME = re.compile(f"{PREFIX}epoch_([0-9]+)")
 WEIGHTS = "model.safetensors"
+AVERAGE = "ema.safetensors"
 TRAINING_STATE = "training.safetensors"
 GRAPH_NAME = "TrainGraph"  # in names of what belongs to a graph; OneFlow numbers its graphs
 DESCRIPTION = "snapshot.json"
@@ -164,23 +166,30 @@ def save_snapshot(
     snapshot: Snapshot,
     *,
     graph: nn.Graph | None = None,
+    average: nn.Module | None = None,
     replace: bool = False,
 ) -> None:
     """Write a snapshot as the directory `path`.
 
     Args:
         graph: the training graph, if the run is to be resumed from here.
+        average: the network with the average of the weights, where there is one.
         replace: replace one of the same name, which stays complete until then.
 
     Raises RunError where it cannot be written, with the disk as it was before, or where a weight is
     not finite.
     """
-    arrays = state_arrays(model)
-    for parameter, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise RunError(f"{parameter} is no longer finite, so {path} is not written")
+    networks = {WEIGHTS: state_arrays(model)}
+    if average is not None:
+        networks[AVERAGE] = state_arrays(average)
+    for arrays in networks.values():
+        for parameter, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise RunError(f"{parameter} is no longer finite, so {path} is not written")
     with atomic_directory(path, replace=replace) as temporary:
-        checksums = {WEIGHTS: write_arrays(temporary, WEIGHTS, arrays)}
+        checksums = {
+            name: write_arrays(temporary, name, arrays) for name, arrays in networks.items()
+        }
         if graph is not None:
             state = training_arrays(graph, model)
             checksums[TRAINING_STATE] = write_arrays(temporary, TRAINING_STATE, state)
@@ -223,16 +232,16 @@ def read_description(path: str) -> Snapshot:
     return Snapshot(**content)
 
 
-def read_weights(path: str) -> dict[str, np.ndarray]:
-    """Read model.safetensors of the snapshot directory `path`: float32 arrays by name.
+def read_weights(path: str, file: str = WEIGHTS) -> dict[str, np.ndarray]:
+    """Read model.safetensors, or AVERAGE, of the snapshot directory `path`: float32 arrays by name.
 
     Raises RunError where it is missing or damaged.
     """
-    weights = read_arrays(path, WEIGHTS)
+    weights = read_arrays(path, file)
     for name, array in weights.items():
         if array.dtype != np.float32:
             raise RunError(
-                f"{os.path.join(path, WEIGHTS)}: {excerpt(name)} is {array.dtype}, and float32 "
+                f"{os.path.join(path, file)}: {excerpt(name)} is {array.dtype}, and float32 "
                 "is needed"
             )
     return weights
@@ -243,7 +252,7 @@ def check_files(path: str) -> None:
 
     Looks at the headers and sizes only, so a flipped bit in a weight is not seen.
     """
-    for name in (WEIGHTS, TRAINING_STATE):
+    for name in (WEIGHTS, AVERAGE, TRAINING_STATE):
         file_path = os.path.join(path, name)
         if name == WEIGHTS or os.path.lexists(file_path):
             with array_file_errors(path, name), safe_open(file_path, framework="numpy"):

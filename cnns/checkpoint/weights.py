@@ -18,6 +18,7 @@ from cnns.checkpoint.external import (
     read_external,
 )
 from cnns.checkpoint.snapshot import (
+    AVERAGE,
     DESCRIPTION,
     TRAINING_STATE,
     WEIGHTS,
@@ -96,6 +97,17 @@ class Checkpoint:
     last_layer: str = "fc"  # of its network
     weights: dict[str, np.ndarray] | None = None  # of a snapshot, where they have been read
     state: dict[str, np.ndarray] | None = None  # its training state, where that has been read
+    average: dict[str, np.ndarray] | None = None  # of its weights, where that has been read
+    file: str = WEIGHTS  # of a snapshot, what is taken: its weights, or AVERAGE
+
+    @property
+    def directory(self) -> str:
+        """Of a snapshot."""
+        return self.path if self.file == WEIGHTS else os.path.dirname(self.path)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """The weights of a snapshot. Raises as `read_weights`."""
+        return read_weights(self.directory, self.file)
 
     def take_state(self) -> dict[str, np.ndarray]:
         """The training state, which is not kept: it is as large as the weights, or twice that."""
@@ -110,7 +122,7 @@ class Checkpoint:
         """
         notices = []
         if self.external is None:
-            weights = read_weights(self.path) if self.weights is None else self.weights
+            weights = self.read() if self.weights is None else self.weights
         else:
             shapes = standard_shapes(network)
             before = len(self.external.notices)
@@ -130,7 +142,7 @@ class Checkpoint:
             network, weights, path=self.path, without=self.last_layer if finetune else None
         )
         if self.external is None:
-            check_checksum(self.path, WEIGHTS, self.snapshot)
+            check_checksum(self.directory, self.file, self.snapshot)
         if finetune:
             notices.append("--finetune: the last layer starts from random weights.")
         return notices
@@ -148,8 +160,13 @@ class Checkpoint:
 
 def read_resumable(path: str, snapshot: Snapshot) -> Checkpoint:
     """All that resuming needs of a snapshot. Raises RunError where something is missing."""
-    weights, state = read_weights(path), None
+    weights, average, state = read_weights(path), None, None
     check_checksum(path, WEIGHTS, snapshot)
+    if os.path.lexists(os.path.join(path, AVERAGE)):
+        average = read_weights(path, AVERAGE)
+        check_checksum(path, AVERAGE, snapshot)
+    elif AVERAGE in snapshot.checksums:
+        raise RunError(f"{path} lacks {AVERAGE}; use another snapshot")
     if snapshot.step > 0:
         if not os.path.lexists(os.path.join(path, TRAINING_STATE)):
             raise RunError(
@@ -166,13 +183,14 @@ def read_resumable(path: str, snapshot: Snapshot) -> Checkpoint:
             path=os.path.join(path, TRAINING_STATE),
             as_written=bool(snapshot.checksums),
         )
-    return Checkpoint(path, snapshot, weights=weights, state=state)
+    return Checkpoint(path, snapshot, weights=weights, state=state, average=average)
 
 
 def open_checkpoint(
     path: str, *, models: Models, model: str | None = None, layout: str | None = None
 ) -> Checkpoint:
-    """Weights in any known format. Only a snapshot says which network it is of.
+    """Weights in any known format. Only a snapshot says which network it is of; its file AVERAGE
+    may be named as well.
 
     Args:
         model: the network of weights from elsewhere; unless given, it is guessed by their names.
@@ -180,10 +198,14 @@ def open_checkpoint(
 
     Raises RunError where it cannot be read, UsageError where the network is unknown.
     """
-    if os.path.lexists(os.path.join(path, DESCRIPTION)):
-        snapshot = read_description(path)
+    directory, file = os.path.split(path)
+    if file != AVERAGE:
+        directory, file = path, WEIGHTS
+    if os.path.lexists(os.path.join(directory, DESCRIPTION)):
+        snapshot = read_description(directory)
         known = models.get(snapshot.model)
-        return Checkpoint(path, snapshot, last_layer=known.last_layer if known else "fc")
+        last_layer = known.last_layer if known else "fc"
+        return Checkpoint(path, snapshot, last_layer=last_layer, file=file)
     external = read_external(path, layout=layout)
     model = model or guess_model(external, models, path=path)
     snapshot = Snapshot(
@@ -232,7 +254,7 @@ def check_last_layer(checkpoint: Checkpoint, models: Models) -> None:
     if checkpoint.external is not None:
         arrays = checkpoint.external.arrays
     else:
-        arrays = checkpoint.weights = checkpoint.weights or read_weights(path)
+        arrays = checkpoint.weights = checkpoint.weights or checkpoint.read()
     name = f"{entry.last_layer}.weight"
     needed = count * math.prod(standard_shapes(entry.build(1))[name])
     held = arrays[name].size if name in arrays else 0

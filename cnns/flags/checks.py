@@ -15,8 +15,10 @@ from cnns.flags.defaults import (
     EPSILON,
     FINETUNE,
     KEEP_SNAPSHOTS,
+    LR_SCALINGS,
     NUM_EPOCHS,
     WARMUP_EPOCHS,
+    learning_rate_per_256,
 )
 from cnns.flags.devices import CUDA_FLAGS
 from cnns.flags.network import PRECISION_FLAGS, PREPROCESSING_FLAGS
@@ -24,7 +26,7 @@ from cnns.flags.parser import Flag, show
 from cnns.launch.external import refuse_ranks
 from cnns.log import notice
 from cnns.models.model import Model
-from cnns.resume import num_processes
+from cnns.resume import num_parts, num_processes
 
 
 def check_precision_flags(args: Namespace, *, device: str) -> list[str]:
@@ -126,12 +128,14 @@ def check_data_flags(args: Namespace, flags: Mapping[str, Flag]) -> None:
         refuse("contradicts --data_order=global: it belongs to OneFlow's reader", *of_reader)
     if not has_validation(args):
         of_validation = ("val_data_part_num", "num_val_examples", "val_batch_size_per_device")
-        refuse("needs --val_data_dir", *of_validation)
+        refuse("needs --val_data_dir", *of_validation, "best_metric", "early_stop_epochs")
 
 
 def take_batch_size(args: Namespace) -> None:
-    """Divide --global_batch_size among the processes. Raises UsageError where it cannot be."""
-    whole, ranks = args.global_batch_size, num_processes(vars(args))
+    """Divide --global_batch_size among the processes, and on each into the parts of
+    --accumulate_steps. Raises UsageError where it cannot be.
+    """
+    whole, ranks, parts = args.global_batch_size, num_processes(vars(args)), num_parts(vars(args))
     if whole is None:
         return
     if whole % ranks:
@@ -139,13 +143,38 @@ def take_batch_size(args: Namespace) -> None:
             f"--global_batch_size={whole} cannot be divided among {ranks} processes; their number "
             "must be a divisor of it"
         )
-    if args.batch_size_per_device not in (None, whole // ranks):
+    if whole % parts:
+        raise UsageError(
+            f"--global_batch_size={whole}, {whole // ranks} for each of {ranks} processes, cannot "
+            f"be divided by --accumulate_steps={args.accumulate_steps}; give a divisor of "
+            f"{whole // ranks}"
+        )
+    if args.batch_size_per_device not in (None, whole // parts):
+        steps = f" in {args.accumulate_steps} steps" if args.accumulate_steps > 1 else ""
         raise UsageError(
             f"--batch_size_per_device={args.batch_size_per_device} contradicts "
-            f"--global_batch_size={whole}, which is {whole // ranks} for each of {ranks} "
-            "processes; leave one of them out"
+            f"--global_batch_size={whole}, which is {whole // parts} for each of {ranks} "
+            f"processes{steps}; leave one of them out"
         )
-    args.batch_size_per_device = whole // ranks
+    args.batch_size_per_device = whole // parts
+
+
+def check_recipe_flags(args: Namespace, flags: Mapping[str, Flag]) -> None:
+    """Raise UsageError where items of recipes contradict one another."""
+    if args.accumulate_steps > 1 and args.use_fp16:
+        raise UsageError(
+            "--accumulate_steps contradicts --use_fp16: OneFlow 0.9.0 cannot compile batch norms "
+            "with both; leave one of them out"
+        )
+    if args.accumulate_steps > 1 and args.gpu_image_decoder:
+        raise UsageError(
+            "--gpu_image_decoder reads inside the graph, once for each of --accumulate_steps; "
+            "leave one of them out"
+        )
+    if not args.ema_decay and args.ema_steps != flags["ema_steps"].default:
+        raise UsageError("--ema_steps needs --ema_decay; leave it out, or give both")
+    if args.best_metric.startswith("ema") and not args.ema_decay:
+        raise UsageError(f"--best_metric={args.best_metric} needs --ema_decay; give both")
 
 
 def finish_train_args(
@@ -160,6 +189,7 @@ def finish_train_args(
     notices += choose_data_order(args, flags)
     check_data_flags(args, flags)
     take_batch_size(args)
+    check_recipe_flags(args, flags)
     if args.epsilon is None:
         args.epsilon = EPSILON.get(args.optimizer)
     if args.train_data_dir is None and device == "cpu":
@@ -188,7 +218,7 @@ def finish_train_args(
     if args.batch_size_per_device is None and (not args.finetune or args.train_data_dir is None):
         args.batch_size_per_device = BATCH_SIZE_PER_DEVICE
     if args.batch_size_per_device is not None:  # else a share of data that are not open yet
-        args.global_batch_size = args.batch_size_per_device * num_processes(vars(args))
+        args.global_batch_size = args.batch_size_per_device * num_parts(vars(args))
     check_mixing(args)
     if args.num_epochs is None:
         args.num_epochs = NUM_EPOCHS
@@ -201,6 +231,7 @@ def finish_train_args(
     if args.warmup_epochs is None:
         args.warmup_epochs = min(WARMUP_EPOCHS, args.num_epochs // 2)
     check_schedule_flags(args)
+    check_optimizer_flags(args)
     if args.lr_decay == "step" and args.lr_step_epochs[0] >= args.num_epochs:
         notices.append(
             f"The learning rate never drops: --lr_step_epochs begins at {args.lr_step_epochs[0]:g} "
@@ -224,3 +255,35 @@ def check_schedule_flags(args: Namespace) -> None:
             f"--lr_step_epochs={steps[0]:g},... falls within --warmup_epochs="
             f"{args.warmup_epochs:g}; steps must come after the warm-up"
         )
+
+
+def take_learning_rate(args: Namespace, model: Model) -> list[str]:
+    """Fill in --learning_rate. Returns notices for the user. Raises UsageError."""
+    images, notices = args.global_batch_size, []
+    if args.learning_rate is None:
+        rate = learning_rate_per_256(model, args.optimizer, finetune=args.finetune)
+        args.learning_rate = rate if args.lr_scaling != "none" else rate * images / 256
+        if args.lr_scaling == "none":
+            notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
+    peak = args.learning_rate * LR_SCALINGS[args.lr_scaling](images / 256)
+    if args.lr_scaling != "none":
+        notices.append(
+            f"Learning rate: {peak:g} ({args.learning_rate:g} per 256 images, --lr_scaling="
+            f"{args.lr_scaling})."
+        )
+    if (args.lr_min or 0.0) > peak:
+        raise UsageError(f"--lr_min={args.lr_min:g} is above the peak learning rate, {peak:g}")
+    return notices
+
+
+def check_optimizer_flags(args: Namespace) -> None:
+    """Raise UsageError where flags of the optimizer contradict one another."""
+    if args.nesterov and not args.momentum:
+        raise UsageError("--nesterov contradicts --momentum=0; leave one of them out")
+    if args.optimizer == "adam":
+        for flag in ("norm_wd", "bias_wd"):
+            if getattr(args, flag) not in (None, 0.0, args.wd):
+                raise UsageError(
+                    f"--{flag}={getattr(args, flag):g}: with adam each kind of parameter decays by "
+                    f"--wd, {args.wd:g}, or not at all; give 0 or {args.wd:g}"
+                )

@@ -3,7 +3,8 @@
 Nothing here parses or checks: see training.py and checks.py beside this file.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 from cnns.models.model import Model
 
@@ -17,6 +18,12 @@ CPU_TRIAL = {"image_size": 64, "batch_size_per_device": 8, "num_epochs": 2}
 # NVIDIA's and OneFlow's ResNet-50 v1.5; adam: its paper's 0.001; rmsprop: 0.045 at batch 1600, of
 # the Inception-v3 paper (arXiv:1512.00567).
 LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072}
+# --lr_scaling: the factor of a rate per 256 images for so many times 256 of them.
+LR_SCALINGS: dict[str, Callable[[float], float]] = {
+    "none": lambda times: 1.0,
+    "linear": lambda times: times,
+    "sqrt": math.sqrt,
+}
 KEEP_SNAPSHOTS = 3
 # What --finetune takes unless flags say otherwise; docs/weights.md has how they were found.
 # The momentum of EfficientNet's batch norms, 0.01, is for long runs: after 90 steps its running
@@ -46,9 +53,12 @@ def describe_learning_rates(models: Mapping[str, Model]) -> str:
     return f"{text}; with --finetune {tuned}"
 
 
-def finetune_batch_size(num_examples: int, num_processes: int) -> int:
-    """Images per device and step that --finetune takes: so that small data have some steps."""
-    share = num_examples // num_processes
+def finetune_batch_size(num_examples: int, num_parts: int) -> int:
+    """Images that a device takes at once with --finetune: so that small data have some steps.
+
+    `num_parts` of them make the batch of a step.
+    """
+    share = num_examples // num_parts
     size = FINETUNE_BATCH_SIZE
     while size > FINETUNE_MIN_BATCH_SIZE and share < size * FINETUNE_STEPS:
         size //= 2

@@ -4,9 +4,10 @@ import os
 
 from cnns.flags.defaults import CPU_TRIAL, FINETUNE, KEEP_SNAPSHOTS, NUM_EPOCHS
 from cnns.flags.parser import Flag
-from cnns.flags.values import COUNT, boolean, count_or_all, number, onnx_path, path
+from cnns.flags.values import COUNT, boolean, count_or_all, names, number, onnx_path, path
 from cnns.places import ONNX_ROOT, PUBLISHED_FOLDER, SNAPSHOT_ROOT
 
+BEST_METRICS = ("top_1", "top_k", "loss", "ema_top_1", "ema_top_k", "ema_loss")
 RUN_FLAGS = {
     "num_epochs": Flag(
         "passes over the training data",
@@ -28,6 +29,14 @@ RUN_FLAGS = {
         "shorter than a run from scratch, see the flags' defaults",
         default=False,
         of="start",
+    ),
+    "freeze": Flag(
+        "parts of the network that are not trained, joined by commas, by their names in snapshots "
+        "(conv1,bn1,layer1); backbone: all but the last layer; their batch norms keep their "
+        "statistics",
+        names,
+        otherwise="none",
+        metavar="NAME[,NAME...]",
     ),
     "resume": Flag(
         "resume as if the run had never stopped: from a snapshot, from the newest intact one in a "
@@ -57,6 +66,18 @@ RUN_FLAGS = {
         count_or_all,
         otherwise=f"{KEEP_SNAPSHOTS}, and {FINETUNE['keep_snapshots']} with --finetune",
         metavar="COUNT|all",
+    ),
+    "best_metric": Flag(
+        "figure of the validation by which `best` is chosen; those of ema are of the average of "
+        "--ema_decay",
+        str.lower,
+        "top_1",
+        choices=BEST_METRICS,
+    ),
+    "early_stop_epochs": Flag(
+        "end the run after so many epochs that were no better than the best one",
+        COUNT,
+        otherwise="never",
     ),
     "loss_print_every_n_iter": Flag("iterations between lines", COUNT, 10),
     "seed": Flag(

@@ -8,6 +8,7 @@ from cnns.flags.defaults import (
     EPSILON,
     FINETUNE,
     FINETUNE_BATCH_SIZE,
+    LR_SCALINGS,
     WARMUP_EPOCHS,
     describe_learning_rates,
 )
@@ -18,7 +19,7 @@ from cnns.models.model import Model
 
 BATCH_FLAGS = {
     "batch_size_per_device": Flag(
-        "training images per device and step",
+        "training images that a device takes at once",
         COUNT,
         otherwise="a share of --global_batch_size if that is given, else "
         f"{BATCH_SIZE_PER_DEVICE}, {CPU_TRIAL['batch_size_per_device']} for synthetic data on a "
@@ -29,7 +30,13 @@ BATCH_FLAGS = {
         "training images of all devices per step, divided among them; a resumed run keeps it on "
         "any number of devices",
         COUNT,
-        otherwise="--batch_size_per_device times the number of devices",
+        otherwise="--batch_size_per_device times the number of devices and --accumulate_steps",
+    ),
+    "accumulate_steps": Flag(
+        "batches of --batch_size_per_device that make one iteration and one update, with the mean "
+        "of their gradients; batch norms see one at a time",
+        COUNT,
+        1,
     ),
 }
 
@@ -39,7 +46,8 @@ def optimizer_flags(
 ) -> dict[str, Flag]:
     return {
         "optimizer": Flag(
-            "adam decays weights decoupled from the gradient; --model_update=momentum is sgd",
+            "adam decays weights decoupled from the gradient, so adamw is the same; "
+            "--model_update=momentum is sgd",
             optimizer_name,
             "sgd",
             choices=optimizers,
@@ -50,11 +58,18 @@ def optimizer_flags(
             "peak learning rate", number(float, 0), otherwise=describe_learning_rates(models)
         ),
         "wd": Flag(
-            "weight decay of every parameter except those of batch norms",
+            "weight decay of every parameter for which --norm_wd and --bias_wd give no other",
             number(float, 0),
             1 / 32768,
             otherwise="1/32768",
         ),
+        "norm_wd": Flag("weight decay of batch norms", number(float, 0), 0.0),
+        "bias_wd": Flag(
+            "weight decay of the biases of convolutions and linear layers",
+            number(float, 0),
+            otherwise="--wd",
+        ),
+        "nesterov": Flag("Nesterov's momentum", default=False, needs=("optimizer", ("sgd",))),
         "momentum": Flag("momentum", number(float, 0, 1), 0.875, needs=("optimizer", ("sgd",))),
         "decay_rate": Flag(
             "decay of the mean square", number(float, 0, 1), 0.9, needs=("optimizer", ("rmsprop",))
@@ -75,6 +90,13 @@ def optimizer_flags(
             number(float, 0, 1, above=True),
             otherwise=f"the network's own, and {FINETUNE['batch_norm_momentum']:g} with --finetune",
         ),
+        "ema_decay": Flag(
+            "also keep an average of the weights, of which an update keeps this share, adjusted to "
+            "batch, --ema_steps and epochs as by torchvision (its recipe: 0.99998); 0: none",
+            number(float, 0, 1),
+            0.0,
+        ),
+        "ema_steps": Flag("iterations between updates of that average", COUNT, 32),
         "loss": Flag(
             "cross_entropy, or bce: each class by itself, as in the A recipes of timm",
             str.lower,
@@ -94,10 +116,32 @@ def optimizer_flags(
             needs=("loss", ("bce",)),
         ),
         "warmup_epochs": Flag(
-            "epochs of linear warm-up from 0",
+            "epochs of linear warm-up",
             number(float, 0),
             otherwise=f"{WARMUP_EPOCHS}, {FINETUNE['warmup_epochs']:g} with --finetune, but at "
             "most half of the run",
+        ),
+        "lr_scaling": Flag(
+            "take --learning_rate, or its default, per 256 images of global batch and scale it: "
+            "linear, in proportion; sqrt, by the square root, as is usual for adam",
+            str.lower,
+            "none",
+            choices=LR_SCALINGS,
+        ),
+        "lr_warmup_decay": Flag(
+            "share of the peak that the warm-up starts from", number(float, 0, 1), 0.0
+        ),
+        "lr_min": Flag(
+            "learning rate at the end",
+            number(float, 0),
+            otherwise="0, and 1e-05 for polynomial, as in OneFlow-Benchmark",
+            needs=("lr_decay", ("cosine", "polynomial")),
+        ),
+        "lr_power": Flag(
+            "power of the share of steps that are left; for lars usually 2",
+            number(float, 0, above=True),
+            1.0,
+            needs=("lr_decay", ("polynomial",)),
         ),
         "lr_decay": Flag("schedule after the warm-up", str.lower, "cosine", choices=schedules),
         "lr_step_epochs": Flag(

@@ -101,10 +101,18 @@ def addresses(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def names(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} must be names joined by commas")
+    return found
+
+
 def count_or_all(text: str) -> int:
     return 0 if text == "all" else number(int, 0)(text)
 
 
 def optimizer_name(text: str) -> str:
-    """The 2020 page still says --model_update=momentum for what is now --optimizer=sgd."""
-    return {"momentum": "sgd"}.get(text.lower(), text.lower())
+    """The 2020 page says --model_update=momentum for what is now --optimizer=sgd, and PyTorch AdamW
+    for what is adam here."""
+    return {"momentum": "sgd", "adamw": "adam"}.get(text.lower(), text.lower())

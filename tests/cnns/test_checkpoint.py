@@ -278,7 +278,7 @@ def test_runs_of_one_second_get_directories_of_their_own(tmp_path, monkeypatch):
 def test_processes_that_do_not_save_name_no_directory_but_a_given_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "1")
-    parts = SimpleNamespace(model=flow.nn.Linear(1, 1))
+    parts = SimpleNamespace(model=flow.nn.Linear(1, 1), average=None)
     for given, last_good in ((None, None), ("run", "run/snapshot_last")):
         with open_save_dir(given) as save_dir:
             saver = Saver(save_dir, describe, log=lambda line: None)

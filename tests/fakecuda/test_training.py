@@ -230,16 +230,21 @@ SETTINGS = {
     **{schedule: ("--model=toy", f"--lr_decay={schedule}") for schedule in SCHEDULES},
     "bce": ("--model=toy", "--loss=bce", "--bce_target_threshold=0.2"),
     "bce, summed, half": ("--model=toy", "--loss=bce", "--bce_sum", "--use_fp16"),
+    "ema": ("--model=toy", "--ema_decay=0.9", "--ema_steps=1"),
+    "ema, half": ("--model=tiny", "--ema_decay=0.9", "--use_fp16", "--channel_last"),
+    "accumulating": ("--model=toy", "--accumulate_steps=2", "--ema_decay=0.9"),
+    "accumulating, fused": ("--model=tiny", "--accumulate_steps=2", "--gradient_clipping=1")
+    + FUSED_NHWC,
+    "nesterov": ("--model=toy", "--nesterov", "--norm_wd=0.1", "--bias_wd=0", "--lr_min=0.001"),
+    "frozen, half": ("--model=tiny", "--freeze=conv1,bn1,layer1", "--use_fp16") + FUSED_NHWC,
     "dropping": ("--model=dropping",),
     "dropping, half": ("--model=dropping", "--use_fp16"),
 }
 STEPS = 2
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """The training jobs of SETTINGS, and the log of the device."""
-    directory = tmp_path_factory.mktemp("settings")
+def compile_all(settings: dict[str, tuple[str, ...]], directory) -> tuple[dict, jobs.Log]:
+    """The training jobs of settings, and the log of the device."""
     session = jobs.Session(
         *(
             (
@@ -253,12 +258,12 @@ def compiled(tmp_path_factory):
                 f"--model_save_dir={i}",
                 *flags,
             )
-            for i, flags in enumerate(SETTINGS.values())
+            for i, flags in enumerate(settings.values())
         ),
         env=fake.environment(log=directory / "device.log"),
         cwd=directory,
     )
-    done = dict(zip(SETTINGS, session.finish(), strict=True))
+    done = dict(zip(settings, session.finish(), strict=True))
     log = jobs.read_log(directory / "device.log")
     assert log.faults == []
     for name, each in done.items():
@@ -266,17 +271,38 @@ def compiled(tmp_path_factory):
     return {name: each.jobs["TrainGraph"] for name, each in done.items()}, log
 
 
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    settings = {name: flags for name, flags in SETTINGS.items() if "--model=tiny" not in flags}
+    return compile_all(settings, tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="module")
+def compiled(toys, tmp_path_factory):
+    """The training jobs of SETTINGS."""
+    settings = {name: flags for name, flags in SETTINGS.items() if "--model=tiny" in flags}
+    return toys[0] | compile_all(settings, tmp_path_factory.mktemp("tinies"))[0]
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_optimizers_and_schedules_compile(compiled, name):
-    operators = compiled[0][name]
+    operators = compiled[name]
     flags = " ".join(SETTINGS[name])
     found = Counter(op.kind for op in operators)
     optimizer = "adam" if "adam" in flags else "rmsprop" if "rmsprop" in flags else "sgd"
     update = "sgd_update" if "--momentum=0" in flags else UPDATES[optimizer]
-    parameters = sum(bool(re.fullmatch(r"model\..*(weight|bias)", op.name)) for op in operators)
+    frozen = r"(?!conv1|bn1|layer1)" if "freeze" in flags else ""
+    trained = rf"model\.{frozen}.*(weight|bias)"
+    parameters = sum(bool(re.fullmatch(trained, op.name)) for op in operators)
+    # The average changes by SGD's operator, in float32: parameters and statistics.
+    averages = "ema_decay" in flags and "accumulate" not in flags
+    blends = [op for op in operators if op.kind == "sgd_update" and averages]
+    assert all(op.dtypes == {"float32"} for op in blends)
+    statistics = sum(bool(re.fullmatch(r"average\..*running_\w+", op.name)) for op in operators)
+    assert (len(blends) == parameters + statistics > 0) == averages
     assert {kind: n for kind, n in found.items() if kind.endswith("_update")} == {
         update: parameters
-    }
+    } | ({"sgd_update": len(blends)} if blends else {})
     # Adam keeps the corrections of its means' bias as scalars; those are computed on the host.
     more = {"adam_bias_correction_factor": 2} if optimizer == "adam" else {}
     check_devices(operators, schedule=True, use_fp16="--use_fp16" in flags, more=more)
@@ -287,9 +313,9 @@ def test_optimizers_and_schedules_compile(compiled, name):
     assert found["multi_reduce_sum_pow_abs"] == ("--gradient_clipping" in flags)
 
 
-def test_dropout_masks_reach_the_device(compiled):
+def test_dropout_masks_reach_the_device(toys):
     """A mask for each layer, step and run, and each is multiplied with."""
-    operators = compiled[0]["dropping"]
+    operators = toys[0]["dropping"]
     masks = [op.name for op in operators if op.kind == "input"][2:]  # behind image and label
     layers = [m for m in small.Dropping().modules() if isinstance(m, Dropout)]
     assert len(masks) == len(layers) == 2
@@ -298,4 +324,4 @@ def test_dropout_masks_reach_the_device(compiled):
         assert any(blob.name.startswith(mask) for op in products for blob in op.inputs), mask
     runs = sum("dropping" in name for name in SETTINGS)
     size = BATCH_SIZE * layers[0].features * 4
-    assert compiled[1].copied("HD")[size] == runs * STEPS * len(layers)
+    assert toys[1].copied("HD")[size] == runs * STEPS * len(layers)

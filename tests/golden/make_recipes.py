@@ -9,8 +9,11 @@ and optimizers compute it where it has them; LAMB, LARS, the average of weights 
 of targets are written out from their papers and sources. Nothing here imports the project.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import seeded
@@ -22,7 +25,7 @@ FILE = Path(__file__).resolve().parent / "recipes.npz"
 NUM_CLASSES, STEPS, SMOOTHING = 5, 20, 0.1
 BATCH = {"size": 16, "pixels": 16, "num_classes": NUM_CLASSES}
 FIRST_BATCH_SEED, WEIGHTS_SEED = 2000, 30
-RATE, MOMENTUM, DECAY = 0.1, 0.875, 0.05
+RATE, MOMENTUM, DECAY, WARMUP_STEPS = 0.1, 0.875, 0.05, 5
 
 
 class Smooth(nn.Module):
@@ -121,9 +124,51 @@ def split(network: nn.Module) -> tuple[list, list]:
     ]
 
 
-def train(loss: Callable = plain, optimizer: Callable = sgd) -> dict:
+NORM_DECAY, BIAS_DECAY = 0.02, 0.2
+
+
+def kinds(network: nn.Module) -> torch.optim.Optimizer:
+    """A weight decay for batch norms, one for other biases, one for weights."""
+    norms, others = split(network)
+    biases = [p for p in others if p.ndim == 1]
+    groups = [
+        {"params": norms, "weight_decay": NORM_DECAY},
+        {"params": biases, "weight_decay": BIAS_DECAY},
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": DECAY},
+    ]
+    return torch.optim.SGD(groups, lr=RATE, momentum=MOMENTUM)
+
+
+def adamw(network: nn.Module) -> torch.optim.Optimizer:
+    norms, others = split(network)
+    groups = [{"params": norms, "weight_decay": 0.0}, {"params": others, "weight_decay": DECAY}]
+    return torch.optim.AdamW(groups, lr=ADAM_RATE, eps=1e-8)
+
+
+ADAM_RATE, WARMUP_DECAY, MINIMUM, POWER = 0.02, 0.01, 0.03, 2.0
+
+
+def torchvision_schedule(optimizer: torch.optim.Optimizer) -> Any:
+    """Warm-up from a share of the peak, then a cosine to a minimum, by step and not by epoch."""
+    schedulers = torch.optim.lr_scheduler
+    warmup = schedulers.LinearLR(optimizer, WARMUP_DECAY, total_iters=WARMUP_STEPS)
+    cosine = schedulers.CosineAnnealingLR(optimizer, STEPS - WARMUP_STEPS, eta_min=MINIMUM)
+    return schedulers.SequentialLR(optimizer, [warmup, cosine], [WARMUP_STEPS])
+
+
+def polynomial(optimizer: torch.optim.Optimizer) -> Any:
+    schedulers = torch.optim.lr_scheduler
+    warmup = schedulers.LinearLR(optimizer, WARMUP_DECAY, total_iters=WARMUP_STEPS)
+    rest = schedulers.PolynomialLR(optimizer, STEPS - WARMUP_STEPS, power=POWER)
+    return schedulers.SequentialLR(optimizer, [warmup, rest], [WARMUP_STEPS])
+
+
+def train(
+    loss: Callable = plain, optimizer: Callable = sgd, schedule: Callable | None = None
+) -> dict:
     network = make_network()
     built = optimizer(network)
+    scheduler = schedule and schedule(built)
     losses = []
     for step in range(STEPS):
         batch = make_batch(step)
@@ -131,6 +176,8 @@ def train(loss: Callable = plain, optimizer: Callable = sgd) -> dict:
         built.zero_grad()
         value.backward()
         built.step()
+        if scheduler:
+            scheduler.step()
         losses.append(value.item())
     return {"losses": np.array(losses), **prefixed("state", state(network))}
 
@@ -139,23 +186,113 @@ def prefixed(prefix: str, arrays: dict) -> dict:
     return {f"{prefix}/{key}": value for key, value in arrays.items()}
 
 
+def frozen() -> dict:
+    """Only the last layer trains, with statistics as they are; clipped over what is left."""
+    network = make_network()
+    for parameter in (*network.conv.parameters(), *network.bn.parameters()):
+        parameter.requires_grad_(False)
+    network.bn.eval()
+    optimizer = torch.optim.SGD(
+        network.fc.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY
+    )
+    losses = []
+    for step in range(STEPS):
+        batch = make_batch(step)
+        loss = plain(network(batch[0]), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.fc.parameters(), CLIP)
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": np.array(losses), **prefixed("state", state(network))}
+
+
+# Gradients of several batches for one update.
+
+PARTS, CLIP = 4, 0.5
+
+
+def warmup_cosine(step: int) -> float:
+    if step < WARMUP_STEPS:
+        return RATE * step / WARMUP_STEPS
+    return RATE * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS))) / 2
+
+
+def accumulate() -> dict:
+    """Clipped over the mean of the gradients; the rate is counted in updates."""
+    network = make_network()
+    optimizer, losses = sgd(network), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        total = 0.0
+        for rows in np.split(np.arange(BATCH["size"]), PARTS):
+            batch = [each[rows] for each in make_batch(step)]
+            loss = plain(network(batch[0]), batch) / PARTS
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = warmup_cosine(step)
+        optimizer.step()
+        losses.append(total)
+    return {"losses": np.array(losses), **prefixed("state", state(network))}
+
+
+# The average of weights, with the rules of torchvision's reference script.
+
+EMA = {"decay": 0.9995, "interval": 2, "steps_per_epoch": 5, "warmup_epochs": 1}
+
+
+def average() -> dict:
+    network, epochs = make_network(), STEPS // EMA["steps_per_epoch"]
+    share = min(1.0, (1 - EMA["decay"]) * BATCH["size"] * EMA["interval"] / epochs)
+    averaged = torch.optim.swa_utils.AveragedModel(
+        network, avg_fn=lambda mean, now, n: (1 - share) * mean + share * now, use_buffers=True
+    )
+    optimizer = sgd(network)
+    for step in range(STEPS):
+        epoch, iteration = divmod(step, EMA["steps_per_epoch"])
+        batch = make_batch(step)
+        loss = plain(network(batch[0]), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if iteration % EMA["interval"] == 0:
+            averaged.update_parameters(network)
+            if epoch < EMA["warmup_epochs"]:
+                averaged.n_averaged.fill_(0)
+    return prefixed("average", state(averaged.module))
+
+
 CASES: dict[str, Callable[[], dict]] = {
     "plain": train,
     "mixed": lambda: train(mixed),
     "bce": lambda: train(bce),
     "bce_sum": lambda: train(bce_sum),
     "bce_threshold": lambda: train(bce_threshold),
+    "kinds": lambda: train(optimizer=kinds),
+    "nesterov": lambda: train(optimizer=partial(sgd, nesterov=True)),
+    "adamw": lambda: train(optimizer=adamw),
+    "schedule": lambda: train(schedule=torchvision_schedule),
+    "polynomial": lambda: train(schedule=polynomial),
+    "freeze": frozen,
+    "accumulate": accumulate,
+    "ema": average,
 }
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     content = {"torch": torch.__version__, "steps": STEPS, "smoothing": SMOOTHING}
+    content |= {"norm_decay": NORM_DECAY, "bias_decay": BIAS_DECAY, "adam_rate": ADAM_RATE}
+    content |= {"warmup_decay": WARMUP_DECAY, "minimum": MINIMUM, "power": POWER}
+    content |= {"parts": PARTS, "clip": CLIP, "warmup_steps": WARMUP_STEPS}
     content |= {"rate": RATE, "momentum": MOMENTUM, "decay": DECAY}
     content |= {"first_batch_seed": FIRST_BATCH_SEED, "weights_seed": WEIGHTS_SEED}
-    content |= prefixed("batch", BATCH)
+    content |= prefixed("batch", BATCH) | prefixed("ema", EMA)
     for name, run in CASES.items():
         result = run()
-        print(f"{name}: {result['losses'].round(3).tolist()}")
+        print(name, *result.get("losses", np.zeros(0)).round(3))
         content |= prefixed(name, result)
     np.savez_compressed(FILE, **content)
 
