@@ -8,8 +8,9 @@ that an advertised choice always exists.
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cnns.convert.cache import Settings
 from cnns.data.crops import Augmentation
@@ -46,6 +47,7 @@ from model_registry import MODELS
 from ofrecord_util import DATA_ORDERS
 from optimizer_util import OPTIMIZERS, SCHEDULES
 
+OF_ONE_START = ("model_save_dir", "resume", "config")  # flags of training that are not recorded
 SNAPSHOT_MODEL_FLAGS = snapshot_model_flags(MODELS)
 COMMON_FLAGS = {
     "model": SNAPSHOT_MODEL_FLAGS,
@@ -218,6 +220,16 @@ def flags_of_a_job(args: Namespace, parser: FlagParser) -> dict[str, object]:
         name for name, flag in parser.flags.items() if flag.of != "node" and flag.parse is not path
     }
     return {f"--{name}": value for name, value in vars(args).items() if name in compared}
+
+
+def recorded_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Those flags of a training run that flags.yaml gives back to --config."""
+    parser = make_parser("train")
+    return {
+        name: value
+        for name, value in flags.items()
+        if value is not None and parser.flags[name].of != "node" and name not in OF_ONE_START
+    }
 
 
 def finish_train_args(args: Namespace, *, device: str) -> list[str]:

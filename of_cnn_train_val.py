@@ -137,8 +137,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 # What will be run.
 
-OF_ONE_START = ("model_save_dir", "resume", "config")  # flags that flags.yaml does not give back
-
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -298,12 +296,7 @@ def make_record(spec: RunSpec, save_dir: str) -> AbstractContextManager[Record]:
     """The record of the run; only that of the first process writes."""
     if not is_first_rank():
         return nullcontext(Record())
-    parser, about = config.make_parser("train"), spec.about
-    flags = {
-        name: value
-        for name, value in spec.flags.items()
-        if value is not None and parser.flags[name].of != "node" and name not in OF_ONE_START
-    }
+    about = spec.about
     start = spec.start.path if spec.start else None
     devices = [device.name for device in cuda_devices()] if spec.device == "cuda" else ["cpu"]
     return open_record(
@@ -311,7 +304,7 @@ def make_record(spec: RunSpec, save_dir: str) -> AbstractContextManager[Record]:
         step=spec.progress.step,
         epochs=spec.progress.current_epoch,
         about={
-            "flags": flags,
+            "flags": config.recorded_flags(spec.flags),
             "device": spec.device,
             "model": about.model,
             "num_classes": about.num_classes,
