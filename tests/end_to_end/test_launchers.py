@@ -500,12 +500,19 @@ class Example:
         return output.read_text() if output.exists() else ""
 
     def wait_for(self, words, *, times, seconds):
-        wait_until(lambda: self.text().count(words) >= times, seconds)
+        self.wait_until(lambda: self.text().count(words) >= times, seconds)
+
+    def wait_until(self, condition, seconds):
+        try:
+            wait_until(condition, seconds)
+        except AssertionError as error:
+            queue = self.slurm("squeue", check=False)
+            raise AssertionError(f"{error}:\n{self.text()[-3000:]}\n{queue}") from None
 
     def resumed(self, times):
         # A job that is queued again waits for two minutes, unless told otherwise.
         self.slurm("scontrol", "update", f"JobId={self.job}", "StartTime=now", check=False)
-        return self.text().count("Resuming at epoch") == times
+        return self.text().count("Resuming at epoch") >= times
 
     def cancel(self):
         self.slurm("scancel", self.job)
@@ -522,10 +529,10 @@ def test_the_example_of_a_batch_script(slurm, data, tmp_path):
     example.wait_for("train: epoch 1,", times=3, seconds=400)
     slurm("scontrol", "requeue", example.job)  # as preemption does
     example.wait_for("interrupted by SIGTERM", times=1, seconds=100)
-    wait_until(lambda: example.resumed(1), 400)
+    example.wait_until(lambda: example.resumed(1), 400)
     slurm("scancel", "--signal=TERM", example.job)
     example.wait_for("interrupted by SIGTERM", times=2, seconds=100)
-    wait_until(lambda: example.resumed(2), 400)
+    example.wait_until(lambda: example.resumed(2), 400)
     example.cancel()
     assert example.text().count("interrupted by SIGTERM") == 3
     lines = example.text().splitlines()
@@ -539,7 +546,7 @@ def test_a_signal_of_slurm_before_the_time_is_over(slurm, data, tmp_path):
     example = Example(slurm, data, tmp_path)
     example.submit("--time=3", "--signal=TERM@60", epochs=1000)
     example.wait_for("interrupted by SIGTERM", times=1, seconds=240)
-    wait_until(lambda: example.resumed(1), 400)
+    example.wait_until(lambda: example.resumed(1), 400)
     example.cancel()
     assert "DUE TO TIME LIMIT" not in example.text()
     assert not any("died" in line for line in example.text().splitlines())
