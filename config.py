@@ -17,7 +17,7 @@ from cnns.data.crops import Augmentation
 from cnns.data.images import MAX_PIXELS
 from cnns.errors import UsageError
 from cnns.flags import checks
-from cnns.flags.augment import MIXING_FLAGS, PICTURE_FLAGS, TRAIN_SIZE_FLAGS
+from cnns.flags.augment import CLASS_FLAGS, MIXING_FLAGS, PICTURE_FLAGS, TRAIN_SIZE_FLAGS
 from cnns.flags.data import FOLDER_FLAGS, VAL_DATA_FLAGS, train_data_flags
 from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE
 from cnns.flags.devices import CUDA_TRAINING_FLAGS, DEVICE_FLAGS
@@ -67,6 +67,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
             "batches": BATCH_FLAGS,
             "training data": train_data_flags(DATA_ORDERS),
             "augmentation": TRAIN_SIZE_FLAGS | PICTURE_FLAGS | MIXING_FLAGS,
+            "uneven classes": CLASS_FLAGS,
             "validation data": VAL_DATA_FLAGS,
             "folders of images": FOLDER_FLAGS,
             "optimizer and schedule": optimizer_flags(MODELS, OPTIMIZERS, SCHEDULES),
@@ -185,6 +186,7 @@ def augmentation(args: Namespace) -> Augmentation:
         color_jitter=args.color_jitter,
         random_erasing=args.random_erasing,
         repeats=args.repeated_augmentation,
+        balanced=args.balanced_sampler,
     )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import oneflow as flow
 from oneflow import nn
 
@@ -34,11 +35,13 @@ from cnns.checkpoint.weights import Checkpoint, standard_shapes
 from cnns.configfile import read_config
 from cnns.data.images import Preprocessing
 from cnns.data.kinds import Dataset, Synthetic
-from cnns.data.mixing import Mixing, MixingLoader
+from cnns.data.mixing import Mixing
+from cnns.data.uneven import find_class_weights
 from cnns.distributed import (
     choose_device,
     cuda_devices,
     launch_script,
+    on_all_devices,
     place,
     set_communication,
     share_usage_errors,
@@ -153,6 +156,7 @@ class RunSpec:
     resumed: Checkpoint | None  # the same, if a run is resumed from it
     found: frozenset  # snapshots that were in --model_save_dir when it was checked
     notices: list[str]  # for the user
+    class_weights: np.ndarray | None = None  # (C,) float32, of the loss; None: all equal
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -246,6 +250,9 @@ def make_spec(given: Namespace) -> RunSpec:
         resumed=resumed,
         found=found,
         notices=notices,
+        class_weights=find_class_weights(
+            args.class_weights, train_data, num_classes=about.num_classes, flag="--class_weights"
+        ),
     )
 
 
@@ -277,6 +284,7 @@ def facts(given: Namespace) -> dict:
         "snapshot to resume": position(spec.describe(spec.progress)),
         "model": [about.model, about.num_classes, *vars(about.preprocessing).values()],
         "versions": about.versions,
+        "class weights": None if spec.class_weights is None else spec.class_weights.tolist(),
     }
 
 
@@ -409,22 +417,18 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
     """What feeds the training graph."""
     flags = spec.flags
     log(spec.train_data.loading_line)
-    loader = ofrecord_util.train_loader(
+    return ofrecord_util.train_loader(
         spec.train_data,
         batch_size=spec.batch_size,
         preprocessing=spec.train_preprocessing,
         augmentation=config.augmentation(Namespace(**flags)),
+        mixing=Mixing(flags["mixup_alpha"], flags["cutmix_alpha"], flags["seed"]),
         seed=flags["seed"],
         device=spec.device,
         data_order=flags["data_order"],
         gpu_image_decoder=flags["gpu_image_decoder"],
         first_step=spec.progress.step,
     )
-    mixing = Mixing(flags["mixup_alpha"], flags["cutmix_alpha"], flags["seed"])
-    if not mixing.is_on:
-        return loader
-    size = spec.train_preprocessing.image_size
-    return MixingLoader(loader, mixing, batch_size=spec.batch_size, size=size, device=spec.device)
 
 
 def build_train_graph(
@@ -455,6 +459,7 @@ def build_train_graph(
             label_smoothing=flags["label_smoothing"],
             target_threshold=flags["bce_target_threshold"],
             sum_classes=bool(flags["bce_sum"]),
+            class_weights=on_all_devices(spec.class_weights, spec.device),
         ),
         top_k=spec.top_k,
         average=average.network if average and average.within_graph else None,

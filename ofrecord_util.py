@@ -7,10 +7,11 @@ it and gives
     image  (N, 3, H, W) float32, RGB, normalised, on the device
     label  (N,) int32, on the device
 
-with N the global batch size. A training loader's `batches(epoch, iteration)` begins after the first
-`iteration` batches of an epoch, and what it yields depends on the seed, the epoch and the iteration
-alone, so that a run can stop and be resumed anywhere. A validation loader's `batches()` are one
-round, of `num_batches`, and have one tensor more in front,
+with N the global batch size; where images are mixed, it also gives what cnns/losses.py says. A
+training loader's `batches(epoch, iteration)` begins after the first `iteration` batches of an
+epoch, and what it yields depends on the seed, the epoch and the iteration alone, so that a run can
+stop and be resumed anywhere. A validation loader's `batches()` are one round, of `num_batches`, and
+have one tensor more in front,
 
     row_mask  (N,) int32, 1 in rows to score, 0 in padding and repetitions
 
@@ -35,6 +36,7 @@ from cnns.data.crops import SHUFFLE_BUFFER_SIZE, Augmentation, derive_seeds
 from cnns.data.format import PART_PREFIX
 from cnns.data.images import Preprocessing
 from cnns.data.kinds import Arrays, Dataset, Shards, Synthetic, split_evenly
+from cnns.data.mixing import Mixing, MixingLoader
 from cnns.data.pictures import PictureTrainLoader
 from cnns.data.records import RecordSource
 from cnns.data.synthetic import SyntheticTrainLoader, SyntheticValLoader
@@ -350,6 +352,7 @@ def train_loader(
     batch_size: int,
     preprocessing: Preprocessing,
     augmentation: Augmentation,
+    mixing: Mixing | None = None,
     seed: int,
     device: str,
     data_order: str = "native",
@@ -366,7 +369,7 @@ def train_loader(
         loader = DATA_ORDERS[data_order]
     if gpu_image_decoder:
         loader = partial(GPUDecodingTrainLoader, first_step=first_step)
-    return loader(
+    made = loader(
         data,
         batch_size=batch_size,
         preprocessing=preprocessing,
@@ -374,6 +377,10 @@ def train_loader(
         seed=seed,
         device=device,
     )
+    if mixing is None or not mixing.is_on:
+        return made
+    size = preprocessing.image_size
+    return MixingLoader(made, mixing, batch_size=batch_size, size=size, device=device)
 
 
 def val_loader(

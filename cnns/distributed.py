@@ -278,6 +278,14 @@ def own_rows(batch_size: int) -> slice:
     return slice(rows * flow.env.get_rank(), rows * (flow.env.get_rank() + 1))
 
 
+def on_all_devices(array: np.ndarray | None, device: str) -> flow.Tensor | None:
+    """An array that every process holds, whole on each device; None stays None."""
+    if array is None:
+        return None
+    placement = flow.env.all_device_placement(device)
+    return flow.tensor(array).to_global(placement, flow.sbp.broadcast)
+
+
 def to_device(batch: np.ndarray, placement: flow.placement) -> flow.Tensor:
     """An array that every process holds, as a global tensor split over the devices."""
     return to_global(flow.tensor(batch[own_rows(len(batch))]), placement)

@@ -3,6 +3,11 @@
 Where a loader mixes images, it gives a second label for each (N,) int32 and the share of the first
 (N,) float32: the target of a row is `share` of its label and `1 - share` of the other. Everything
 is computed in float32, and none of it waits for the host.
+
+With weights of the classes (C,) the mean is one over the rows weighted by their labels: what a row
+loses is divided by the sum of the weights of all labels of the batch, as PyTorch's CrossEntropyLoss
+does. In cross entropy each class of a smoothed target has its own weight, as there; of `bce` the
+row has that of its label. A mixed row's weight is mixed as its target is.
 """
 
 from collections.abc import Callable
@@ -41,18 +46,30 @@ def main_label(label: flow.Tensor, mixed: tuple[flow.Tensor, ...]) -> flow.Tenso
     return label * first + other * (1 - first)
 
 
+def label_weights(
+    class_weights: flow.Tensor, logits: flow.Tensor, label: flow.Tensor, mixed: tuple
+) -> flow.Tensor:
+    """The weight of each row's label (N,)."""
+    return (soft_target(logits, label, mixed, smoothing=0.0) * class_weights).sum(dim=1)
+
+
 class CrossEntropy(nn.CrossEntropyLoss):
     """Cross entropy with softened targets, the mean over the rows."""
 
-    def __init__(self, *, label_smoothing: float):
+    def __init__(self, *, label_smoothing: float, class_weights: flow.Tensor | None = None):
         super().__init__(label_smoothing=label_smoothing)
         self.smoothing = label_smoothing
+        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, logits, label, *mixed):
-        if not mixed:
+        weights = self.class_weights
+        if not mixed and weights is None:
             return nn.CrossEntropyLoss.forward(self, logits, label)
         target = soft_target(logits, label, mixed, smoothing=self.smoothing)
-        return -(target * flow.log_softmax(logits, dim=1)).sum(dim=1).mean()
+        if weights is None:
+            return -(target * flow.log_softmax(logits, dim=1)).sum(dim=1).mean()
+        loss = -(target * weights * flow.log_softmax(logits, dim=1)).sum()
+        return loss / label_weights(weights, logits, label, mixed).sum()
 
 
 class BinaryCrossEntropy(nn.Module):
@@ -70,8 +87,10 @@ class BinaryCrossEntropy(nn.Module):
         label_smoothing: float,
         target_threshold: float | None = None,
         sum_classes: bool = False,
+        class_weights: flow.Tensor | None = None,
     ):
         super().__init__()
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.smoothing = label_smoothing
         self.target_threshold, self.sum_classes = target_threshold, sum_classes
 
@@ -80,17 +99,18 @@ class BinaryCrossEntropy(nn.Module):
         if self.target_threshold is not None:
             target = (target > self.target_threshold).to(dtype=flow.float32)
         loss = flow._C.binary_cross_entropy_with_logits_loss(logits, target, None, None, "none")
-        return loss.sum(dim=1).mean() if self.sum_classes else loss.mean()
+        weights = self.class_weights
+        if weights is None:
+            return loss.sum(dim=1).mean() if self.sum_classes else loss.mean()
+        rows = loss.sum(dim=1) if self.sum_classes else loss.mean(dim=1)  # (N,)
+        row_weights = label_weights(weights, logits, label, mixed)
+        return (rows * row_weights).sum() / row_weights.sum()
 
 
 # Each takes the settings, and of them those that are its own.
 LOSSES: dict[str, Callable[..., nn.Module]] = {
-    "cross_entropy": lambda smoothing, own: CrossEntropy(label_smoothing=smoothing),
-    "bce": lambda smoothing, own: BinaryCrossEntropy(
-        label_smoothing=smoothing,
-        target_threshold=own["target_threshold"],
-        sum_classes=own["sum_classes"],
-    ),
+    "cross_entropy": lambda own, of_all: CrossEntropy(**of_all),
+    "bce": lambda own, of_all: BinaryCrossEntropy(**own, **of_all),
 }
 
 
@@ -100,7 +120,11 @@ def build_loss(
     label_smoothing: float,
     target_threshold: float | None = None,
     sum_classes: bool = False,
+    class_weights: flow.Tensor | None = None,
 ) -> nn.Module:
-    """The loss `name`, a key of LOSSES. The last two are of `bce`."""
+    """The loss `name`, a key of LOSSES. `target_threshold` and `sum_classes` are of `bce`;
+    `class_weights` (C,) float32 lie where the logits do, on every device.
+    """
     own = {"target_threshold": target_threshold, "sum_classes": sum_classes}
-    return LOSSES[name](label_smoothing, own)
+    of_all = {"label_smoothing": label_smoothing, "class_weights": class_weights}
+    return LOSSES[name](own, of_all)

@@ -28,7 +28,7 @@ from cnns.data.datasets import open_train_dataset
 from cnns.data.images import Preprocessing, class_names
 from cnns.data.kinds import Dataset
 from cnns.errors import RunError, UsageError, run_main
-from cnns.flags.augment import PICTURE_FLAGS, picture_flags_given
+from cnns.flags.augment import BY_PICTURE, picture_flags_given
 from cnns.flags.data import AUGMENTATION_FLAGS, FOLDER_FLAGS
 from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE
 from cnns.flags.parser import Parser
@@ -57,7 +57,7 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("as in training")
     flags = config.make_parser("train").flags
     own = {"model": "resnet50", "batch_size_per_device": BATCH_SIZE_PER_DEVICE}
-    names = ("seed", *own, "image_size", *AUGMENTATION_FLAGS, *PICTURE_FLAGS)
+    names = ("seed", *own, "image_size", *AUGMENTATION_FLAGS, *BY_PICTURE)
     names += ("shuffle_buffer_size",)
     for name in (*names, *FOLDER_FLAGS):
         flags[name].add_to(group, name)
@@ -87,7 +87,7 @@ def pictures(
         augmentation=config.augmentation(args),
         seed=args.seed,
         device="cpu",
-        data_order="global" if picture_flags_given(args, PICTURE_FLAGS) else "native",
+        data_order="global" if picture_flags_given(args, BY_PICTURE) else "native",
     )
     mean, std = np.array(preprocessing.rgb_mean), np.array(preprocessing.rgb_std)
     for batch in loader.batches(args.epoch):

@@ -8,7 +8,7 @@ from cnns.data.augment import AUTO_AUGMENTS, LEVELS
 from cnns.data.images import INTERPOLATIONS
 from cnns.errors import UsageError
 from cnns.flags.parser import Flag
-from cnns.flags.values import number, numbers
+from cnns.flags.values import number, numbers, path
 
 
 def color_jitter(text: str) -> tuple[float, ...]:
@@ -69,13 +69,37 @@ PICTURE_FLAGS = {
         fixed=True,
     ),
 }
+# Of classes that are not equally frequent.
+CLASS_FLAGS = {
+    "class_weights": Flag(
+        "weights of the classes in the loss: auto, in inverse proportion to their images, with a "
+        "mean of 1 over all images; or a YAML or JSON file with a list of all, or `class: weight` "
+        "lines; auto reads every record once before training",
+        path,
+        otherwise="all equal",
+        metavar="auto|FILE",
+    ),
+    "balanced_sampler": Flag(
+        "images of each class equally often in an epoch, which is as long as before: those of "
+        "small classes several times, augmented anew; reads every record once before training",
+        default=False,
+        fixed=True,
+    ),
+}
+BY_PICTURE = PICTURE_FLAGS | {"balanced_sampler": CLASS_FLAGS["balanced_sampler"]}
+
+
+def check_class_flags(args: Namespace) -> None:
+    if args.class_weights is not None and args.balanced_sampler:
+        raise UsageError(
+            "--class_weights and --balanced_sampler both make up for uneven classes; give one of "
+            "them"
+        )
 
 
 def picture_flags_given(args: Namespace, flags: Mapping[str, Flag]) -> list[str]:
-    """Those of PICTURE_FLAGS that are not left at their defaults."""
-    return [
-        name for name in PICTURE_FLAGS if getattr(args, name) not in (None, flags[name].default)
-    ]
+    """Those of BY_PICTURE that are not left at their defaults."""
+    return [name for name in BY_PICTURE if getattr(args, name) not in (None, flags[name].default)]
 
 
 def choose_data_order(args: Namespace, flags: Mapping[str, Flag]) -> list[str]:

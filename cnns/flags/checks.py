@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from cnns.convert.cache import is_photo_folder
 from cnns.distributed import choose_device
 from cnns.errors import UsageError
-from cnns.flags.augment import check_mixing, choose_data_order, picture_flags_given
+from cnns.flags.augment import (
+    check_class_flags,
+    check_mixing,
+    choose_data_order,
+    picture_flags_given,
+)
 from cnns.flags.data import AUGMENTATION_FLAGS, FOLDER_FLAGS
 from cnns.flags.defaults import (
     BATCH_SIZE_PER_DEVICE,
@@ -115,7 +120,8 @@ def check_data_flags(args: Namespace, flags: Mapping[str, Flag]) -> None:
     if args.train_data_dir is None:
         of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num", *FOLDER_FLAGS)
         refuse("needs --train_data_dir, and without it data are synthetic", *of_files)
-        ignored = (*AUGMENTATION_FLAGS, "train_image_size", *picture_flags_given(args, flags))
+        ignored = (*AUGMENTATION_FLAGS, "train_image_size", "class_weights")
+        ignored += tuple(picture_flags_given(args, flags))
         refuse("has no effect on synthetic data", *ignored)
         ignored = (*of_parts, "val_batch_size_per_device")
         refuse("has no effect on synthetic data", *ignored)
@@ -186,6 +192,7 @@ def finish_train_args(
     UsageError where flags contradict one another.
     """
     notices = check_precision_flags(args, device=device)
+    check_class_flags(args)
     notices += choose_data_order(args, flags)
     check_data_flags(args, flags)
     take_batch_size(args)

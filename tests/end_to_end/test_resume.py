@@ -36,7 +36,9 @@ AUGMENTED = {
         "--random_erasing=0.5",
         "--repeated_augmentation=2",
         "--interpolation=bicubic",
+        "--class_weights=auto",
     ],
+    "balanced": ["--balanced_sampler", "--repeated_augmentation=2"],
 }
 
 
@@ -127,6 +129,7 @@ def figures(stdout: str) -> list[str]:
         ("arrays", "rmsprop"),
         ("mixed", "sgd"),
         ("augmented", "sgd"),
+        ("balanced", "sgd"),
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped(data, stop_at, kind, optimizer):

@@ -134,9 +134,11 @@ AUGMENTED = {
             "--random_erasing=0.5",
             "--repeated_augmentation=3",
             "--interpolation=bicubic",
+            "--class_weights=auto",
             *MIXED,
         ),
     ),
+    "balanced": ("", ("--balanced_sampler", "--loss=bce", *MIXED)),
 }
 
 

@@ -124,6 +124,7 @@ def test_images_are_augmented_on_the_host_and_erased_on_the_device(data, tmp_pat
     flags = ("--auto_augment=trivialaugment_wide", "--random_erasing=0.1", "--mixup_alpha=0.2")
     flags += ("--batch_size_per_device=4", "--num_examples=16")
     flags += ("--model=tiny", "--use_fp16", "--channel_last", "--train_image_size=24")
+    flags += ("--class_weights=auto",)
     session = train(data, "", *flags, cwd=tmp_path / "run", steps=STEPS[0])
     check(session, steps=4)
     log = jobs.read_log(tmp_path / "run" / "device.log")
