@@ -19,7 +19,7 @@ from cnns.errors import UsageError
 from cnns.flags import checks
 from cnns.flags.augment import CLASS_FLAGS, MIXING_FLAGS, PICTURE_FLAGS, TRAIN_SIZE_FLAGS
 from cnns.flags.data import FOLDER_FLAGS, VAL_DATA_FLAGS, train_data_flags
-from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE
+from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE, LR_SCALINGS
 from cnns.flags.devices import CUDA_TRAINING_FLAGS, DEVICE_FLAGS
 from cnns.flags.export import EXPORT_FLAGS, GATE_FLAGS, NEEDS_DATA, VARIANT_FLAGS
 from cnns.flags.network import (
@@ -45,7 +45,7 @@ from cnns.models.layers import Switches
 from cnns.places import VAL_DATA_DIR
 from model_registry import MODELS
 from ofrecord_util import DATA_ORDERS
-from optimizer_util import OPTIMIZERS, SCHEDULES
+from optimizer_util import OPTIMIZERS, SCHEDULES, Schedule
 
 OF_ONE_START = ("model_save_dir", "resume", "config")  # flags of training that are not recorded
 SNAPSHOT_MODEL_FLAGS = snapshot_model_flags(MODELS)
@@ -173,6 +173,27 @@ def switches(args: Namespace) -> Switches:
     return Switches(**{name: getattr(args, name) for name in vars(Switches())})
 
 
+def optimizer_settings(args: Namespace) -> dict[str, Any]:
+    """The arguments of optimizer_util.build_optimizer but `name` and `learning_rate`."""
+    same = ("gradient_clipping", "momentum", "decay_rate", "epsilon")
+    return {
+        "weight_decay": args.wd,
+        "norm_weight_decay": args.norm_wd,
+        "bias_weight_decay": args.bias_wd,
+        "nesterov": bool(args.nesterov),
+        **{name: getattr(args, name) for name in same},
+    }
+
+
+def loss_settings(args: Namespace) -> dict[str, Any]:
+    """The arguments of cnns.losses.build_loss but `name` and `class_weights`."""
+    return {
+        "label_smoothing": args.label_smoothing,
+        "target_threshold": args.bce_target_threshold,
+        "sum_classes": bool(args.bce_sum),
+    }
+
+
 def augmentation(args: Namespace) -> Augmentation:
     return Augmentation(
         area=args.random_area,
@@ -288,4 +309,21 @@ def epochs_to_steps(
         warmup_steps=min(round(steps_per_epoch * warmup_epochs), total_steps - 1),
         step_milestones=milestones,
         exponential_steps=steps_per_epoch * (lr_decay_epochs or 1.0),
+    )
+
+
+def make_schedule(args: Namespace, plan: Plan) -> Schedule:
+    """The schedule of a run, in steps."""
+    return Schedule(
+        args.lr_decay,
+        learning_rate=args.learning_rate
+        * LR_SCALINGS[args.lr_scaling](args.global_batch_size / 256),
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        step_milestones=plan.step_milestones,
+        decay_rate=args.lr_decay_rate,
+        exponential_steps=plan.exponential_steps,
+        warmup_factor=args.lr_warmup_decay,
+        minimum=args.lr_min,
+        power=args.lr_power or 1.0,
     )

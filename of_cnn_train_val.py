@@ -51,7 +51,6 @@ from cnns.ema import Average, make_average_schedule
 from cnns.errors import RunError, UsageError, run_main
 from cnns.evaluation import Evaluator
 from cnns.flags.checks import take_learning_rate
-from cnns.flags.defaults import LR_SCALINGS
 from cnns.flags.parser import CONFIGURED
 from cnns.freeze import freeze
 from cnns.graphs import DropoutMasks, TrainGraph, limit_top_k
@@ -245,7 +244,7 @@ def make_spec(given: Namespace) -> RunSpec:
         val_data=val_data,
         batch_size=batch_size,
         plan=plan,
-        schedule=make_schedule(args, plan),
+        schedule=config.make_schedule(args, plan),
         start=start,
         resumed=resumed,
         found=found,
@@ -253,22 +252,6 @@ def make_spec(given: Namespace) -> RunSpec:
         class_weights=find_class_weights(
             args.class_weights, train_data, num_classes=about.num_classes, flag="--class_weights"
         ),
-    )
-
-
-def make_schedule(args: Namespace, plan: Plan) -> Schedule:
-    return Schedule(
-        args.lr_decay,
-        learning_rate=args.learning_rate
-        * LR_SCALINGS[args.lr_scaling](args.global_batch_size / 256),
-        total_steps=plan.total_steps,
-        warmup_steps=plan.warmup_steps,
-        step_milestones=plan.step_milestones,
-        decay_rate=args.lr_decay_rate,
-        exponential_steps=plan.exponential_steps,
-        warmup_factor=args.lr_warmup_decay,
-        minimum=args.lr_min,
-        power=args.lr_power or 1.0,
     )
 
 
@@ -440,14 +423,7 @@ def build_train_graph(
         model,
         flags["optimizer"],
         learning_rate=spec.schedule.learning_rate,
-        weight_decay=flags["wd"],
-        norm_weight_decay=flags["norm_wd"],
-        bias_weight_decay=flags["bias_wd"],
-        gradient_clipping=flags["gradient_clipping"],
-        momentum=flags["momentum"],
-        nesterov=bool(flags["nesterov"]),
-        decay_rate=flags["decay_rate"],
-        epsilon=flags["epsilon"],
+        **config.optimizer_settings(Namespace(**flags)),
     )
     graph = TrainGraph(
         model,
@@ -456,9 +432,7 @@ def build_train_graph(
         spec.schedule.build(optimizer),
         loss=build_loss(
             flags["loss"],
-            label_smoothing=flags["label_smoothing"],
-            target_threshold=flags["bce_target_threshold"],
-            sum_classes=bool(flags["bce_sum"]),
+            **config.loss_settings(Namespace(**flags)),
             class_weights=on_all_devices(spec.class_weights, spec.device),
         ),
         top_k=spec.top_k,

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 import config
 import model_registry
-import of_cnn_train_val
 from cnns.errors import UsageError, run_main
 from cnns.flags.checks import check_backend_flags, take_learning_rate
 from cnns.flags.values import number
@@ -176,7 +175,7 @@ def test_the_learning_rate_is_scaled_as_asked(argv, factor, rate):
     given = [] if rate is None else [f"--learning_rate={rate}"]
     args = finish("--batch_size_per_device=256", "--gpu_num_per_node=4", *argv, *given)
     take_learning_rate(args, model_registry.MODELS["resnet50"])
-    schedule = of_cnn_train_val.make_schedule(
+    schedule = config.make_schedule(
         args,
         epochs_to_steps(num_examples=4096, global_batch_size=1024, num_epochs=90, warmup_epochs=5),
     )

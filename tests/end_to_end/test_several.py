@@ -152,6 +152,10 @@ def test_nor_do_those_of_augmented_images(data, tmp_path, runs, kind):
         run = start(*flags, f"--model_save_dir={kind}-{processes}", cwd=tmp_path)
         found.append(losses(finish(run)[0]))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=2e-6)
+    if kind == "mixed":  # pairs are in one part of a batch, too
+        flags = recipe(data, "plain", processes=2, suffix=suffix) + more
+        run = start(*flags, "--gpu_num_per_node=1", "--accumulate_steps=2", cwd=tmp_path)
+        np.testing.assert_allclose(losses(finish(run)[0]), found[0], rtol=1e-5, atol=2e-6)
     _, plain = runs
     assert len(found[0]) == 10 and found[0] != losses(plain["plain", 1])
 
