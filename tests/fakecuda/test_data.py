@@ -53,12 +53,13 @@ def train(data, suffix, *more, cwd, steps) -> jobs.Session:
     )
 
 
-def check(session: jobs.Session, *, steps: int) -> None:
+def check(session: jobs.Session, *, steps: int) -> jobs.Done:
     (done,) = session.finish()
     assert done.status in (0, None), done.stderr
     found = re.findall(r"^(?:train|validation): epoch 0, iter \d+", done.stdout, re.MULTILINE)
     batches = -(-VALIDATION // BATCH_SIZE)
     assert found == [f"train: epoch 0, iter {steps}", f"validation: epoch 0, iter {batches}"]
+    return done
 
 
 @pytest.mark.parametrize("suffix, use_fp16", [("", False), (".npz", True)])
@@ -113,7 +114,11 @@ def test_images_are_mixed_on_the_device(data, tmp_path, suffix, more):
     flags = ("--mixup_alpha=0.2", "--cutmix_alpha=1", "--batch_size_per_device=4")
     flags += ("--num_examples=16", "--model=tiny", "--use_fp16", "--channel_last")
     session = train(data, suffix, *flags, *more, cwd=tmp_path / "run", steps=STEPS[0])
-    check(session, steps=4)
+    done = check(session, steps=4)
+    # All of it, and the targets, are computed in float32; the image is cast when it is done.
+    own = [op for op in done.jobs["TrainGraph"] if not op.name.startswith(("model", "System"))]
+    assert any(op.kind == "flip" for op in own)
+    assert all(op.kind == "cast" for op in own if "float16" in op.dtypes)
     log = jobs.read_log(tmp_path / "run" / "device.log")
     assert log.faults == []
     assert log.copied("HD")[4 * 6 * 4] == 4

@@ -8,8 +8,8 @@
 
 The toolkit's own runs are commands of `of_cnn_train_val.py`; docs/recipe.md, "Learning curves", has
 all of them. `torch` runs in an environment of its own, Python 3.11 after
-`pip install torch==2.13.0 numpy pillow`; the other two jobs need numpy only. All this is run by
-hand: it takes an hour, and no test needs it.
+`pip install torch==2.13.0 numpy pillow`, for `--mixed` with torchvision 0.29.1 as well; the other
+jobs need numpy only. All this is run by hand: it takes an hour, and no test needs it.
 """
 
 import argparse
@@ -27,6 +27,9 @@ VALIDATION_LINE = re.compile(
     re.MULTILINE,
 )
 
+UNEVEN = [100, 68, 46, 31, 21, 14, 10, 7, 5, 3]  # training images of each class of `uneven`
+UNEVEN_TEST = 50  # test images of each
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -38,6 +41,9 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--input", default="/usr/share/datasets/fashion-mnist", type=Path)
     job.add_argument("--output", required=True, type=Path)
     job.add_argument("--num_examples", default=5000, type=int, help="training images, the first")
+    job = jobs.add_parser("uneven", help="the same, of uneven classes", allow_abbrev=False)
+    job.add_argument("--input", default="/usr/share/datasets/fashion-mnist", type=Path)
+    job.add_argument("--output", required=True, type=Path)
     job = jobs.add_parser("torch", help="train in PyTorch", allow_abbrev=False)
     job.add_argument("--data", required=True, type=Path, help="directory of train.npz and val.npz")
     job.add_argument("--log", required=True, type=Path, help="file for the lines")
@@ -48,9 +54,12 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--warmup_epochs", default=0.5, type=float)
     job.add_argument("--batch_size", default=25, type=int)
     job.add_argument("--learning_rate", default=0.025, type=float)
+    job.add_argument("--num_val_examples", type=int, help="test images, the first; all")
+    job.add_argument("--mixed", action="store_true", help="with torchvision's augmentation")
     job = jobs.add_parser("compare", help="print the figures", allow_abbrev=False)
     job.add_argument("--oneflow", required=True, nargs="+", type=Path, help="a log for each seed")
     job.add_argument("--torch", required=True, nargs="+", type=Path, help="a log for each seed")
+    job.add_argument("--num_test", default=10_000, type=int, help="test images")
     return parser
 
 
@@ -64,14 +73,34 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
+def read_set(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 28, 28, 3) uint8 and labels (N,), as the toolkit takes arrays."""
+    grey = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
+    labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
+    return np.repeat(grey[..., np.newaxis], 3, axis=3), labels
+
+
+def make_uneven_data(source: Path, output: Path) -> None:
+    """Training images of UNEVEN counts, the first of each class; as many test images of each."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name, prefix, counts in (
+        ("train", "train", UNEVEN),
+        ("val", "t10k", [UNEVEN_TEST] * len(UNEVEN)),
+    ):
+        images, labels = read_set(source, prefix)
+        own = [np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)]
+        chosen = np.concatenate(own)
+        np.savez(output / f"{name}.npz", images=images[chosen], labels=labels[chosen])
+        print(f"{output / name}.npz: {len(chosen)} images, per class {counts}")
+
+
 def make_data(source: Path, output: Path, num_examples: int) -> None:
     """Both sets as the toolkit takes arrays: images (N, 28, 28, 3) uint8 and labels (N,)."""
     output.mkdir(parents=True, exist_ok=True)
     for name, prefix, count in (("train", "train", num_examples), ("val", "t10k", None)):
-        grey = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")[:count]
-        labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")[:count]
+        images, labels = (each[:count] for each in read_set(source, prefix))
         path = output / f"{name}.npz"
-        np.savez(path, images=np.repeat(grey[..., np.newaxis], 3, axis=3), labels=labels)
+        np.savez(path, images=images, labels=labels)
         print(f"{path}: {len(labels)} images, per class {np.bincount(labels).tolist()}")
 
 
@@ -85,7 +114,8 @@ def train_in_torch(args: argparse.Namespace) -> None:
     sets = []
     for name in ("train", "val"):
         with np.load(args.data / f"{name}.npz") as arrays:
-            sets.append((arrays["images"], arrays["labels"]))
+            count = args.num_val_examples if name == "val" else None
+            sets.append((arrays["images"][:count], arrays["labels"][:count]))
     if len(sets[0][0]) % args.batch_size != 0:
         sys.exit(f"--batch_size={args.batch_size} does not divide {len(sets[0][0])} images")
     if args.log.exists():
@@ -106,6 +136,7 @@ def train_in_torch(args: argparse.Namespace) -> None:
             warmup_epochs=args.warmup_epochs,
             seed=args.seed,
             log=log,
+            mixed=args.mixed,
         )
 
 
@@ -122,7 +153,7 @@ def read_accuracies(paths: list[Path]) -> np.ndarray:
     return np.array(runs)
 
 
-def compare(oneflow: np.ndarray, torch: np.ndarray, num_test: int = 10_000) -> str:
+def compare(oneflow: np.ndarray, torch: np.ndarray, num_test: int) -> str:
     """The comparison as Markdown, of accuracies in percent, (runs, epochs) each."""
     sides = {"this toolkit": oneflow, "PyTorch": torch}
     epochs = range(oneflow.shape[1])
@@ -156,10 +187,13 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.job == "data":
         make_data(args.input, args.output, args.num_examples)
+    elif args.job == "uneven":
+        make_uneven_data(args.input, args.output)
     elif args.job == "torch":
         train_in_torch(args)
     else:
-        print(compare(read_accuracies(args.oneflow), read_accuracies(args.torch)))
+        accuracies = (read_accuracies(paths) for paths in (args.oneflow, args.torch))
+        print(compare(*accuracies, args.num_test))
 
 
 if __name__ == "__main__":

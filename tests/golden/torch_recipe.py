@@ -2,7 +2,8 @@
 
 Written from the recipe alone (docs/recipe.md): it shares no code, weights or random numbers
 with the toolkit, so that a fault of the toolkit's network, gradients, optimizer, schedule,
-augmentation or evaluation shows as another accuracy. Needs torch, numpy and pillow, no OneFlow.
+augmentation or evaluation shows as another accuracy. Needs torch, numpy and pillow, no OneFlow;
+with `mixed` torchvision too, whose TrivialAugmentWide, RandomErasing, MixUp and CutMix it applies.
 """
 
 import math
@@ -122,6 +123,27 @@ def crop_box(
     return 0, 0, width, height
 
 
+class Mixed:
+    """What torchvision's references add: TrivialAugment-wide, random erasing, mixup or CutMix."""
+
+    def __init__(self, num_classes: int):
+        from torchvision import transforms
+        from torchvision.transforms import InterpolationMode, v2
+
+        self.change = transforms.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
+        self.erase = transforms.RandomErasing(0.1)
+        mixes = [v2.MixUp(alpha=0.2, num_classes=num_classes)]
+        mixes.append(v2.CutMix(alpha=1.0, num_classes=num_classes))
+        self.mix = v2.RandomChoice(mixes)
+
+    def picture(self, pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(self.change(Image.fromarray(pixels)))
+
+    def batch(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised images (N, 3, H, W) and labels (N,) to images and targets (N, classes)."""
+        return self.mix(torch.stack([self.erase(image) for image in x]), y)
+
+
 def augment(pixels: np.ndarray, size: int, min_area: float, rng: np.random.Generator) -> np.ndarray:
     picture = Image.fromarray(pixels)
     box = crop_box(*picture.size, min_area, rng)
@@ -163,6 +185,7 @@ def train(
     warmup_epochs: float,
     seed: int,
     log: Callable[[str], None],
+    mixed: bool = False,
 ) -> None:
     """Train and log the accuracy after each epoch, in the form of the toolkit's lines.
 
@@ -172,6 +195,7 @@ def train(
         size: height and width of the network's input, pixels.
         min_area: smallest share of a picture that a random crop takes.
         learning_rate: peak of the schedule.
+        mixed: with what `Mixed` does.
     """
     (images, labels), (val_images, val_labels) = train_set, val_set
     labels, val_labels = (torch.from_numpy(y.astype(np.int64)) for y in (labels, val_labels))
@@ -179,6 +203,8 @@ def train(
     rng = np.random.default_rng([seed, 2026])
     model = ResNet18(int(labels.max()) + 1)
     draw_weights(model, torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    more = Mixed(int(labels.max()) + 1) if mixed else None
     optimizer = torch.optim.SGD(decay_groups(model), lr=learning_rate, momentum=MOMENTUM)
     epoch_steps = len(images) // batch_size
     warmup_steps, total_steps = round(warmup_epochs * epoch_steps), num_epochs * epoch_steps
@@ -187,9 +213,13 @@ def train(
         model.train()
         losses = 0.0
         for i, indices in enumerate(rng.permutation(len(images)).reshape(epoch_steps, batch_size)):
-            x = to_input([augment(images[index], size, min_area, rng) for index in indices])
-            logits = model(x)
-            loss = F.cross_entropy(logits, labels[indices], label_smoothing=LABEL_SMOOTHING)
+            pictures = [augment(images[index], size, min_area, rng) for index in indices]
+            if more is not None:
+                pictures = [more.picture(picture) for picture in pictures]
+            x, y = to_input(pictures), labels[indices]
+            if more is not None:
+                x, y = more.batch(x, y)
+            loss = F.cross_entropy(model(x), y, label_smoothing=LABEL_SMOOTHING)
             rate = rate_at(
                 epoch * epoch_steps + i,
                 peak=learning_rate,
