@@ -159,6 +159,10 @@ def test_the_gpu_decoder_reads_in_its_own_order():
         (["--nesterov", "--momentum=0"], "--nesterov contradicts --momentum=0"),
         (["--optimizer=adam", "--norm_wd=0.2"], "--norm_wd=0.2: with adam each kind"),
         (["--bce_sum"], "--bce_sum has no effect with --loss=cross_entropy"),
+        (
+            ["--randaugment_magnitude=4"],
+            "--randaugment_magnitude has no effect without --auto_augment",
+        ),
     ],
 )
 def test_contradictions_are_refused(argv, words):

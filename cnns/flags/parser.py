@@ -277,8 +277,12 @@ class FlagParser(Parser):
             chooser, values = flag.needs
             if getattr(args, chooser) not in values:
                 if name in given:
+                    chosen = getattr(args, chooser)
+                    other = (
+                        f"without --{chooser}" if chosen is None else f"with --{chooser}={chosen}"
+                    )
                     raise UsageError(
-                        f"--{name} has no effect with --{chooser}={getattr(args, chooser)}; it "
+                        f"--{name} has no effect {other}; it "
                         f"belongs to {' and '.join(f'--{chooser}={value}' for value in values)}"
                     )
                 setattr(args, name, None)
