@@ -175,5 +175,5 @@ def test_every_file_is_compared_and_says_whose_figures_it_has():
     for path in FILES:
         comment = path.read_text().partition("\nmodel:")[0]
         assert re.search(
-            "their figures|our figure|no published figure", comment.replace("\n# ", " ")
+            "their figures|our figure|(?i:no published figure)", comment.replace("\n# ", " ")
         )
