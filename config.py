@@ -45,7 +45,7 @@ from cnns.models.layers import Switches
 from cnns.places import VAL_DATA_DIR
 from model_registry import MODELS
 from ofrecord_util import DATA_ORDERS
-from optimizer_util import OPTIMIZERS, SCHEDULES, Schedule
+from optimizer_util import NAMES, SCHEDULES, Schedule
 
 OF_ONE_START = ("model_save_dir", "resume", "config")  # flags of training that are not recorded
 SNAPSHOT_MODEL_FLAGS = snapshot_model_flags(MODELS)
@@ -70,7 +70,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, dict[str, Flag]], str, str | None]] = {
             "uneven classes": CLASS_FLAGS,
             "validation data": VAL_DATA_FLAGS,
             "folders of images": FOLDER_FLAGS,
-            "optimizer and schedule": optimizer_flags(MODELS, OPTIMIZERS, SCHEDULES),
+            "optimizer and schedule": optimizer_flags(MODELS, NAMES, SCHEDULES),
             "run": RUN_FLAGS,
             "log": LOG_FLAGS | RECORD_FLAGS,
         },
@@ -175,12 +175,13 @@ def switches(args: Namespace) -> Switches:
 
 def optimizer_settings(args: Namespace) -> dict[str, Any]:
     """The arguments of optimizer_util.build_optimizer but `name` and `learning_rate`."""
-    same = ("gradient_clipping", "momentum", "decay_rate", "epsilon")
+    same = ("layer_decay", "gradient_clipping", "momentum", "decay_rate", "epsilon")
     return {
         "weight_decay": args.wd,
         "norm_weight_decay": args.norm_wd,
         "bias_weight_decay": args.bias_wd,
         "nesterov": bool(args.nesterov),
+        "trust_coefficient": args.trust_coefficient,
         **{name: getattr(args, name) for name in same},
     }
 

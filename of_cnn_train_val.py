@@ -429,7 +429,7 @@ def build_train_graph(
         model,
         loader,
         optimizer,
-        spec.schedule.build(optimizer),
+        spec.schedule.build(optimizer, first_step=spec.progress.step),
         loss=build_loss(
             flags["loss"],
             **config.loss_settings(Namespace(**flags)),

@@ -15,6 +15,7 @@ from oneflow import nn
 from oneflow.optim import lr_scheduler
 
 from cnns.models.layers import BATCH_NORMS
+from cnns.update import RULES, Settings, Update
 
 POLYNOMIAL_END_LEARNING_RATE = 1e-5  # as in OneFlow-Benchmark
 STEP_FACTOR = 0.1
@@ -96,6 +97,41 @@ OPTIMIZERS: dict[str, Callable[..., flow.optim.Optimizer]] = {
         [group], alpha=own["decay_rate"], eps=own["epsilon"], **common
     ),
 }
+NAMES = {*OPTIMIZERS, *RULES}  # those of RULES alone are not OneFlow's, whose formulas differ
+
+
+def layers_of(model: nn.Module) -> list[list[str]]:
+    """The parameters' names by layer, from the input on, for `layer_factors`.
+
+    A layer is a top-level module, or a numbered part of one (layer1.0); what has only parameters of
+    one dimension, a batch norm, belongs to the layer before it. Those of ResNets are timm's.
+    """
+    layers: dict[str, list[str]] = {}
+    weights: set[str] = set()
+    for name, parameter in model.named_parameters():
+        top, _, rest = name.partition(".")
+        number = rest.partition(".")[0]
+        layer = f"{top}.{number}" if number.isdigit() else top
+        layers.setdefault(layer, []).append(name)
+        if parameter.ndim > 1:
+            weights.add(layer)
+    merged: list[list[str]] = []
+    for layer, names in layers.items():
+        if layer in weights or not merged:
+            merged.append(names)
+        else:
+            merged[-1] += names
+    return merged
+
+
+def layer_factors(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """The factor of each parameter's learning rate by name: 1 in the last layer, and layer_decay
+    times that of the layer behind it in every other one."""
+    return {
+        name: layer_decay**back
+        for back, names in enumerate(reversed(layers_of(model)))
+        for name in names
+    }
 
 
 def build_optimizer(
@@ -106,37 +142,53 @@ def build_optimizer(
     weight_decay: float,
     norm_weight_decay: float = 0.0,
     bias_weight_decay: float | None = None,
+    layer_decay: float = 1.0,
     gradient_clipping: float = 0.0,
     momentum: float | None = None,
     nesterov: bool = False,
     decay_rate: float | None = None,
     epsilon: float | None = None,
+    trust_coefficient: float | None = None,
 ) -> flow.optim.Optimizer:
     """An optimizer over the parameters of `model` that are not frozen, for an `nn.Graph`.
 
     Build it after the model has been moved to its placement.
 
     Args:
-        name: a key of OPTIMIZERS. `adam` decays weights decoupled from the gradient (AdamW).
+        name: one of NAMES. `adam` decays weights decoupled from the gradient (AdamW).
         learning_rate: peak of the schedule.
         weight_decay, norm_weight_decay, bias_weight_decay: see `decay_rates`. For sgd and rmsprop
             it is added to the gradient after clipping (L2). With adam all that decay have one rate.
+        layer_decay: see `layer_factors`. Unless it is 1, and for lars and lamb, the optimizer only
+            keeps gradients, and its `update` does the rest; see cnns/update.py.
         gradient_clipping: largest L2 norm over the gradients of all parameters; 0: none.
-        momentum, nesterov: of sgd.
+        momentum: of sgd and lars.
+        nesterov: of sgd.
         decay_rate: of rmsprop's mean square.
-        epsilon: of adam and rmsprop.
+        epsilon: of adam, rmsprop and lamb.
+        trust_coefficient: of lars.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     group: dict[str, Any] = {"params": list(parameters.values())}
     if gradient_clipping > 0:
         group |= {"clip_grad_max_norm": gradient_clipping, "clip_grad_norm_type": 2.0}
-    own = {
+    own: dict[str, Any] = {
         "momentum": momentum,
         "nesterov": nesterov,
         "decay_rate": decay_rate,
         "epsilon": epsilon,
+        "trust_coefficient": trust_coefficient,
     }
     rates = decay_rates(model, weight_decay, norm=norm_weight_decay, bias=bias_weight_decay)
+    if name not in OPTIMIZERS or layer_decay != 1.0:
+        return Update(
+            name,
+            model,
+            rate=lambda step: learning_rate,
+            decay={each: rates[each] for each in parameters},
+            factors=layer_factors(model, layer_decay),
+            settings=Settings(**{key: value for key, value in own.items() if value is not None}),
+        ).optimizer(group)
     common = max(rates.values(), default=0.0) if name == "adam" else weight_decay
     assert name != "adam" or {*rates.values()} <= {0.0, common}
     optimizer = OPTIMIZERS[name](group, own, lr=learning_rate, weight_decay=common)
@@ -188,11 +240,16 @@ class Schedule:
         formula, _ = SCHEDULES[self.name]
         return formula(self, step)
 
-    def build(self, optimizer: flow.optim.Optimizer) -> Any:
+    def build(self, optimizer: flow.optim.Optimizer, *, first_step: int = 0) -> Any:
         """The same for a graph, or None where the rate is constant.
 
-        `optimizer` was built with this schedule's learning rate.
+        `optimizer` was built with this schedule's learning rate. Its state, where a run is resumed
+        at `first_step`, says where it stands, but for what is left to `Update`.
         """
+        update = getattr(optimizer, "update", None)
+        if update is not None:
+            update.rate, update.step = self.rate, first_step
+            return None
         _, builder = SCHEDULES[self.name]
         schedule = builder(self, optimizer)
         if self.warmup_steps == 0:

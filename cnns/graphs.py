@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -12,6 +12,7 @@ from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
 from cnns.checkpoint.snapshot import local
+from cnns.checkpoint.training import STEP
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
 from cnns.ema import blend, state_names
 from cnns.losses import main_label
@@ -19,6 +20,7 @@ from cnns.models.layers import Dropout
 from cnns.models.products import convolutions_as_products
 from cnns.polling import sleep_instead_of_polling
 from cnns.runorder import queue_before_start
+from cnns.update import Update
 
 # Of dynamic loss scaling. 2^16 is more than float16 holds (65504), but the first float16 value of a
 # backward pass is the logits' gradient, which is at most the scale / batch size.
@@ -131,6 +133,19 @@ def is_on_cpu(batch: Sequence[flow.Tensor]) -> bool:
     return bool(batch) and batch[0].placement.type == "cpu"
 
 
+class UpdateGraph(QuietGraph):
+    """What `Update` does in a step: of a learning rate (1,) float32 it returns the updates made."""
+
+    def __init__(self, update: Update, state: Mapping[str, flow.Tensor]):
+        super().__init__()
+        self.config.allow_fuse_add_to_output(True)
+        self.model, self.update = update.model, update
+        self.held = update.hold(state)
+
+    def build(self, rate: flow.Tensor) -> flow.Tensor:
+        return self.update.build(self.model, self.held, rate)
+
+
 class TrainGraph(QuietGraph):
     """One call is one step: load, forward, backward, update, all on the device.
 
@@ -144,6 +159,8 @@ class TrainGraph(QuietGraph):
     top-k hits, and the number of labels outside the network's classes (which are trained as class 0
     for one step: the caller must look at the count and stop). A fifth is the sum of `stop`, where
     that is given; see `Agreement`.
+
+    Where the optimizer leaves the update to `cnns.update.Update`, a second graph makes it.
 
     With `accumulate_steps` the rows of every input are divided into so many parts, which go through
     the network one after the other; then there is one update with the mean of their gradients. Each
@@ -187,7 +204,34 @@ class TrainGraph(QuietGraph):
         self.averaged_names = [] if average is None else state_names(average)
         if average is not None:
             self.average = average
+        self.update: Update | None = getattr(optimizer, "update", None)
+        if self.update is not None:
+            self.update.skips = use_fp16
         self.add_optimizer(optimizer, lr_sch=schedule)
+
+    def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
+        output = QuietGraph.__call__(self, *batch, **more)
+        if self.update is not None:
+            if self.update.graph is None:
+                self.update.graph = UpdateGraph(self.update, QuietGraph.state_dict(self))
+            self.update()
+        return output
+
+    def state_dict(self, destination: Any = None) -> Any:
+        """As nn.Graph; the buffers are those of the update."""
+        found = QuietGraph.state_dict(self, destination)
+        if self.update is None or not self.update.keeps_gradients:
+            return found
+        kept = {name: v for name, v in found.items() if not name.startswith("model.")}
+        return kept | self.update.variables
+
+    def load_state_dict(self, state: Any, strict: bool = True) -> None:
+        if self.update is not None:
+            buffers = {name: v for name, v in state.items() if name.startswith("model.")}
+            self.update.take(buffers, count=int(local(state[STEP]).numpy().item()))
+            if self.update.keeps_gradients:
+                state = {name: v for name, v in state.items() if name not in buffers}
+        QuietGraph.load_state_dict(self, state, strict)
 
     @property
     def loss_scale(self) -> float | None:

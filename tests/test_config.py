@@ -9,6 +9,7 @@ import config
 import model_registry
 from cnns.errors import UsageError, run_main
 from cnns.flags.checks import check_backend_flags, take_learning_rate
+from cnns.flags.defaults import learning_rate_per_256
 from cnns.flags.values import number
 from cnns.models.model import default_resize_shorter
 from config import epochs_to_steps
@@ -158,6 +159,7 @@ def test_the_gpu_decoder_reads_in_its_own_order():
         (["--ema_steps=2"], "--ema_steps needs --ema_decay"),
         (["--nesterov", "--momentum=0"], "--nesterov contradicts --momentum=0"),
         (["--optimizer=adam", "--norm_wd=0.2"], "--norm_wd=0.2: with adam each kind"),
+        (["--optimizer=adam", "--trust_coefficient=1"], "--trust_coefficient has no effect with"),
         (["--bce_sum"], "--bce_sum has no effect with --loss=cross_entropy"),
         (
             ["--randaugment_magnitude=4"],
@@ -194,6 +196,19 @@ def test_a_minimum_above_the_peak_is_refused():
     args = finish("--learning_rate=0.1", "--lr_min=0.2")
     with pytest.raises(UsageError, match="--lr_min=0.2 is above the peak learning rate, 0.1"):
         take_learning_rate(args, model_registry.MODELS["resnet50"])
+
+
+def test_optimizers_without_a_default_rate_ask_for_one():
+    resnet = model_registry.MODELS["resnet50"]
+    with pytest.raises(
+        UsageError, match="--optimizer=lars has no default rate; give --learning_ra"
+    ):
+        take_learning_rate(finish("--optimizer=lars"), resnet)
+    with pytest.raises(UsageError, match="--optimizer=lamb has no default rate with --finetune"):
+        learning_rate_per_256(resnet, "lamb", finetune=True)
+    args = finish("--optimizer=lamb", "--batch_size_per_device=2048")
+    take_learning_rate(args, resnet)
+    assert args.learning_rate == pytest.approx(0.005)
 
 
 def test_adamw_is_adam():

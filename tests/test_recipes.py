@@ -12,7 +12,7 @@ import pytest
 from oneflow import nn
 
 import optimizer_util
-from cnns.checkpoint.snapshot import state_arrays
+from cnns.checkpoint.snapshot import state_arrays, training_arrays
 from cnns.distributed import place, to_device
 from cnns.ema import Average, AverageSchedule, make_average_schedule
 from cnns.errors import UsageError
@@ -21,6 +21,7 @@ from cnns.graphs import TrainGraph
 from cnns.log import Meter
 from cnns.losses import build_loss
 from golden import seeded
+from model_registry import MODELS
 from optimizer_util import Schedule
 from small import ballast
 
@@ -197,6 +198,109 @@ def test_polynomial_schedule():
         power=GOLDEN["power"].item(),
     )
     check("polynomial", losses_of(build(model, schedule=schedule)), model)
+
+
+# Updates composed of operators (cnns/update.py).
+
+
+def setting(name: str) -> float:
+    return GOLDEN[name].item()
+
+
+COMPOSED = {
+    "lars": {"learning_rate": setting("lars_rate"), "trust_coefficient": setting("trust")} | SGD,
+    "lamb": {"learning_rate": setting("lamb_rate"), "epsilon": setting("lamb_epsilon")},
+    "layered_sgd": {"nesterov": True, "layer_decay": setting("layer_decay")},
+    "layered_adam": {
+        "learning_rate": setting("adam_rate"),
+        "epsilon": 1e-8,
+        "layer_decay": setting("layer_decay"),
+    },
+}
+
+
+class OneAhead(Schedule):
+    """As in golden/make_recipes.py, so that the first update is not by 0."""
+
+    def rate(self, step):
+        return super().rate(step + 1)
+
+
+@pytest.mark.parametrize("case", COMPOSED)
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_composed_updates(case, use_fp16):
+    """Clipped over all, by a schedule; on a CPU half precision skips no update."""
+    model, settings = network(), COMPOSED[case]
+    schedule = OneAhead(
+        "cosine",
+        learning_rate=settings.get("learning_rate", RATE),
+        total_steps=STEPS,
+        warmup_steps=GOLDEN["warmup_steps"].item(),
+    )
+    graph = build(
+        model,
+        optimizer=case.removeprefix("layered_"),
+        schedule=schedule,
+        gradient_clipping=GOLDEN["clip"].item(),
+        graph={"use_fp16": use_fp16},
+        **settings,
+    )
+    check(case, losses_of(graph), model, rtol=1e-4 if case == "layered_adam" else 2e-5)
+
+
+def test_every_rule_with_one_rate_is_oneflows():
+    """With a factor of 1 in all layers, or so little below it that it does not count."""
+    for name, own in {
+        "sgd": SGD,
+        "adam": {"epsilon": 1e-8, "learning_rate": setting("adam_rate")},
+        "rmsprop": {"decay_rate": 0.9, "epsilon": 1e-3, "learning_rate": 0.01},
+    }.items():
+        ends = []
+        for layer_decay in (1.0, 1 - 1e-12):
+            model = network()
+            graph = build(model, optimizer=name, layer_decay=layer_decay, **own)
+            assert (graph.update is None) == (layer_decay == 1.0)
+            losses = losses_of(graph)
+            ends.append((losses, state_arrays(model), training_arrays(graph, model)))
+        (losses, weights, buffers), (others, mine, kept) = ends
+        np.testing.assert_allclose(losses, others, rtol=1e-5)
+        assert buffers.keys() == kept.keys()
+        for arrays, same in ((weights, mine), (buffers, kept)):
+            for key, array in arrays.items():
+                np.testing.assert_allclose(array, same[key], rtol=1e-3, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("case", COMPOSED)
+def test_a_skipped_update_changes_nothing(case):
+    """As in half precision after an overflow: what the training graph keeps is as it was left."""
+    model, settings = network(), COMPOSED[case]
+    graph = build(model, optimizer=case.removeprefix("layered_"), **settings)
+    graph.update.skips = True
+    start = state_arrays(model)
+    graph(*batch(0))[0].numpy()
+    before = state_arrays(model), training_arrays(graph, model)
+    graph.update()
+    after = state_arrays(model), training_arrays(graph, model)
+    assert any((start[name] != after[0][name]).any() for name in dict(model.named_parameters()))
+    for one, other in zip(before, after, strict=True):
+        for key, array in one.items():
+            np.testing.assert_array_equal(array, other[key], err_msg=key)
+    assert float(graph.update.graph.held.to(nn.Module).count.numpy()) == 1.0
+    assert graph.update.step == 2
+
+
+def test_layers_of_a_resnet_are_timms():
+    """Stem, each block, head: 18 layers of ResNet-50. Batch norms are of the layer before."""
+    model = MODELS["resnet50"].build(10)
+    factors = optimizer_util.layer_factors(model, 0.5)
+    assert factors.keys() == dict(model.named_parameters()).keys()
+    assert {name: factors[name] for name in ("fc.weight", "fc.bias")} == dict.fromkeys(
+        ("fc.weight", "fc.bias"), 1.0
+    )
+    assert factors["layer4.2.bn3.bias"] == 0.5
+    assert factors["layer4.0.downsample.1.weight"] == 0.5**3
+    assert factors["layer1.0.conv1.weight"] == 0.5**16
+    assert factors["conv1.weight"] == factors["bn1.bias"] == 0.5**17
 
 
 # Frozen parts.

@@ -11,7 +11,13 @@ STEP = "System-Train-TrainStep"  # updates made, without those skipped because o
 LOSS_SCALE = "System-Train-DynamicLossScale-TrainGraph"  # of half precision
 LOSS_SCALE_STATE = {f"{LOSS_SCALE}-LossScale": "float32", f"{LOSS_SCALE}-GoodStepCounter": "int64"}
 # What each optimizer keeps for a parameter: suffixes of its name.
-BUFFERS = {"sgd": ("momentum",), "adam": ("m", "v"), "rmsprop": ("mean_square",)}
+BUFFERS = {
+    "sgd": ("momentum",),
+    "adam": ("m", "v"),
+    "rmsprop": ("mean_square",),
+    "lars": ("momentum",),
+    "lamb": ("m", "v"),
+}
 STATISTICS = ("running_mean", "running_var")  # of batch norms; no optimizer changes them
 
 

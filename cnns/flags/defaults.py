@@ -6,6 +6,7 @@ Nothing here parses or checks: see training.py and checks.py beside this file.
 import math
 from collections.abc import Callable, Mapping
 
+from cnns.errors import UsageError
 from cnns.models.model import Model
 
 BATCH_SIZE_PER_DEVICE = 64
@@ -16,8 +17,9 @@ SYNTHETIC_STEPS_PER_EPOCH = 30
 CPU_TRIAL = {"image_size": 64, "batch_size_per_device": 8, "num_epochs": 2}
 # Learning rates per 256 images of global batch. sgd: Goyal et al. (arXiv:1706.02677) scaled as in
 # NVIDIA's and OneFlow's ResNet-50 v1.5; adam: its paper's 0.001; rmsprop: 0.045 at batch 1600, of
-# the Inception-v3 paper (arXiv:1512.00567).
-LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072}
+# the Inception-v3 paper (arXiv:1512.00567); lamb: 0.005 at batch 2048, of "ResNet strikes back"
+# (arXiv:2110.00476). lars has none.
+LEARNING_RATE_PER_256 = {"sgd": 0.256, "adam": 0.001, "rmsprop": 0.0072, "lamb": 0.000625}
 # --lr_scaling: the factor of a rate per 256 images for so many times 256 of them.
 LR_SCALINGS: dict[str, Callable[[float], float]] = {
     "none": lambda times: 1.0,
@@ -37,7 +39,7 @@ FINETUNE = {
 FINETUNE_RATE_PER_256 = {"sgd": 0.1, "adam": 0.002, "rmsprop": 0.0072}
 # Largest and smallest batch per device; the smallest that gives an epoch so many steps is between.
 FINETUNE_BATCH_SIZE, FINETUNE_MIN_BATCH_SIZE, FINETUNE_STEPS = 32, 8, 10
-EPSILON = {"adam": 1e-8, "rmsprop": 1.0}
+EPSILON = {"adam": 1e-8, "rmsprop": 1.0, "lamb": 1e-6}
 
 
 def describe_learning_rates(models: Mapping[str, Model]) -> str:
@@ -66,7 +68,16 @@ def finetune_batch_size(num_examples: int, num_parts: int) -> int:
 
 
 def learning_rate_per_256(model: Model, optimizer: str, *, finetune: bool) -> float:
-    """The peak learning rate unless one is given, per 256 images of global batch."""
+    """The peak learning rate unless one is given, per 256 images of global batch.
+
+    Raises UsageError where there is none for the optimizer.
+    """
     own = model.learning_rates.get(optimizer)
-    rate = (FINETUNE_RATE_PER_256 if finetune else LEARNING_RATE_PER_256)[optimizer]
+    rates = FINETUNE_RATE_PER_256 if finetune else LEARNING_RATE_PER_256
+    if optimizer not in rates:
+        tuning = " with --finetune" if finetune and optimizer in LEARNING_RATE_PER_256 else ""
+        raise UsageError(
+            f"--optimizer={optimizer} has no default rate{tuning}; give --learning_rate"
+        )
+    rate = rates[optimizer]
     return rate if own is None else min(own, rate) if finetune else own

@@ -46,7 +46,8 @@ def optimizer_flags(
 ) -> dict[str, Flag]:
     return {
         "optimizer": Flag(
-            "adam decays weights decoupled from the gradient, so adamw is the same; "
+            "adam decays weights decoupled from the gradient, so adamw is the same; lars and lamb, "
+            "for large batches, are their papers' (arXiv:1708.03888, arXiv:1904.00962); "
             "--model_update=momentum is sgd",
             optimizer_name,
             "sgd",
@@ -70,7 +71,21 @@ def optimizer_flags(
             otherwise="--wd",
         ),
         "nesterov": Flag("Nesterov's momentum", default=False, needs=("optimizer", ("sgd",))),
-        "momentum": Flag("momentum", number(float, 0, 1), 0.875, needs=("optimizer", ("sgd",))),
+        "momentum": Flag(
+            "momentum", number(float, 0, 1), 0.875, needs=("optimizer", ("sgd", "lars"))
+        ),
+        "trust_coefficient": Flag(
+            "factor of the ratio of norms, weights to gradients",
+            number(float, 0, above=True),
+            0.001,
+            needs=("optimizer", ("lars",)),
+        ),
+        "layer_decay": Flag(
+            "factor of the learning rate of each layer to that of the next, the last layer having "
+            "the whole rate; 1: off",
+            number(float, 0, 1, above=True),
+            1.0,
+        ),
         "decay_rate": Flag(
             "decay of the mean square", number(float, 0, 1), 0.9, needs=("optimizer", ("rmsprop",))
         ),

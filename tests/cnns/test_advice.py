@@ -71,7 +71,7 @@ def test_how_many_snapshots_there_are_at_once(count, flags):
 def test_the_bytes_of_a_snapshot_are_those_of_weights_and_optimizer():
     parameters = 3 * 4 * 64 + 2 * 4 + 4 * 5 + 5
     statistics = 2 * 4
-    for optimizer, buffers in (("sgd", 1), ("adam", 2), ("rmsprop", 1)):
+    for optimizer, buffers in (("sgd", 1), ("adam", 2), ("rmsprop", 1), ("lars", 1), ("lamb", 2)):
         flags = {"optimizer": optimizer, "momentum": 0.9}
         found = advice.snapshot_bytes(Toy(5), flags)
         assert found == (4 * (parameters + statistics), 4 * parameters * buffers)

@@ -26,7 +26,10 @@ def answer(script: str, *argv: str) -> str:
     [
         ("--lr=0.1", "--lr=0.1: did you mean --learning_rate (peak learning rate)?"),
         ("--epochs", "--epochs: did you mean --num_epochs (passes over the training data)?"),
-        ("--batch_size=8", "did you mean --batch_size_per_device (training images per device and"),
+        (
+            "--batch_size=8",
+            "did you mean --batch_size_per_device (training images that a device takes at",
+        ),
         ("--batch-size", "did you mean --batch_size_per_device"),
         ("-b", "-b: did you mean --batch_size_per_device"),
         ("--img-size=64", "did you mean --image_size"),

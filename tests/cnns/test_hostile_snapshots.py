@@ -28,7 +28,7 @@ from cnns.errors import RunError, UsageError, report
 from cnns.jsonfile import MAX_BYTES, Damaged, parse_json
 from cnns.resume import unknown_flags
 from fuzz import JSON, bounded, fuzz, mutated
-from optimizer_util import OPTIMIZERS
+from optimizer_util import NAMES
 from small import MODELS, ROOT, call
 
 FILES = ("snapshot.json", "model.safetensors", "training.safetensors")
@@ -171,7 +171,7 @@ def test_weights_of_another_snapshot_are_not_evaluated():
 
 
 def test_what_each_optimizer_keeps_is_known():
-    assert BUFFERS.keys() == OPTIMIZERS.keys()
+    assert BUFFERS.keys() == NAMES
 
 
 @pytest.mark.parametrize("before, after", [(0, 0.9), (0.9, 0)])

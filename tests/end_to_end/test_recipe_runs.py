@@ -25,6 +25,11 @@ ITEMS = {
     "optimizer": ("--nesterov", "--bias_wd=0.1", "--norm_wd=0.01", "--wd=0.05")
     + ("--lr_scaling=sqrt", "--lr_warmup_decay=0.01", "--lr_min=0.001"),
     "freeze": ("--freeze=conv", "--gradient_clipping=0.5"),
+    "lars": ("--optimizer=lars", "--learning_rate=4", "--trust_coefficient=0.02")
+    + ("--lr_decay=polynomial", "--lr_power=2", "--ema_decay=0.98", "--ema_steps=1"),
+    "lamb": ("--optimizer=lamb", "--learning_rate=0.02", "--gradient_clipping=1", "--wd=0.01")
+    + ("--accumulate_steps=2",),
+    "layers": ("--layer_decay=0.5", "--gradient_clipping=0.5", "--nesterov"),
     "bce": ("--loss=bce", "--bce_target_threshold=0.2"),
 }
 

@@ -237,6 +237,11 @@ SETTINGS = {
     + FUSED_NHWC,
     "nesterov": ("--model=toy", "--nesterov", "--norm_wd=0.1", "--bias_wd=0", "--lr_min=0.001"),
     "frozen, half": ("--model=tiny", "--freeze=conv1,bn1,layer1", "--use_fp16") + FUSED_NHWC,
+    "lars": ("--model=toy", "--optimizer=lars", "--learning_rate=1"),
+    "lamb, half": ("--model=tiny", "--optimizer=lamb", "--use_fp16", "--gradient_clipping=1")
+    + FUSED_NHWC,
+    "layered": ("--model=toy", "--layer_decay=0.5", "--gradient_clipping=1", "--nesterov"),
+    "layered, half": ("--model=toy", "--layer_decay=0.5", "--optimizer=adam", "--use_fp16"),
     "dropping": ("--model=dropping",),
     "dropping, half": ("--model=dropping", "--use_fp16"),
 }
@@ -268,7 +273,7 @@ def compile_all(settings: dict[str, tuple[str, ...]], directory) -> tuple[dict, 
     assert log.faults == []
     for name, each in done.items():
         assert each.status in (0, None), (name, each.stderr)
-    return {name: each.jobs["TrainGraph"] for name, each in done.items()}, log
+    return {name: each.jobs for name, each in done.items()}, log
 
 
 @pytest.fixture(scope="module")
@@ -286,11 +291,16 @@ def compiled(toys, tmp_path_factory):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_optimizers_and_schedules_compile(compiled, name):
-    operators = compiled[name]
+    operators = compiled[name]["TrainGraph"]
     flags = " ".join(SETTINGS[name])
     found = Counter(op.kind for op in operators)
     optimizer = "adam" if "adam" in flags else "rmsprop" if "rmsprop" in flags else "sgd"
     update = "sgd_update" if "--momentum=0" in flags else UPDATES[optimizer]
+    composed = "UpdateGraph" in compiled[name]
+    assert composed == bool(re.search("lars|lamb|layer_decay", flags))
+    if composed:  # gradients are kept as momenta, and for lamb adam's means
+        optimizer = "adam" if "lamb" in flags else "sgd"
+        update = UPDATES[optimizer]
     frozen = r"(?!conv1|bn1|layer1)" if "freeze" in flags else ""
     trained = rf"model\.{frozen}.*(weight|bias)"
     parameters = sum(bool(re.fullmatch(trained, op.name)) for op in operators)
@@ -313,9 +323,25 @@ def test_optimizers_and_schedules_compile(compiled, name):
     assert found["multi_reduce_sum_pow_abs"] == ("--gradient_clipping" in flags)
 
 
+@pytest.mark.parametrize("name", ["lars", "lamb, half", "layered", "layered, half"])
+def test_composed_updates_compile(compiled, name):
+    """In float32, on the device, with an operator for each weight, one for the count, and in half
+    precision one that remembers by what to know that a step was skipped."""
+    operators, flags = compiled[name]["UpdateGraph"], " ".join(SETTINGS[name])
+    variables = [op.name for op in operators if op.kind == "variable"]
+    weights = sum(re.fullmatch(r"model\..*(weight|bias)", each) is not None for each in variables)
+    kind = "sgd" if "lamb" in flags else "adam" if "adam" in flags else "momentum"
+    expected = Counter({f"{kind}_update": weights}) + Counter(sgd_update=1 + ("fp16" in flags))
+    found = Counter(op.kind for op in operators if op.kind.endswith("_update"))
+    assert weights > 4 and found == expected
+    host = [op for op in operators if op.device == "cpu" and not TICKS.fullmatch(op.kind)]
+    assert host == []
+    assert not any("float16" in op.dtypes for op in operators)
+
+
 def test_dropout_masks_reach_the_device(toys):
     """A mask for each layer, step and run, and each is multiplied with."""
-    operators = toys[0]["dropping"]
+    operators = toys[0]["dropping"]["TrainGraph"]
     masks = [op.name for op in operators if op.kind == "input"][2:]  # behind image and label
     layers = [m for m in small.Dropping().modules() if isinstance(m, Dropout)]
     assert len(masks) == len(layers) == 2

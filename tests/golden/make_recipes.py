@@ -238,6 +238,95 @@ def accumulate() -> dict:
     return {"losses": np.array(losses), **prefixed("state", state(network))}
 
 
+# LARS and LAMB, written out, and a rate for each layer; all clipped, with a rate by steps.
+
+TRUST, LARS_RATE, LAMB_RATE, LAMB_EPSILON, LAYER_DECAY = 0.02, 2.0, 0.05, 1e-6, 0.5
+
+
+class Lars:
+    """arXiv:1708.03888, algorithm 1; biases and batch norms without the ratio of norms."""
+
+    def __init__(self):
+        self.v = {}
+
+    def update(self, key, w, g, decay, rate, t):
+        ratio = TRUST * w.norm() / (g.norm() + decay * w.norm()) if w.ndim > 1 else 1.0
+        self.v[key] = MOMENTUM * self.v.get(key, 0.0) + LARS_RATE * rate * ratio * (g + decay * w)
+        return w - self.v[key]
+
+
+class Lamb:
+    """arXiv:1904.00962, algorithm 2; biases and batch norms without the ratio of norms."""
+
+    def __init__(self):
+        self.m, self.v = {}, {}
+
+    def update(self, key, w, g, decay, rate, t):
+        self.m[key] = 0.9 * self.m.get(key, 0.0) + 0.1 * g
+        self.v[key] = 0.999 * self.v.get(key, 0.0) + 0.001 * g**2
+        m, v = self.m[key] / (1 - 0.9**t), self.v[key] / (1 - 0.999**t)
+        r = m / (v.sqrt() + LAMB_EPSILON) + decay * w
+        ratio = w.norm() / r.norm() if w.ndim > 1 else 1.0
+        return w - LAMB_RATE * rate * ratio * r
+
+
+def written_out(rule: Any) -> dict:
+    network = make_network()
+
+    def step(number: int) -> None:
+        with torch.no_grad():
+            for key, w in network.named_parameters():
+                decay = 0.0 if key.startswith("bn") else DECAY
+                w.copy_(rule.update(key, w, w.grad, decay, share_of_peak(number), number + 1))
+
+    return clipped(network, step)
+
+
+def layered(make: Callable) -> dict:
+    """Half the rate for all but the last layer, in groups of PyTorch's own optimizers."""
+    network = make_network()
+    optimizer = make(
+        [
+            {"params": network.conv.parameters(), "factor": LAYER_DECAY},
+            {"params": network.bn.parameters(), "factor": LAYER_DECAY, "weight_decay": 0.0},
+            {"params": network.fc.parameters(), "factor": 1.0},
+        ]
+    )
+    peak = optimizer.defaults["lr"]
+
+    def step(number: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = peak * share_of_peak(number) * group["factor"]
+        optimizer.step()
+
+    return clipped(network, step)
+
+
+def share_of_peak(step: int) -> float:
+    return warmup_cosine(step + 1) / RATE
+
+
+def clipped(network: nn.Module, step: Callable[[int], None]) -> dict:
+    losses = []
+    for number in range(STEPS):
+        batch = make_batch(number)
+        loss = plain(network(batch[0]), batch)
+        network.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+        step(number)
+        losses.append(loss.item())
+    return {"losses": np.array(losses), **prefixed("state", state(network))}
+
+
+def layered_sgd(groups: list) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=RATE, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True)
+
+
+def layered_adamw(groups: list) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=ADAM_RATE, weight_decay=DECAY, eps=1e-8)
+
+
 # The average of weights, with the rules of torchvision's reference script.
 
 EMA = {"decay": 0.9995, "interval": 2, "steps_per_epoch": 5, "warmup_epochs": 1}
@@ -277,6 +366,10 @@ CASES: dict[str, Callable[[], dict]] = {
     "polynomial": lambda: train(schedule=polynomial),
     "freeze": frozen,
     "accumulate": accumulate,
+    "lars": lambda: written_out(Lars()),
+    "lamb": lambda: written_out(Lamb()),
+    "layered_sgd": lambda: layered(layered_sgd),
+    "layered_adam": lambda: layered(layered_adamw),
     "ema": average,
 }
 
@@ -286,6 +379,8 @@ def main() -> None:
     content = {"torch": torch.__version__, "steps": STEPS, "smoothing": SMOOTHING}
     content |= {"norm_decay": NORM_DECAY, "bias_decay": BIAS_DECAY, "adam_rate": ADAM_RATE}
     content |= {"warmup_decay": WARMUP_DECAY, "minimum": MINIMUM, "power": POWER}
+    content |= {"trust": TRUST, "lars_rate": LARS_RATE, "lamb_rate": LAMB_RATE}
+    content |= {"lamb_epsilon": LAMB_EPSILON, "layer_decay": LAYER_DECAY}
     content |= {"parts": PARTS, "clip": CLIP, "warmup_steps": WARMUP_STEPS}
     content |= {"rate": RATE, "momentum": MOMENTUM, "decay": DECAY}
     content |= {"first_batch_seed": FIRST_BATCH_SEED, "weights_seed": WEIGHTS_SEED}
