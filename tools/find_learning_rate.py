@@ -115,7 +115,7 @@ def make_parser() -> FlagParser:
         "flags of of_cnn_train_val.py as well.",
         groups,
         doc=__doc__,
-        epilog="Read on: docs/training.md, docs/flags.md (the flags of the training script).",
+        epilog="Read on: docs/training.md, docs/flags.md.",
     )
 
 
