@@ -15,17 +15,20 @@ from cnns.models.vgg import VGG
 MODELS: dict[str, Model] = {
     "resnet18": Model(
         resnet_model.resnet18,
+        has_blocks=True,
         signature=("layer1.0.conv1.weight", (64, 64, 3, 3)),
         switches=ALL_SWITCHES,
     ),
     "resnet50": Model(
         resnet_model.resnet50,
+        has_blocks=True,
         signature=("layer1.0.conv1.weight", (64, 64, 1, 1)),
         switches=ALL_SWITCHES,
     ),
     # OneFlow has no gradient of a grouped convolution in the layout of channel_last.
     "resnext50": Model(
         resnet_model.resnext50,
+        has_blocks=True,
         signature=("layer1.0.conv2.weight", (128, 4, 3, 3)),
         switches=ALL_SWITCHES - {"channel_last"},
     ),

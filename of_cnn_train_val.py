@@ -58,6 +58,7 @@ from cnns.launch.external import find_job, take_numbers
 from cnns.launch.worker import is_worker, leave
 from cnns.log import Log, is_first_rank, notice, open_log
 from cnns.losses import build_loss
+from cnns.models.layers import drop_blocks
 from cnns.prepare import describe_network, open_data, open_start
 from cnns.record import Record, describe_process, open_record
 from cnns.report.finished import finish
@@ -377,6 +378,8 @@ def build_network(spec: RunSpec) -> nn.Module:
     for module in model.modules():
         if momentum is not None and hasattr(module, "running_mean"):
             module.momentum = momentum
+    if spec.flags["stochastic_depth"]:
+        drop_blocks(model, spec.flags["stochastic_depth"])
     return model
 
 

@@ -16,7 +16,7 @@ from cnns.checkpoint.training import STEP
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
 from cnns.ema import blend, state_names
 from cnns.losses import main_label
-from cnns.models.layers import Dropout
+from cnns.models.layers import Masked
 from cnns.models.products import convolutions_as_products
 from cnns.polling import sleep_instead_of_polling
 from cnns.runorder import queue_before_start
@@ -270,8 +270,9 @@ class TrainGraph(QuietGraph):
         return broadcast_outputs(loss, top_1.sum(), top_k.sum(), (1 - valid).sum(), stop=stop)
 
 
-def dropouts(model: nn.Module) -> list[Dropout]:
-    return [module for module in model.modules() if isinstance(module, Dropout)]
+def dropouts(model: nn.Module) -> list[Masked]:
+    """The layers with masks, of dropout and of stochastic depth."""
+    return [module for module in model.modules() if isinstance(module, Masked)]
 
 
 class DropoutMasks:
@@ -294,7 +295,7 @@ class DropoutMasks:
         masks = [self.draw(step, number, layer) for number, layer in enumerate(self.layers)]
         return {"masks": tuple(to_global(flow.tensor(m), self.placement) for m in masks)}
 
-    def draw(self, step: int, number: int, layer: Dropout) -> np.ndarray:
+    def draw(self, step: int, number: int, layer: Masked) -> np.ndarray:
         """This process's rows (n, features) of the mask of one layer."""
         blocks = -(-layer.features // 16)  # of 4 x 64 bits, for each row
         counter = [self.rows.start * blocks, 0, number, step]

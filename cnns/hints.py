@@ -30,6 +30,7 @@ FOREIGN = {
     "data": ("train_data_dir", "val_data_dir"),
     "data_dir": ("train_data_dir", "val_data_dir"),
     "data_path": ("train_data_dir", "val_data_dir"),
+    "drop_path": ("stochastic_depth",),
     "epochs": ("num_epochs",),
     "fp16": ("use_fp16",),
     "gpus": ("gpu_num_per_node",),

@@ -20,7 +20,7 @@ from cnns.flags.augment import check_mixing
 from cnns.flags.defaults import SYNTHETIC_STEPS_PER_EPOCH, finetune_batch_size
 from cnns.flags.network import preprocessing_flags
 from cnns.models.layers import Switches
-from cnns.models.model import Model, check_switches
+from cnns.models.model import Model, check_blocks, check_switches
 from cnns.resume import num_parts
 
 
@@ -111,6 +111,7 @@ def describe_network(
         )
     model = args.model or (known.model if known else "resnet50")
     check_switches(models, model, switches)
+    check_blocks(models, model, stochastic_depth=args.stochastic_depth)
     num_classes: int | None
     if known and not args.finetune:
         num_classes, classes = known.num_classes, train_data.classes or known.classes

@@ -55,7 +55,7 @@ class Tiny(resnet_model.ResNet):
         return logits + ballast(image.placement) if image.is_global else logits
 
 
-TINY = Model(Tiny, image_size=32, switches=ALL_SWITCHES)
+TINY = Model(Tiny, image_size=32, switches=ALL_SWITCHES, has_blocks=True)
 
 
 class Toy(nn.Module):
@@ -80,6 +80,32 @@ class Plain(Toy):
 
     def forward(self, image):
         return self.fc(self.conv(image).relu().mean(dim=(2, 3))) + ballast(image.placement)
+
+
+class Branch(nn.Module):
+    """A block that stochastic depth can leave out, without batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.drop = None
+
+    def forward(self, x):
+        scale = None if self.drop is None else self.drop()
+        y = self.conv(x)
+        return x + (y if scale is None else y * scale.reshape(-1, 1, 1, 1))
+
+
+class Skipping(Plain):
+    """The same with two such blocks."""
+
+    def __init__(self, num_classes: int = 1000, switches: Switches = Switches()):
+        super().__init__(num_classes, switches)
+        self.blocks = nn.Sequential(Branch(), Branch())
+
+    def forward(self, image):
+        x = self.blocks(self.conv(image).relu())
+        return self.fc(x.mean(dim=(2, 3))) + ballast(image.placement)
 
 
 class Dropping(Plain):
@@ -121,6 +147,7 @@ MODELS = {
     "tiny": TINY,
     "toy": TOY,
     "plain": Model(Plain, image_size=32),
+    "skipping": Model(Skipping, image_size=32, has_blocks=True),
     "dropping": Model(Dropping, image_size=32),
     "ghost": Model(Ghost, image_size=32),
 }

@@ -160,6 +160,10 @@ def test_the_gpu_decoder_reads_in_its_own_order():
         (["--nesterov", "--momentum=0"], "--nesterov contradicts --momentum=0"),
         (["--optimizer=adam", "--norm_wd=0.2"], "--norm_wd=0.2: with adam each kind"),
         (["--optimizer=adam", "--trust_coefficient=1"], "--trust_coefficient has no effect with"),
+        (
+            ["--stochastic_depth=0.1", "--fuse_bn_add_relu", "--device=cuda"],
+            "--stochastic_depth contr",
+        ),
         (["--bce_sum"], "--bce_sum has no effect with --loss=cross_entropy"),
         (
             ["--randaugment_magnitude=4"],

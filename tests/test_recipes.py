@@ -17,12 +17,14 @@ from cnns.distributed import place, to_device
 from cnns.ema import Average, AverageSchedule, make_average_schedule
 from cnns.errors import UsageError
 from cnns.freeze import freeze
-from cnns.graphs import TrainGraph
+from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.log import Meter
 from cnns.losses import build_loss
+from cnns.models.layers import Switches, drop_blocks
 from golden import seeded
 from model_registry import MODELS
 from optimizer_util import Schedule
+from resnet_model import BasicBlock
 from small import ballast
 
 PLACEMENT = flow.env.all_device_placement("cpu")
@@ -301,6 +303,55 @@ def test_layers_of_a_resnet_are_timms():
     assert factors["layer4.0.downsample.1.weight"] == 0.5**3
     assert factors["layer1.0.conv1.weight"] == 0.5**16
     assert factors["conv1.weight"] == factors["bn1.bias"] == 0.5**17
+
+
+# Stochastic depth.
+
+
+class Residual(Smooth):
+    """As in golden/make_recipes.py, of the project's own blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*(BasicBlock(6, 6, 1, Switches()) for _ in range(2)))
+
+    def forward(self, image):
+        x = self.blocks(flow.tanh(self.bn(self.conv(image))))
+        return self.fc(x.mean(dim=(2, 3))) + ballast(image.placement)
+
+
+def test_stochastic_depth():
+    """The first block is never left out, and evaluation leaves out none."""
+    model = network(Residual)
+    drop_blocks(model, setting("drop"))
+    assert model.blocks[0].drop is None and model.blocks[1].drop.rate == setting("drop")
+    graph, losses = build(model), []
+    for step in range(STEPS):
+        drawn = seeded.rng_of(GOLDEN["first_batch_seed"].item() + step, "drop")
+        kept = drawn.uniform(0, 1, BATCH["size"]) >= setting("drop")
+        mask = (kept / (1 - setting("drop"))).astype(np.float32)[:, None]
+        output = graph(*batch(step), masks=(to_device(mask, PLACEMENT),))
+        losses.append(float(output[0].numpy()))
+    check("stochastic_depth", losses, model)
+    image, plain = batch(0)[0], network(Residual)
+    plain.load_state_dict(model.state_dict())
+    np.testing.assert_array_equal(model.eval()(image).numpy(), plain.eval()(image).numpy())
+
+
+def test_masks_of_blocks_are_of_their_rates():
+    """Of each row and block by itself, as a function of seed and step."""
+    model = MODELS["resnet50"].build(10)
+    drop_blocks(model, 0.3)
+    masks = DropoutMasks(model, seed=1, batch_size=2048, device="cpu")
+    assert [layer.rate for layer in masks.layers] == pytest.approx(
+        [0.3 * place / 15 for place in range(1, 16)]
+    )
+    drawn = [each.numpy() for each in masks.at(3)["masks"]]
+    for layer, mask in zip(masks.layers, drawn, strict=True):
+        assert mask.shape == (2048, 1)
+        assert set(mask.ravel()) == {np.float32(0), np.float32(1 / (1 - layer.rate))}
+        assert abs((mask == 0).mean() - layer.rate) < 4 * (layer.rate / 2048) ** 0.5
+    assert (drawn[-1] != drawn[-2]).any() and (drawn[-1] != masks.at(4)["masks"][-1].numpy()).any()
 
 
 # Frozen parts.

@@ -177,6 +177,11 @@ def check_recipe_flags(args: Namespace, flags: Mapping[str, Flag]) -> None:
             "--gpu_image_decoder reads inside the graph, once for each of --accumulate_steps; "
             "leave one of them out"
         )
+    if args.stochastic_depth and args.fuse_bn_add_relu:
+        raise UsageError(
+            "--stochastic_depth contradicts --fuse_bn_add_relu: it comes between batch norm and "
+            "sum; leave one of them out"
+        )
     if not args.ema_decay and args.ema_steps != flags["ema_steps"].default:
         raise UsageError("--ema_steps needs --ema_decay; leave it out, or give both")
     if args.best_metric.startswith("ema") and not args.ema_decay:

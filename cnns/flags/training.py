@@ -118,6 +118,12 @@ def optimizer_flags(
             "cross_entropy",
             choices=LOSSES,
         ),
+        "stochastic_depth": Flag(
+            "share of the images for which the last block is left out in training; 0 for the first "
+            "block, and in proportion in between; 0: off",
+            number(float, 0, 0.99),
+            0.0,
+        ),
         "label_smoothing": Flag("label smoothing factor", number(float, 0, 1), 0.1),
         "bce_target_threshold": Flag(
             "targets above it count as 1 and all others as 0; A recipes: 0.2",

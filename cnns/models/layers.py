@@ -54,10 +54,15 @@ def making_layers(switches: Switches) -> Iterator[None]:
 
 
 class BatchNormReLU(nn.BatchNorm2d):
-    """Batch norm, an addition if there is something to add, and ReLU."""
+    """Batch norm, an addition if there is something to add, and ReLU.
 
-    def forward(self, x, addend=None):
+    `row_scale` (N, 1), where it is given, multiplies each image before the addition.
+    """
+
+    def forward(self, x, addend=None, row_scale=None):
         y = nn.BatchNorm2d.forward(self, x)  # nn.Graph calls this on a proxy without super()
+        if row_scale is not None:
+            y = y * row_scale.reshape(-1, 1, 1, 1)
         return flow.relu(y if addend is None else y + addend)
 
 
@@ -79,10 +84,11 @@ def pad_input(module: nn.Conv2d, switches: Switches) -> None:
         module.in_channels = 4
 
 
-class Dropout(nn.Module):
-    """Dropout by a mask that the training graph passes at each step (`cnns.graphs.DropoutMasks`).
+class Masked(nn.Module):
+    """A layer with a mask that the training graph passes at each step (`cnns.graphs.DropoutMasks`).
 
-    OneFlow's own, inside a graph, ignores seeds and draws the same mask in all layers of one shape.
+    OneFlow's dropout, inside a graph, ignores seeds and draws the same mask in all layers of one
+    shape.
     """
 
     def __init__(self, rate: float, features: int):
@@ -91,8 +97,32 @@ class Dropout(nn.Module):
         self.features = features
         self.mask = None  # (N, features) float32, 0 or 1 / (1 - rate)
 
+
+class Dropout(Masked):
     def forward(self, x):  # (N, features) to the same
         return x * self.mask if self.training else x
+
+
+class StochasticDepth(Masked):
+    """Leaves out the residual branch of a block for some images (arXiv:1603.09382), those that are
+    kept divided by the share of them: torchvision's `stochastic_depth` with mode "row"."""
+
+    def __init__(self, rate: float):
+        super().__init__(rate, 1)
+
+    def forward(self):
+        """What the branch is multiplied by, (N, 1); None where nothing is left out."""
+        return self.mask if self.training else None
+
+
+def drop_blocks(model: nn.Module, rate: float) -> None:
+    """Give a network's blocks stochastic depth: none to the first, `rate` to the last, and in
+    between in proportion to their place, as timm's ResNets. Evaluation keeps all blocks."""
+    blocks = [module for module in model.modules() if hasattr(module, "drop")]
+    for place, block in enumerate(blocks):
+        share = rate * place / (len(blocks) - 1)
+        if share:
+            block.drop = StochasticDepth(share)
 
 
 def adaptive_mean(x: flow.Tensor, size: int) -> flow.Tensor:

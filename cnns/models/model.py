@@ -46,6 +46,7 @@ class Model:
     interpolation: str = "bilinear"  # of validation and inference
     min_image_size: int = 8  # below it, pooling would leave no pixels
     switches: frozenset[str] = frozenset()  # the fields of Switches that it has
+    has_blocks: bool = False  # that `drop_blocks` can leave out: they have `drop`
     # Per 256 images, where they are not those of config.LEARNING_RATE_PER_256.
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     # What a first try on a CPU takes in place of cnns.flags.defaults.CPU_TRIAL.
@@ -108,6 +109,15 @@ class Model:
 
 
 Models = Mapping[str, Model]
+
+
+def check_blocks(models: Models, name: str, *, stochastic_depth: float) -> None:
+    """Raise UsageError where the network `name` has no blocks to leave out."""
+    if stochastic_depth and not models[name].has_blocks:
+        having = ", ".join(n for n, model in models.items() if model.has_blocks)
+        raise UsageError(
+            f"--stochastic_depth: {name} cannot do that, only {having} can; leave it out"
+        )
 
 
 def check_switches(models: Models, name: str, switches: Switches) -> None:

@@ -30,6 +30,7 @@ ITEMS = {
     "lamb": ("--optimizer=lamb", "--learning_rate=0.02", "--gradient_clipping=1", "--wd=0.01")
     + ("--accumulate_steps=2",),
     "layers": ("--layer_decay=0.5", "--gradient_clipping=0.5", "--nesterov"),
+    "depth": ("--stochastic_depth=0.5", "--learning_rate=0.02"),
     "bce": ("--loss=bce", "--bce_target_threshold=0.2"),
 }
 
@@ -92,7 +93,7 @@ ORIGINAL = Interrupts.check
 
 @pytest.mark.parametrize("item", ITEMS)
 def test_stopped_and_resumed_equals_never_stopped(data, monkeypatch, item):
-    given = flags(data, item, model="toy")
+    given = flags(data, item, model="skipping" if item == "depth" else "toy")
     whole = small.call(of_cnn_train_val.main, *given, "--model_save_dir=whole")
     assert whole.status == 0, whole.stderr
     lines = small.losses(whole.stdout)
@@ -116,7 +117,8 @@ def test_two_processes_train_what_one_does(data, tmp_path, item):
     """The network has no batch norm; sums are in another order, so that rounding differs."""
     found = {}
     for processes in (1, 2):
-        given = flags(data, item, model="plain", processes=processes)
+        model = "skipping" if item == "depth" else "plain"
+        given = flags(data, item, model=model, processes=processes)
         command = [sys.executable, str(small.ROOT / "tests" / "train_small.py"), *given]
         done = subprocess.run(
             [*command, f"--model_save_dir={processes}"], capture_output=True, text=True, timeout=600
@@ -156,6 +158,12 @@ def test_the_average_is_evaluated_and_read_by_every_script(data):
     (snapshot / "ema.safetensors").unlink()
     again = small.call(of_cnn_train_val.main, "--device=cpu", f"--resume={snapshot}")
     assert again.status == 1 and "lacks ema.safetensors" in again.stderr.splitlines()[-1]
+
+
+def test_networks_without_blocks_refuse_stochastic_depth(data):
+    given = flags(data, "depth", model="toy")
+    run = small.call(of_cnn_train_val.main, *given, "--model_save_dir=run")
+    assert run.status == 2 and "--stochastic_depth: toy cannot do that" in run.stderr
 
 
 def test_frozen_parts_stay_as_they_are_in_a_run(data):

@@ -242,6 +242,7 @@ SETTINGS = {
     + FUSED_NHWC,
     "layered": ("--model=toy", "--layer_decay=0.5", "--gradient_clipping=1", "--nesterov"),
     "layered, half": ("--model=toy", "--layer_decay=0.5", "--optimizer=adam", "--use_fp16"),
+    "depth, half": ("--model=tiny", "--stochastic_depth=0.5", "--use_fp16", "--channel_last"),
     "dropping": ("--model=dropping",),
     "dropping, half": ("--model=dropping", "--use_fp16"),
 }

@@ -41,8 +41,8 @@ class Smooth(nn.Module):
         return self.fc(torch.tanh(self.bn(self.conv(image))).mean(dim=(2, 3)))
 
 
-def make_network() -> nn.Module:
-    network = Smooth()
+def make_network(kind: type[nn.Module] = Smooth) -> nn.Module:
+    network = kind()
     shapes = {k: tuple(v.shape) for k, v in network.state_dict().items() if v.ndim}
     arrays = seeded.any_state(shapes, WEIGHTS_SEED)
     network.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()}, strict=False)
@@ -119,9 +119,7 @@ def sgd(network: nn.Module, **settings) -> torch.optim.Optimizer:
 def split(network: nn.Module) -> tuple[list, list]:
     """Parameters of batch norms, and all others."""
     named = list(network.named_parameters())
-    return [p for n, p in named if n.startswith("bn")], [
-        p for n, p in named if not n.startswith("bn")
-    ]
+    return [p for n, p in named if "bn" in n], [p for n, p in named if "bn" not in n]
 
 
 NORM_DECAY, BIAS_DECAY = 0.02, 0.2
@@ -327,6 +325,55 @@ def layered_adamw(groups: list) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=ADAM_RATE, weight_decay=DECAY, eps=1e-8)
 
 
+# Stochastic depth, with torchvision's formula for rows.
+
+DROP = 0.5
+
+
+class Residual(Smooth):
+    """Two blocks of ResNet-18 behind a convolution; the second is left out for some images."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, image, noise):
+        x = torch.tanh(self.bn(self.conv(image)))
+        for block, factor in zip(self.blocks, (None, noise), strict=True):
+            x = block(x, factor)
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+
+    def forward(self, x, noise):
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu((y if noise is None else y * noise) + x)
+
+
+def row_noise(step: int) -> torch.Tensor:
+    """Of each image (N, 1, 1, 1): 1 with the probability of survival, divided by that, or 0."""
+    kept = seeded.rng_of(FIRST_BATCH_SEED + step, "drop").uniform(0, 1, BATCH["size"]) >= DROP
+    return torch.tensor(kept / (1 - DROP)).reshape(-1, 1, 1, 1)
+
+
+def stochastic_depth() -> dict:
+    network = make_network(Residual)
+    optimizer, losses = sgd(network), []
+    for step in range(STEPS):
+        batch = make_batch(step)
+        loss = plain(network(batch[0], row_noise(step)), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": np.array(losses), **prefixed("state", state(network))}
+
+
 # The average of weights, with the rules of torchvision's reference script.
 
 EMA = {"decay": 0.9995, "interval": 2, "steps_per_epoch": 5, "warmup_epochs": 1}
@@ -370,6 +417,7 @@ CASES: dict[str, Callable[[], dict]] = {
     "lamb": lambda: written_out(Lamb()),
     "layered_sgd": lambda: layered(layered_sgd),
     "layered_adam": lambda: layered(layered_adamw),
+    "stochastic_depth": stochastic_depth,
     "ema": average,
 }
 
@@ -381,6 +429,7 @@ def main() -> None:
     content |= {"warmup_decay": WARMUP_DECAY, "minimum": MINIMUM, "power": POWER}
     content |= {"trust": TRUST, "lars_rate": LARS_RATE, "lamb_rate": LAMB_RATE}
     content |= {"lamb_epsilon": LAMB_EPSILON, "layer_decay": LAYER_DECAY}
+    content |= {"drop": DROP}
     content |= {"parts": PARTS, "clip": CLIP, "warmup_steps": WARMUP_STEPS}
     content |= {"rate": RATE, "momentum": MOMENTUM, "decay": DECAY}
     content |= {"first_batch_seed": FIRST_BATCH_SEED, "weights_seed": WEIGHTS_SEED}
