@@ -213,6 +213,7 @@ class Update:
         self.step = 0  # the next one
         self.loaded: Mapping[str, flow.Tensor] = {}
         self.count = 0  # of updates made before the first step here
+        self.before: flow.Tensor | None = None  # the mean m of the last parameter, then
         self.graph: nn.Graph | None = None
         self.variables: dict[str, flow.Tensor] = {}  # of its own, by their names in snapshots
 
@@ -228,6 +229,9 @@ class Update:
         """Start from the buffers of another run, by their names in snapshots, after `count`
         updates."""
         self.loaded, self.count = buffers, count
+        # The training graph takes these as its variables, and changes them in its first step.
+        means = [each for n in self.parameters if (each := buffers.get(f"model.{n}-m")) is not None]
+        self.before = means[-1].clone() if means else None
 
     def hold(self, state: Mapping[str, flow.Tensor]) -> nn.Module:
         """A module of all that the update reads and changes beside the model.
@@ -246,8 +250,8 @@ class Update:
                 held.register_buffer(f"{suffix}_{i}", self.variables[key])
         held.register_buffer("count", self.scalar(self.count))
         if not self.keeps_gradients:
-            key = f"model.{used[-1]}-m"
-            held.register_buffer("before", self.loaded.get(key, self.zeros(used[-1])))
+            before = self.zeros(used[-1]) if self.before is None else self.before
+            held.register_buffer("before", before)
         self.names, self.loaded = used, {}
         return held
 

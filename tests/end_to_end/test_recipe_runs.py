@@ -29,7 +29,8 @@ ITEMS = {
     + ("--lr_decay=polynomial", "--lr_power=2", "--ema_decay=0.98", "--ema_steps=1"),
     "lamb": ("--optimizer=lamb", "--learning_rate=0.02", "--gradient_clipping=1", "--wd=0.01")
     + ("--accumulate_steps=2",),
-    "layers": ("--layer_decay=0.5", "--gradient_clipping=0.5", "--nesterov"),
+    "lamb, half": ("--optimizer=lamb", "--learning_rate=0.02", "--use_fp16"),
+    "layers": ("--layer_decay=0.5", "--gradient_clipping=0.5", "--nesterov", "--use_fp16"),
     "depth": ("--stochastic_depth=0.5", "--learning_rate=0.02"),
     "bce": ("--loss=bce", "--bce_target_threshold=0.2"),
 }

@@ -204,3 +204,25 @@ def test_two_nodes_that_are_one_machine(tmp_path, devices):
         lines = [line for line in errors.splitlines() if "error:" in line]
         assert len(lines) == 1 and "one machine" in lines[0], errors
     assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_examples"),
+    [
+        (("--optimizer=lamb", "--gradient_clipping=1", *HALF), 12),
+        (("--optimizer=lars", "--learning_rate=1", "--accumulate_steps=2"), 24),
+        (("--layer_decay=0.9", "--stochastic_depth=0.2", "--ema_decay=0.9", "--use_fp16"), 12),
+    ],
+    ids=["lamb", "lars", "layers"],
+)
+def test_updates_of_a_second_graph_on_two_devices(flags, num_examples, tmp_path):
+    """Also where a run is resumed: then both graphs have buffers to start from."""
+    common = (f"--gpu_num_per_node={PROCESSES}", "--model_save_dir=run")
+    first = (f"--num_examples={num_examples}", "--model=tiny", *flags)
+    for log, own in (
+        ("log", first),
+        ("again", ("--resume=run/snapshot_epoch_0", "--num_epochs=2")),
+    ):
+        finish(start(*common, *own, cwd=tmp_path, log=f"{log}.%d"))
+        check_logs(sorted(tmp_path.glob(f"{log}.*")), world_size=PROCESSES)
+    assert (tmp_path / "run" / "snapshot_epoch_1").is_dir()
