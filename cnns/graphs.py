@@ -197,7 +197,7 @@ class TrainGraph(QuietGraph):
             self.set_grad_scaler(flow.amp.GradScaler(**LOSS_SCALE))
         self.model = model
         self.loader = loader
-        self.criterion = loss
+        self.cross_entropy = loss
         self.auxiliary_weight = getattr(model, "auxiliary_weight", 0.0)
         self.dropouts = dropouts(model)
         self.top_k = top_k
@@ -259,9 +259,9 @@ class TrainGraph(QuietGraph):
         # The loss kernel aborts the process on a label it has no logit for.
         valid = in_range(label, logits)
         label = label * valid
-        loss = self.criterion(logits, label, *mixed)  # ()
+        loss = self.cross_entropy(logits, label, *mixed)  # ()
         if auxiliary is not None:
-            auxiliary_loss = self.criterion(in_float32(auxiliary), label, *mixed)
+            auxiliary_loss = self.cross_entropy(in_float32(auxiliary), label, *mixed)
             loss = loss + self.auxiliary_weight * auxiliary_loss
         loss.backward()
         if share is not None:

@@ -153,8 +153,9 @@ def test_fashion_mnist():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_training_script_takes_it(path, tmp_path):
+def test_the_training_script_takes_it(path, tmp_path, monkeypatch):
     """With data, to the point where the network would be built, and the command in the file."""
+    monkeypatch.chdir(ROOT)  # where the command is given
     data = write_parts(tmp_path / "data" / "train", [[0, 1] * 520], num_classes=2)
     flags = ["--device=cpu", f"--train_data_dir={data}", f"--val_data_dir={data}"]
     flags += ["--global_batch_size=1024"] * (path.stem != "fashion_mnist_cpu")

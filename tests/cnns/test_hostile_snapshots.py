@@ -247,7 +247,7 @@ UNPRINTED = {"steps": 1, "loss": 1.5, "top_1": 1, "top_k": 1, "seconds": 0.5}
         ("--num_nodes is None", {"flags": {"num_nodes": None}}),
         ("--use_fp16 is 1", {"flags": {"use_fp16": 1}}),
         ("--seed is '0'", {"flags": {"seed": "0"}}),
-        ("--optimizer is 'lamb'", {"flags": {"optimizer": "lamb"}}),
+        ("--optimizer is 'adagrad'", {"flags": {"optimizer": "adagrad"}}),
         ("--rgb_mean is a list of 2", {"flags": {"rgb_mean": [1, 2]}}),
         ("--momentum is True", {"flags": {"momentum": True}}),
     ],

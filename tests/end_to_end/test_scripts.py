@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import config
 import model_registry
 import of_cnn_evaluate
 import of_cnn_inference
@@ -253,7 +254,7 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
         monkeypatch.setattr(module, name, record)
 
     spy(of_cnn_train_val.optimizer_util, "build_optimizer")
-    spy(of_cnn_train_val, "Schedule")
+    spy(config, "Schedule")
     spy(of_cnn_train_val, "TrainGraph")
     spy(of_cnn_train_val.ofrecord_util, "train_loader")
     result = train(
@@ -263,7 +264,10 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
         "--save_epoch_interval=10",
         "--learning_rate=0.02",
         "--wd=0.003",
+        "--norm_wd=0.002",
+        "--bias_wd=0.001",
         "--momentum=0.8",
+        "--nesterov",
         "--gradient_clipping=7",
         "--label_smoothing=0.2",
         "--warmup_epochs=2",
@@ -282,8 +286,13 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
     assert settings == {
         "learning_rate": 0.02,
         "weight_decay": 0.003,
+        "norm_weight_decay": 0.002,
+        "bias_weight_decay": 0.001,
+        "layer_decay": 1.0,
         "gradient_clipping": 7,
         "momentum": 0.8,
+        "nesterov": True,
+        "trust_coefficient": None,
         "decay_rate": None,
         "epsilon": None,
     }
@@ -294,7 +303,8 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
     settings = dict(seen["TrainGraph"][1])
     loss = settings.pop("loss")
     assert isinstance(loss, CrossEntropy) and loss.smoothing == loss.label_smoothing == 0.2
-    assert settings == {"top_k": 3, "use_fp16": False, "num_nodes": 1}
+    alone = {"average": None, "accumulate_steps": 1, "num_nodes": 1}
+    assert settings == {"top_k": 3, "use_fp16": False, **alone}
     settings = seen["train_loader"][1]
     assert settings["augmentation"] == Augmentation((0.4, 0.9), (0.8, 1.2), 0.25, 16)
     assert (settings["batch_size"], settings["seed"]) == (8, 9)

@@ -434,8 +434,8 @@ def test_a_killed_process_ends_all(tmp_path):
 def test_an_error_of_one_process_ends_all(data, tmp_path):
     """A disk that is full on the first node: the others would wait for ever."""
     (tmp_path / "run").mkdir()
-    flags = recipe(data, "toy", processes=2)
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    flags = recipe(data, "tiny", processes=2)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))"
     (tmp_path / "sitecustomize.py").write_text(limit)
     run = start(
         *flags,
