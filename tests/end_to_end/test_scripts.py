@@ -306,7 +306,8 @@ def test_flags_reach_what_they_are_for(data, monkeypatch):
     alone = {"average": None, "accumulate_steps": 1, "num_nodes": 1}
     assert settings == {"top_k": 3, "use_fp16": False, **alone}
     settings = seen["train_loader"][1]
-    assert settings["augmentation"] == Augmentation((0.4, 0.9), (0.8, 1.2), 0.25, 16)
+    without = {"num_ops": 0, "magnitude": 0}  # of RandAugment
+    assert settings["augmentation"] == Augmentation((0.4, 0.9), (0.8, 1.2), 0.25, 16, **without)
     assert (settings["batch_size"], settings["seed"]) == (8, 9)
 
 
