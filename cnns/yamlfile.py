@@ -29,7 +29,7 @@ def read_yaml(path: str) -> Any:
         reason = " ".join(str(error).split())
         raise Damaged(f"it is not YAML: {brief(reason)}") from None
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise Damaged(f"it is not YAML of flags: {brief(str(error))}") from None
+        raise Damaged(f"it is not YAML: {brief(str(error))}") from None
 
 
 def check_structure(text: str) -> None:
