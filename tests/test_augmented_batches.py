@@ -21,6 +21,8 @@ from of_cnn_train_val import make_spec, parse_args
 from small import MODELS, call, validation_figures, write_sets
 from tools import browse
 
+pytestmark = pytest.mark.long
+
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 61.0, 62.0)
 SIZE, SEED, BATCH_SIZE = 24, 3, 8
 PREPROCESSING = Preprocessing(SIZE, SIZE, MEAN, STD)

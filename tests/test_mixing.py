@@ -17,6 +17,8 @@ from cnns.graphs import QuietGraph
 from cnns.losses import build_loss, soft_target
 from golden import seeded
 
+pytestmark = pytest.mark.long
+
 with np.load(Path(__file__).resolve().parent / "golden" / "mixing.npz") as file:
     GOLDEN = {key: array[()] for key, array in file.items()}
 SIZE, BATCH_SIZE = recipes.BATCH["pixels"], recipes.BATCH["size"]

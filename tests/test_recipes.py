@@ -27,6 +27,8 @@ from optimizer_util import Schedule
 from resnet_model import BasicBlock
 from small import ballast
 
+pytestmark = pytest.mark.long
+
 PLACEMENT = flow.env.all_device_placement("cpu")
 with np.load(Path(__file__).resolve().parent / "golden" / "recipes.npz") as file:
     GOLDEN = {key: array[()] for key, array in file.items()}

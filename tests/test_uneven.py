@@ -16,6 +16,8 @@ from cnns.errors import UsageError
 from cnns.losses import build_loss
 from small import MODELS, call, losses, write_manifest, write_parts
 
+pytestmark = pytest.mark.long
+
 with np.load(Path(__file__).resolve().parent / "golden" / "class_weights.npz") as file:
     GOLDEN = {key: array[()] for key, array in file.items()}
 LABELS = [[0, 0, 0, 1, 0, 0, 0], [0, 2, 0, 0, 1, 0, 0, 0, 0]]  # 13, 2 and 1 of 16

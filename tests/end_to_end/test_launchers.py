@@ -480,6 +480,7 @@ class Example:
 
     def __init__(self, slurm, data, directory):
         self.slurm, self.data, self.directory = slurm, data, directory
+        self.queued = None  # when it was first seen waiting
         for path in ROOT.iterdir():
             if path.suffix == ".py" or path.name in ("data", "cnns"):
                 os.symlink(path, directory / path.name)
@@ -510,8 +511,15 @@ class Example:
             raise AssertionError(f"{error}:\n{self.text()[-3000:]}\n{queue}") from None
 
     def resumed(self, times):
-        # A job that is queued again waits for two minutes, unless told otherwise.
-        self.slurm("scontrol", "update", f"JobId={self.job}", "StartTime=now", check=False)
+        # A job that is queued again waits for two minutes, unless told otherwise. In the second in
+        # which it was queued slurmd takes it for the job that was ended, and refuses it for good.
+        state = self.slurm("squeue", "-h", "-j", self.job, "-o", "%T", check=False).strip()
+        if state != "PENDING":
+            self.queued = None
+        elif self.queued is None:
+            self.queued = time.monotonic()
+        elif time.monotonic() - self.queued > 5:
+            self.slurm("scontrol", "update", f"JobId={self.job}", "StartTime=now", check=False)
         return self.text().count("Resuming at epoch") >= times
 
     def cancel(self):

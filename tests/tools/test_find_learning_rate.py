@@ -10,6 +10,8 @@ import model_registry
 import small
 from tools import find_learning_rate as tool
 
+pytestmark = pytest.mark.long
+
 STEPS = 40
 
 
