@@ -21,7 +21,7 @@ class Augmentation:
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
     flip: float = 0.5  # probability
     shuffle_buffer_size: int | None = None  # records; None: `choose_buffer_size`
-    # What only loaders of single pictures can do, see `needs_pictures`.
+    # What only loaders of single pictures can do, see cnns/flags/augment.py.
     interpolation: str | None = None  # a key of INTERPOLATIONS; None: the loader's own
     auto_augment: str | None = None  # a key of augment.AUTO_AUGMENTS
     num_ops: int = 2  # of RandAugment, for a picture

@@ -1,8 +1,9 @@
 """Which records the batches of a run hold: a function of seed, epoch and iteration alone."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
@@ -45,7 +46,6 @@ class RecordOrder:
     seed: int
     repeats: int = 1
     labels: np.ndarray | None = field(default=None, compare=False, repr=False)
-    kept: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """The numbers of the records at these positions of an epoch."""
@@ -53,24 +53,23 @@ class RecordOrder:
             positions = self.spread(positions) // self.repeats
         return self.order(epoch)[positions % self.num_records]
 
-    def order(self, epoch: int) -> np.ndarray:
+    @cached_property
+    def order(self) -> Callable[[int], np.ndarray]:
+        """The order of an epoch, which is asked for with every image."""
         if self.labels is None:
-            return permutation(self.num_records, self.seed, epoch)
-        order = self.kept.get(epoch)
-        if order is None:
-            order = balanced_order(self.labels, self.seed, epoch)
-            for old in [*self.kept][:-1]:
-                self.kept.pop(old, None)
-            self.kept[epoch] = order
-        return order
+            return partial(permutation, self.num_records, self.seed)
+        return lru_cache(maxsize=2)(partial(balanced_order, self.labels, self.seed))
+
+    @cached_property
+    def rows_apart(self) -> np.ndarray:
+        """Places in a batch of copies in a row, (batch_size,), for rows without neighbours that are
+        copies: 0, R, 2 R, ..., 1, R + 1, ..."""
+        return np.argsort(np.arange(self.batch_size) % self.repeats, kind="stable")
 
     def spread(self, positions: np.ndarray) -> np.ndarray:
-        """Positions in an order with copies in a row, for such in an order without neighbours that
-        are copies: of a batch 0, 1, 2, ... the rows hold 0, R, 2 R, ..., 1, R + 1, ..."""
-        rows = np.arange(self.batch_size)
-        spread = np.argsort(rows % self.repeats, kind="stable")
+        """Positions in an order with copies in a row, for such in one whose copies are apart."""
         batches, rows = np.divmod(positions, self.batch_size)
-        return batches * self.batch_size + spread[rows]
+        return batches * self.batch_size + self.rows_apart[rows]
 
     def digest(self, before: str | None, epoch: int, iteration: int) -> str:
         """The digest `before`, None at the start of a run, continued with a global batch.
