@@ -19,7 +19,7 @@ from cnns.errors import UsageError
 from cnns.flags import checks
 from cnns.flags.augment import CLASS_FLAGS, MIXING_FLAGS, PICTURE_FLAGS, TRAIN_SIZE_FLAGS
 from cnns.flags.data import FOLDER_FLAGS, VAL_DATA_FLAGS, train_data_flags
-from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE, LR_SCALINGS
+from cnns.flags.defaults import BATCH_SIZE_PER_DEVICE, scaled_rate
 from cnns.flags.devices import CUDA_TRAINING_FLAGS, DEVICE_FLAGS
 from cnns.flags.export import EXPORT_FLAGS, GATE_FLAGS, NEEDS_DATA, VARIANT_FLAGS
 from cnns.flags.network import (
@@ -317,8 +317,9 @@ def make_schedule(args: Namespace, plan: Plan) -> Schedule:
     """The schedule of a run, in steps."""
     return Schedule(
         args.lr_decay,
-        learning_rate=args.learning_rate
-        * LR_SCALINGS[args.lr_scaling](args.global_batch_size / 256),
+        learning_rate=scaled_rate(
+            args.learning_rate, args.lr_scaling, batch_size=args.global_batch_size
+        ),
         total_steps=plan.total_steps,
         warmup_steps=plan.warmup_steps,
         step_milestones=plan.step_milestones,

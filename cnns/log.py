@@ -37,8 +37,8 @@ class Counts:
         return scores if self.loss is None else scores | {f"{prefix}loss": self.loss}
 
     def as_metrics(self) -> dict[str, float | int]:
-        top_1, top_k = self.accuracies()
-        return {"val_top_1": top_1, "val_top_k": top_k, "num_val_examples": self.samples}
+        """What a snapshot keeps of them."""
+        return self.as_scores("val_") | {"num_val_examples": self.samples}
 
     def as_figures(self, seconds: float) -> dict[str, float | int]:
         """What the record of a run keeps of them."""

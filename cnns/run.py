@@ -74,6 +74,12 @@ class Parts:
     average: Average | None = None  # of the weights
     average_evaluator: Evaluator | None = None  # of the network with the average
 
+    def set_training(self) -> None:
+        """Set the network to training, but for the batch norms that are frozen."""
+        self.model.train()
+        for norm in self.frozen_norms:
+            norm.eval()
+
 
 def is_better(metrics: dict, best: dict, *, by: str) -> bool:
     """Whether an epoch is better than the best before it, by its figure `by` (a key of
@@ -208,9 +214,7 @@ class Run:
         """Run what is left of an epoch, with a line at each interval, snapshot, and the end."""
         parts, progress, intervals = self.parts, self.progress, self.intervals
         average = parts.average
-        parts.model.train()
-        for norm in parts.frozen_norms:
-            norm.eval()
+        parts.set_training()
         batches = parts.loader.batches(progress.current_epoch, progress.iteration)
         self.meter.restart()
         for iteration in range(progress.iteration + 1, intervals.steps_per_epoch + 1):
@@ -242,7 +246,7 @@ class Run:
             return
         average_statistics(parts.model)
         counts, seconds = self.score(parts.evaluator, "validation")
-        metrics = counts.as_metrics() | counts.as_scores("val_")
+        metrics = counts.as_metrics()
         figures = counts.as_figures(seconds) | counts.as_scores()
         if parts.average is not None and parts.average_evaluator is not None:
             parts.average.finish()

@@ -191,7 +191,7 @@ def train_loop(run: Run) -> Callable[[], None]:
 def time_loops(args: Namespace, run: Run) -> tuple[list[float], float]:
     """Medians of seconds of the bare loop and of the script's, and their ratio."""
     graph, loader, masks = run.parts.graph, run.parts.loader, run.parts.masks.at(0)
-    run.parts.model.train()
+    run.parts.set_training()
 
     def bare_loop():
         for batch in itertools.islice(loader.batches(0), args.steps):

@@ -28,7 +28,7 @@ import of_cnn_train_val as script
 from cnns.configfile import read_config
 from cnns.data.format import write_whole
 from cnns.errors import RunError, UsageError, run_main, say
-from cnns.flags.defaults import LR_SCALINGS
+from cnns.flags.defaults import scaled_rate
 from cnns.flags.parser import CONFIGURED, Flag, FlagParser
 from cnns.flags.values import number, path
 from cnns.interrupts import exit_on_signals
@@ -156,9 +156,7 @@ def make_parts(spec: script.RunSpec, own: Namespace) -> Parts:
 
 def measure(parts: Parts, own: Namespace, *, steps_per_epoch: int) -> Curve:
     """Train, and read the loss of each step, until it diverges."""
-    parts.model.train()
-    for norm in parts.frozen_norms:
-        norm.eval()
+    parts.set_training()
     curve = Curve([], [])
     batches: Iterator = iter(())
     for step in range(own.steps):
@@ -182,14 +180,14 @@ def check_and_tell(curve: Curve, spec: script.RunSpec, own: Namespace) -> None:
         raise RunError(
             f"the loss diverged after {len(curve.rates)} steps; try a lower --lr_from and --lr_to"
         )
-    scaled = LR_SCALINGS[spec.flags["lr_scaling"]](spec.batch_size / 256)
+    scale = scaled_rate(1.0, spec.flags["lr_scaling"], batch_size=spec.batch_size)
     write(curve, own.output)
     say(f"lowest loss: {curve.smoothed.min():.6f} at learning rate {curve.lowest:.3g}", sys.stdout)
     say(f"steepest fall at learning rate {curve.steepest:.3g}", sys.stdout)
     if len(curve.rates) < own.steps:
         say(f"diverged at learning rate {curve.rates[-1]:.3g}", sys.stdout)
     say(
-        f"try --learning_rate={curve.suggested / scaled:.2g}, a tenth of the rate of the lowest "
+        f"try --learning_rate={curve.suggested / scale:.2g}, a tenth of the rate of the lowest "
         f"loss; the curve: {own.output}",
         sys.stdout,
     )

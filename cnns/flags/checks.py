@@ -20,10 +20,10 @@ from cnns.flags.defaults import (
     EPSILON,
     FINETUNE,
     KEEP_SNAPSHOTS,
-    LR_SCALINGS,
     NUM_EPOCHS,
     WARMUP_EPOCHS,
     learning_rate_per_256,
+    scaled_rate,
 )
 from cnns.flags.devices import CUDA_FLAGS
 from cnns.flags.network import PRECISION_FLAGS, PREPROCESSING_FLAGS
@@ -121,9 +121,7 @@ def check_data_flags(args: Namespace, flags: Mapping[str, Flag]) -> None:
         of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num", *FOLDER_FLAGS)
         refuse("needs --train_data_dir, and without it data are synthetic", *of_files)
         ignored = (*AUGMENTATION_FLAGS, "train_image_size", "class_weights")
-        ignored += tuple(picture_flags_given(args, flags))
-        refuse("has no effect on synthetic data", *ignored)
-        ignored = (*of_parts, "val_batch_size_per_device")
+        ignored += (*picture_flags_given(args, flags), *of_parts, "val_batch_size_per_device")
         refuse("has no effect on synthetic data", *ignored)
         if args.report:
             raise UsageError("--report has no effect on synthetic data; leave it out")
@@ -277,7 +275,7 @@ def take_learning_rate(args: Namespace, model: Model) -> list[str]:
         args.learning_rate = rate if args.lr_scaling != "none" else rate * images / 256
         if args.lr_scaling == "none":
             notices.append(f"Learning rate: {args.learning_rate:g} ({rate:g} per 256 images).")
-    peak = args.learning_rate * LR_SCALINGS[args.lr_scaling](images / 256)
+    peak = scaled_rate(args.learning_rate, args.lr_scaling, batch_size=images)
     if args.lr_scaling != "none":
         notices.append(
             f"Learning rate: {peak:g} ({args.learning_rate:g} per 256 images, --lr_scaling="

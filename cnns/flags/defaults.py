@@ -81,3 +81,8 @@ def learning_rate_per_256(model: Model, optimizer: str, *, finetune: bool) -> fl
         )
     rate = rates[optimizer]
     return rate if own is None else min(own, rate) if finetune else own
+
+
+def scaled_rate(rate: float, scaling: str, *, batch_size: int) -> float:
+    """A learning rate for a global batch, by a key of LR_SCALINGS."""
+    return rate * LR_SCALINGS[scaling](batch_size / 256)
