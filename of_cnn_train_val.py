@@ -436,7 +436,9 @@ def build_train_graph(
         loss=build_loss(
             flags["loss"],
             **config.loss_settings(Namespace(**flags)),
-            class_weights=on_all_devices(spec.class_weights, spec.device),
+            class_weights=None
+            if spec.class_weights is None
+            else on_all_devices(spec.class_weights, flow.env.all_device_placement(spec.device)),
         ),
         top_k=spec.top_k,
         average=average.network if average and average.within_graph else None,

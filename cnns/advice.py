@@ -10,6 +10,7 @@ from typing import Any
 
 from oneflow import nn
 
+from cnns.checkpoint.snapshot import state_tensors
 from cnns.checkpoint.training import buffers_of, parameters
 from cnns.errors import UsageError
 from cnns.inputs import is_within
@@ -121,8 +122,7 @@ def snapshot_bytes(model: nn.Module, flags: Mapping[str, object]) -> tuple[int, 
     resume from it."""
     sizes = {
         name: 4 * tensor.numel()  # float32
-        for name, tensor in model.state_dict().items()
-        if not name.endswith("num_batches_tracked")
+        for name, tensor in state_tensors(model).items()
     }
     networks = 2 if flags.get("ema_decay") else 1
     return networks * sum(sizes.values()), len(buffers_of(flags)) * sum(

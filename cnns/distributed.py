@@ -278,12 +278,12 @@ def own_rows(batch_size: int) -> slice:
     return slice(rows * flow.env.get_rank(), rows * (flow.env.get_rank() + 1))
 
 
-def on_all_devices(array: np.ndarray | None, device: str) -> flow.Tensor | None:
-    """An array that every process holds, whole on each device; None stays None."""
-    if array is None:
-        return None
-    placement = flow.env.all_device_placement(device)
-    return flow.tensor(array).to_global(placement, flow.sbp.broadcast)
+def on_all_devices(array: np.ndarray, placement: flow.placement) -> flow.Tensor:
+    """An array that every process holds, as a global tensor that is whole on each device.
+
+    All are of one shape, which is not checked, as in `to_global`.
+    """
+    return flow.tensor(array).to_global(placement, flow.sbp.broadcast, check_meta=False)
 
 
 def to_device(batch: np.ndarray, placement: flow.placement) -> flow.Tensor:

@@ -14,7 +14,7 @@ When it is due, and how large the share is, follows torchvision's reference scri
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -23,9 +23,10 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 
-from cnns.checkpoint.snapshot import state_arrays
+from cnns.checkpoint.snapshot import state_arrays, state_tensors
 from cnns.checkpoint.weights import load_weights
-from cnns.distributed import average_statistics, place
+from cnns.distributed import average_statistics, on_all_devices, place
+from cnns.update import subtract
 
 
 def adjusted_decay(decay: float, *, batch_size: int, interval: int, num_epochs: int) -> float:
@@ -56,21 +57,16 @@ class AverageSchedule:
         return 1.0 if epoch < self.warmup_epochs or first else 1.0 - self.decay
 
 
-def state_names(model: nn.Module) -> list[str]:
-    """Of all that is averaged: parameters and running statistics."""
-    return [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
+def blend(average: Any, model: Any, names: Iterable[str], share: flow.Tensor) -> None:
+    """Move parameters and buffers of `average` towards those of `model` by `share`, a scalar; both
+    may be modules of a graph."""
 
-
-def blend(average: Any, model: Any, names: Sequence[str], share: flow.Tensor) -> None:
-    """Move `average` towards `model` by `share`, a scalar; both may be modules of a graph.
-
-    Inside a graph only operators that change a variable can do it, such as SGD's.
-    """
-    update = flow.stateful_op("sgd_update").Input("model").Input("model_diff").Build()
-    with flow.no_grad():
+    def pairs() -> Iterator[tuple[flow.Tensor, flow.Tensor]]:
         for name in names:
             mine, theirs = (reduce(getattr, name.split("."), m) for m in (average, model))
-            flow._C.dispatch_sgd_update(update, (mine, (mine - theirs) * share), learning_rate=1.0)
+            yield mine, (mine - theirs) * share
+
+    subtract(pairs())
 
 
 def make_average_schedule(flags: Mapping[str, Any], *, batch_size: int) -> AverageSchedule:
@@ -108,6 +104,7 @@ class Average:
         self.network, self.model, self.schedule = place(network, device).eval(), model, schedule
         self.placement = flow.env.all_device_placement(device)
         self.within_graph = within_graph
+        self.names = [*state_tensors(network)]  # of all that is averaged
         self.due = 0.0  # share of the newest weights that is not in the average yet
         self.shares: dict[float, flow.Tensor] = {}  # sent to the devices once
 
@@ -127,7 +124,7 @@ class Average:
     def settle(self) -> None:
         """Do what is due; all processes call this. Does not wait for the devices."""
         if self.due:
-            blend(self.network, self.model, state_names(self.network), self.tensor(self.due))
+            blend(self.network, self.model, self.names, self.tensor(self.due))
             self.due = 0.0
 
     def finish(self) -> None:
@@ -137,6 +134,5 @@ class Average:
 
     def tensor(self, share: float) -> flow.Tensor:
         if share not in self.shares:
-            value = flow.tensor(np.array([share], np.float32))
-            self.shares[share] = value.to_global(self.placement, flow.sbp.broadcast)
+            self.shares[share] = on_all_devices(np.array([share], np.float32), self.placement)
         return self.shares[share]

@@ -11,10 +11,10 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
-from cnns.checkpoint.snapshot import local
+from cnns.checkpoint.snapshot import local, state_tensors
 from cnns.checkpoint.training import STEP
 from cnns.distributed import broadcast_outputs, own_rows, to_device, to_global
-from cnns.ema import blend, state_names
+from cnns.ema import blend
 from cnns.losses import main_label
 from cnns.models.layers import Masked
 from cnns.models.products import convolutions_as_products
@@ -201,7 +201,7 @@ class TrainGraph(QuietGraph):
         self.auxiliary_weight = getattr(model, "auxiliary_weight", 0.0)
         self.dropouts = dropouts(model)
         self.top_k = top_k
-        self.averaged_names = [] if average is None else state_names(average)
+        self.averaged_names = [] if average is None else [*state_tensors(average)]
         if average is not None:
             self.average = average
         self.update: Update | None = getattr(optimizer, "update", None)

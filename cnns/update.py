@@ -18,13 +18,15 @@ biases and batch norms they would be those of few numbers; timm, too, leaves the
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
 import oneflow as flow
 from oneflow import nn
+
+from cnns.distributed import on_all_devices
 
 Tensors = tuple[flow.Tensor, ...]
 BETAS = (0.9, 0.999)  # of adam and lamb
@@ -260,8 +262,7 @@ class Update:
         return flow.zeros(*shape, placement=self.placement, sbp=flow.sbp.broadcast)
 
     def scalar(self, value: float) -> flow.Tensor:
-        tensor = flow.tensor(np.array([value], np.float32))
-        return tensor.to_global(self.placement, flow.sbp.broadcast, check_meta=False)
+        return on_all_devices(np.array([value], np.float32), self.placement)
 
     def __call__(self) -> None:
         """Make the update by what the training graph has left."""
@@ -284,11 +285,11 @@ class Update:
                 last = buffers(len(self.names) - 1, self.kept, "kept_")[0]
                 moved = last if self.keeps_gradients else last - held.before
                 skip = ((moved.abs().sum() == 0).to(dtype=flow.int64).reshape(1),)
-                subtract(*((last, last) if self.keeps_gradients else (held.before, -moved)))
+                subtract([(last, last) if self.keeps_gradients else (held.before, -moved)])
                 made = 1 - skip[0].to(dtype=flow.float32)
             count = held.count + made
             corrections = tuple(-flow.expm1(count * math.log(beta)) for beta in BETAS)
-            subtract(held.count, held.count - count)
+            subtract([(held.count, held.count - count)])
             for i, name in enumerate(self.names):
                 weight = reduce(getattr, name.split("."), model)
                 factor = self.factors.get(name, 1.0)
@@ -299,6 +300,12 @@ class Update:
         return count
 
 
-def subtract(variable: flow.Tensor, difference: flow.Tensor) -> None:
+def subtract(pairs: Iterable[tuple[flow.Tensor, flow.Tensor]]) -> None:
+    """Take the second of each pair from the first, a variable or a parameter.
+
+    Inside a graph only operators that change a variable can do it, such as SGD's.
+    """
     op = flow.stateful_op("sgd_update").Input("model").Input("model_diff").Build()
-    flow._C.dispatch_sgd_update(op, (variable, difference), learning_rate=1.0)
+    with flow.no_grad():
+        for variable, difference in pairs:
+            flow._C.dispatch_sgd_update(op, (variable, difference), learning_rate=1.0)

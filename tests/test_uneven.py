@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import oneflow as flow
 import pytest
 
 import model_registry
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.long
 
 with np.load(Path(__file__).resolve().parent / "golden" / "class_weights.npz") as file:
     GOLDEN = {key: array[()] for key, array in file.items()}
+CPU = flow.env.all_device_placement("cpu")
 LABELS = [[0, 0, 0, 1, 0, 0, 0], [0, 2, 0, 0, 1, 0, 0, 0, 0]]  # 13, 2 and 1 of 16
 
 
@@ -27,7 +29,7 @@ LABELS = [[0, 0, 0, 1, 0, 0, 0], [0, 2, 0, 0, 1, 0, 0, 0, 0]]  # 13, 2 and 1 of 
 def test_twenty_steps(case):
     name = "bce" if case == "bce" else "cross_entropy"
     model = recipes.network()
-    weights = on_all_devices(GOLDEN["weights"], "cpu")
+    weights = on_all_devices(GOLDEN["weights"], CPU)
     smoothing = recipes.GOLDEN["smoothing"].item()
     loss = build_loss(name, label_smoothing=smoothing, class_weights=weights)
     graph = recipes.build(model, loss=loss)
@@ -37,7 +39,7 @@ def test_twenty_steps(case):
 @pytest.mark.parametrize("case", ["cross_entropy", "bce"])
 def test_equal_weights_are_none(case):
     found = []
-    for weights in (None, on_all_devices(np.full(5, 2.5, np.float32), "cpu")):
+    for weights in (None, on_all_devices(np.full(5, 2.5, np.float32), CPU)):
         loss = build_loss(case, label_smoothing=0.1, class_weights=weights)
         found.append(recipes.losses_of(recipes.build(recipes.network(), loss=loss)))
     np.testing.assert_allclose(found[1], found[0], rtol=2e-6)

@@ -97,15 +97,23 @@ def versions() -> dict[str, str]:
     }
 
 
-def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """Parameters and buffers of a model as float32 arrays, by name, in the standard layout.
+def state_tensors(model: nn.Module) -> dict[str, flow.Tensor]:
+    """The parameters and buffers of a model that snapshots hold, by name.
 
     `num_batches_tracked` is left out: nothing counts it inside a graph, and PyTorch fills it in.
     """
     return {
-        name: to_standard(model, name, local(tensor).numpy().astype(np.float32))
+        name: tensor
         for name, tensor in model.state_dict().items()
         if not name.endswith("num_batches_tracked")
+    }
+
+
+def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The same as float32 arrays, in the standard layout."""
+    return {
+        name: to_standard(model, name, local(tensor).numpy().astype(np.float32))
+        for name, tensor in state_tensors(model).items()
     }
 
 

@@ -28,6 +28,7 @@ from cnns.checkpoint.snapshot import (
     read_description,
     read_weights,
     state_arrays,
+    state_tensors,
     versions,
 )
 from cnns.checkpoint.training import check_state
@@ -44,8 +45,7 @@ def standard_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of parameters and buffers by name, as snapshots hold them."""
     return {
         name: to_standard(model, name, np.empty(tuple(tensor.shape), np.bool_)).shape
-        for name, tensor in model.state_dict().items()
-        if not name.endswith("num_batches_tracked")
+        for name, tensor in state_tensors(model).items()
     }
 
 

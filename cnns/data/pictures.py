@@ -21,7 +21,7 @@ from cnns.data.boxes import in_boxes
 from cnns.data.crops import Augmentation
 from cnns.data.images import Preprocessing
 from cnns.data.order import RecordOrder
-from cnns.distributed import own_rows, to_global
+from cnns.distributed import on_all_devices, own_rows, to_global
 from cnns.launch.worker import is_worker
 
 AHEAD = 2  # batches that are being made while one is used
@@ -64,8 +64,7 @@ class PictureLoader(nn.Module):
         self.placement = flow.env.all_device_placement(device)
         for name in ("rgb_mean", "rgb_std"):
             value = np.asarray(getattr(preprocessing, name), np.float32).reshape(1, 3, 1, 1)
-            tensor = flow.tensor(value).to_global(self.placement, flow.sbp.broadcast)
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, on_all_devices(value, self.placement), persistent=False)
 
     def ahead(
         self,
