@@ -199,6 +199,7 @@ def test_without_labelled_pictures_the_card_says_that_nothing_is_known(place, tm
     result = call(
         deploy.main, str(tmp_path / f"{PREFIX}last"), f"--output={made}", "--precisions=fp16"
     )
+    assert result.status == 0, result.stderr
     assert "accuracy is not measured" in result.stderr
     card = (made / "model_card.md").read_text()
     assert "**Accuracy was not measured**" in card and "Each class" not in card
