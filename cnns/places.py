@@ -1,7 +1,9 @@
 """Where files are searched for and written unless a flag says otherwise."""
 
 import os
+from pathlib import Path
 
+PROJECT = Path(__file__).resolve().parents[1]
 # Runs make their directories here.
 SNAPSHOT_ROOT = os.path.join("output", "snapshots")
 # The original page's pretrained model; taken where it lies in the working directory.

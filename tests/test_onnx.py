@@ -267,7 +267,7 @@ def test_a_file_that_cannot_be_replaced_stays(monkeypatch, tmp_path):
         assert tree(tmp_path / "a") == before
     monkeypatch.undo()
     (tmp_path / "x.onnx.data").mkdir()
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     result = export(f"--onnx_path={tmp_path}/x.onnx")
     assert result.status == 2
 

@@ -29,10 +29,10 @@ from cnns.data.kinds import Arrays, Dataset, Shards
 from cnns.data.records import RecordSource
 from cnns.errors import RunError, UsageError
 from cnns.log import notice
-from cnns.places import CACHE_ROOT
+from cnns.places import CACHE_ROOT, PROJECT
 
 SEED = 0  # of the choice of pictures
-DEMO = [os.path.join("data", name) for name in ("cat.jpg", "coffee.jpg")]
+DEMO = [os.path.join("data", name) for name in ("cat.jpg", "coffee.jpg")]  # of PROJECT
 MAX_LOOKED_AT = 20  # in search of two classes
 
 
@@ -147,7 +147,13 @@ def find_photographs(paths: list[str], *, flags: dict) -> Pictures:
     """What an export is compared on: the files named, else images of the run's own validation data,
     else those of data/."""
     own = None if paths else photographs_of(flags, count=len(DEMO))
-    return own or of_files(paths or DEMO, path="data")
+    return own or (of_files(paths, path="data") if paths else demo_photographs())
+
+
+def demo_photographs() -> Pictures:
+    """Those of data/, wherever the command is given."""
+    files = of_files([str(PROJECT / name) for name in DEMO], path="data")
+    return replace(files, names=lambda i: DEMO[i])
 
 
 def photographs_of(flags: dict, *, count: int) -> Pictures | None:

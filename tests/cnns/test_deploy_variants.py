@@ -284,10 +284,12 @@ def test_calibration_takes_images_anywhere_below(tmp_path):
         calibration_pictures(str(tmp_path / "gone"), flags={})
 
 
-def test_without_a_run_the_photographs_of_data_are_compared(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_without_a_run_the_photographs_of_data_are_compared(monkeypatch, tmp_path):
+    """Wherever the command is given."""
+    monkeypatch.chdir(tmp_path)
     found = find_photographs([], flags={})
     assert [found.names(i) for i in range(len(found))] == ["data/cat.jpg", "data/coffee.jpg"]
+    assert found.open(1)[0].mode == "RGB"
 
 
 # The card.

@@ -141,16 +141,6 @@ def test_the_folder_works_away_from_the_repository(folder, place, tmp_path):
     np.testing.assert_allclose(answers["pictures.onnx"], answers[default], atol=0.01)
 
 
-def test_of_classes_that_are_as_probable_either_may_come_first():
-    best, probabilities = np.array([2, 0, 1]), np.array([0.345, 0.335, 0.32])
-    assert [deploy.is_first(answer, best, probabilities) for answer in (0, 1, 2, 7)] == [
-        True,
-        False,
-        True,
-        False,
-    ]
-
-
 def test_what_loses_too_much_is_left_out_and_status_1(place, monkeypatch):
     """float32 and fp16 are there all the same, and the card says what was refused."""
     monkeypatch.setattr(deploy, "explain_refusal", lambda *args: "int8 loses 9 points")
@@ -191,7 +181,11 @@ def test_one_picture_is_not_enough(place, tmp_path):
     assert result.status == 2 and "has one picture" in result.stderr
 
 
-def test_without_labelled_pictures_the_card_says_that_nothing_is_known(place, tmp_path):
+def test_without_labelled_pictures_the_card_says_that_nothing_is_known(
+    place, tmp_path, monkeypatch
+):
+    """Also where the command is not given in the project's directory."""
+    monkeypatch.chdir(tmp_path)
     network = TINY.build(3)
     snapshot = Snapshot("tiny", 3, TINY.preprocessing(image_size=SIZE), classes=NAMES)
     save_snapshot(str(tmp_path / f"{PREFIX}last"), network, snapshot)
