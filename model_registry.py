@@ -46,6 +46,7 @@ MODELS: dict[str, Model] = {
         last_layer="classifier.6",
         min_image_size=63,
         learning_rates={"sgd": 0.01},
+        trial={"image_size": 64},
     ),
     # Mean and standard deviation are those that its published weights were trained with.
     "inceptionv3": Model(

@@ -86,12 +86,18 @@ def test_default_warmup_is_at_most_half_of_the_run(epochs, warmup):
 
 
 def test_trial_on_a_cpu_takes_only_what_was_not_given():
-    args = finish("--image_size=32", device="cpu")
-    assert (args.image_size, args.batch_size_per_device, args.num_epochs) == (32, 8, 2)
+    args = finish("--image_size=48", device="cpu")
+    assert (args.image_size, args.batch_size_per_device, args.num_epochs) == (48, 8, 2)
     args = finish(device="cuda")
     assert (args.image_size, args.batch_size_per_device, args.num_epochs) == (None, 64, 90)
     args = finish("--train_data_dir=x", device="cpu")
     assert (args.image_size, args.batch_size_per_device, args.num_epochs) == (None, 64, 90)
+
+
+@pytest.mark.parametrize("model", model_registry.MODELS)
+def test_every_network_takes_the_pictures_of_its_trial(model):
+    args = finish(f"--model={model}", device="cpu")
+    model_registry.MODELS[model].check_size(args.image_size, "--image_size")
 
 
 def test_the_global_batch_is_divided_among_processes():
