@@ -201,7 +201,7 @@ def augmentation(args: Namespace) -> Augmentation:
         aspect_ratio=args.random_aspect_ratio,
         flip=args.random_flip,
         shuffle_buffer_size=args.shuffle_buffer_size,
-        interpolation=args.interpolation,
+        interpolation=args.train_interpolation or args.interpolation,
         auto_augment=args.auto_augment,
         num_ops=args.randaugment_num_ops or 0,
         magnitude=args.randaugment_magnitude or 0,

@@ -67,7 +67,6 @@ FOREIGN = {
     "source": ("image_path",),
     "topk": ("top_k",),
     "train_crop_size": ("train_image_size",),
-    "train_interpolation": ("interpolation",),
     "val_crop_size": ("image_size",),
     "val_resize_size": ("resize_shorter",),
     "weight_decay": ("wd",),

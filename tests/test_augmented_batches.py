@@ -29,6 +29,7 @@ PREPROCESSING = Preprocessing(SIZE, SIZE, MEAN, STD)
 SETTINGS = {
     "randaugment": {"auto_augment": "randaugment"},
     "trivialaugment_wide": {"auto_augment": "trivialaugment_wide"},
+    "timm": {"auto_augment": "rand-m7-mstd0.5-inc1", "interpolation": "random"},
     "jitter": {"color_jitter": (0.4, 0.4, 0.4, 0.1)},
     "erasing": {"random_erasing": 0.5},
     "bicubic": {"interpolation": "bicubic"},
@@ -172,6 +173,8 @@ def finished(*flags):
 
 GIVEN = [
     "--auto_augment=randaugment",
+    "--auto_augment=rand-m7-mstd0.5-inc1",
+    "--train_interpolation=random",
     "--color_jitter=0.4,0.4,0.4,0.1",
     "--random_erasing=0.1",
     "--repeated_augmentation=3",
@@ -206,12 +209,26 @@ def test_parts_come_from_oneflow_otherwise(data):
         (["--randaugment_magnitude=9"], "belongs to --auto_augment=randaugment"),
         (["--auto_augment=randaugment", "--randaugment_magnitude=31"], "at most 30"),
         (["--auto_augment=autoaugment"], "invalid choice"),
+        (["--auto_augment=rand-m7-x3"], "'rand-m7-x3': 'x3' is not supported; after rand come m0"),
+        (["--auto_augment=rand-m7", "--randaugment_magnitude=7"], "belongs to --auto_augment=rand"),
         (["--random_erasing=1.5"], "at most 1"),
     ],
 )
 def test_flags_that_are_refused(data, flags, words):
     with pytest.raises(UsageError, match=words):
         finished(f"--train_data_dir={data / 'train'}", *flags)
+
+
+def test_what_timms_operations_leave_empty_has_the_mean_colour(data):
+    """Of the normalisation, rounded, as in timm."""
+    loader = make_loader(data, ".npz", auto_augment="rand-m10-p1-n1", area=(1.0, 1.0), flip=0.0)
+    rows = [loader.make_row(0, position) for position in range(29)]
+    mean = np.array(MEAN).astype(np.uint8)
+    corners = np.array(
+        [image[row, column] for image, _ in rows for row in (0, -1) for column in (0, -1)]
+    )
+    assert loader.mean_colour == (120, 110, 100)
+    assert (corners == mean).all(1).sum() >= 5 and not (corners == 0).all(1).any()
 
 
 def test_the_interpolation_is_kept_with_the_network(data):

@@ -1,5 +1,7 @@
 """What is made of a training picture after crop and flip: jitter, RandAugment, TrivialAugment.
 
+timm's own RandAugment is in randaugment.py.
+
 Pictures are Pillow's, RGB; each operation gives what torchvision 0.29.1 makes of such a picture, to
 the bit. Random numbers come from the generator that is handed over and from nowhere else, in the
 order of torchvision's own draws. Nothing here needs OneFlow.
@@ -11,8 +13,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from cnns.data.crops import Augmentation, random_resized_crop
-from cnns.data.images import INTERPOLATIONS
+from cnns.data.crops import Augmentation, draw_resampling, random_resized_crop
+from cnns.data.randaugment import Colour, timm_randaugment
 
 LEVELS = 31  # of a magnitude, from 0 to the largest
 # Of random erasing (arXiv:1708.04896), torchvision's: shares of the area, height over width.
@@ -119,13 +121,13 @@ def randaugment(
     picture: Image.Image, rng: np.random.Generator, *, augmentation: Augmentation
 ) -> Image.Image:
     """`num_ops` operations, each drawn from all, at one magnitude (Cubuk et al.)."""
-    resample = INTERPOLATIONS[augmentation.interpolation or "bilinear"]
     for _ in range(augmentation.num_ops):
         name = draw_operation(rng)
         magnitude = magnitude_of(name, augmentation.magnitude, RANDAUGMENT)
         if name in ("translate_x", "translate_y"):
             magnitude *= picture.size[name == "translate_y"]
-        picture = OPERATIONS[name](picture, magnitude * draw_sign(name, rng), resample)
+        magnitude *= draw_sign(name, rng)
+        picture = OPERATIONS[name](picture, magnitude, draw_resampling(augmentation, rng))
     return picture
 
 
@@ -136,15 +138,25 @@ def trivialaugment_wide(
     name = draw_operation(rng)
     level = 0 if name in NO_MAGNITUDE else int(rng.integers(LEVELS))
     magnitude = magnitude_of(name, level, TRIVIALAUGMENT_WIDE) * draw_sign(name, rng)
-    return OPERATIONS[name](
-        picture, magnitude, INTERPOLATIONS[augmentation.interpolation or "bilinear"]
-    )
+    return OPERATIONS[name](picture, magnitude, draw_resampling(augmentation, rng))
 
 
 AUTO_AUGMENTS: dict[str, Callable[..., Image.Image]] = {
     "randaugment": randaugment,
     "trivialaugment_wide": trivialaugment_wide,
 }
+
+
+def auto_augment(
+    picture: Image.Image, rng: np.random.Generator, *, augmentation: Augmentation, fill: Colour
+) -> Image.Image:
+    """What the operations of `augmentation.auto_augment` make of a picture; without it, itself."""
+    if augmentation.auto_augment is None:
+        return picture
+    own = AUTO_AUGMENTS.get(augmentation.auto_augment)
+    if own is not None:
+        return own(picture, rng, augmentation=augmentation)
+    return timm_randaugment(picture, rng, augmentation=augmentation, fill=fill)
 
 
 def jitter(
@@ -174,11 +186,17 @@ def jitter(
 
 
 def augment(
-    picture: Image.Image, rng: np.random.Generator, *, size: int, augmentation: Augmentation
+    picture: Image.Image,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    augmentation: Augmentation,
+    fill: Colour = (0, 0, 0),
 ) -> np.ndarray:
     """What training sees of a picture, (size, size, 3) uint8 RGB, but for random erasing.
 
-    Crop, flip, jitter and then the operations of `auto_augment`.
+    Crop, flip, jitter and then the operations of `auto_augment`; timm's put `fill` where they leave
+    nothing, torchvision's black.
     """
     pixels = random_resized_crop(picture, rng, size=size, augmentation=augmentation)
     if augmentation.color_jitter is None and augmentation.auto_augment is None:
@@ -186,10 +204,7 @@ def augment(
     picture = Image.fromarray(pixels)
     if augmentation.color_jitter is not None:
         picture = jitter(picture, rng, strengths=augmentation.color_jitter)
-    if augmentation.auto_augment is not None:
-        change = AUTO_AUGMENTS[augmentation.auto_augment]
-        picture = change(picture, rng, augmentation=augmentation)
-    return np.asarray(picture)
+    return np.asarray(auto_augment(picture, rng, augmentation=augmentation, fill=fill))
 
 
 def erased_box(rng: np.random.Generator, *, size: int, probability: float) -> np.ndarray:

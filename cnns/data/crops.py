@@ -11,6 +11,7 @@ from PIL import Image
 from cnns.data.images import INTERPOLATIONS, to_rgb
 
 SHUFFLE_BUFFER_SIZE = 1024  # records; less for small data, see ofrecord_util.choose_buffer_size
+RANDOM = "random"  # any of INTERPOLATIONS
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Augmentation:
     flip: float = 0.5  # probability
     shuffle_buffer_size: int | None = None  # records; None: `choose_buffer_size`
     # What only loaders of single pictures can do, see cnns/flags/augment.py.
-    interpolation: str | None = None  # a key of INTERPOLATIONS; None: the loader's own
-    auto_augment: str | None = None  # a key of augment.AUTO_AUGMENTS
+    interpolation: str | None = None  # a key of INTERPOLATIONS, or RANDOM; None: the loader's own
+    auto_augment: str | None = None  # a key of augment.AUTO_AUGMENTS, or a name of randaugment.py
     num_ops: int = 2  # of RandAugment, for a picture
     magnitude: int = 9  # of RandAugment, 0 to 30
     color_jitter: tuple[float, ...] | None = None  # of brightness, contrast, saturation, hue
@@ -35,6 +36,13 @@ class Augmentation:
 def derive_seeds(count: int, *key: int) -> list[int]:
     """Seeds for OneFlow, of 31 bits, that depend on all numbers of `key`."""
     return [int(word) >> 1 for word in np.random.SeedSequence(key).generate_state(count)]
+
+
+def draw_resampling(augmentation: Augmentation, rng: np.random.Generator) -> Image.Resampling:
+    """How a crop, or one operation on it, is resampled: bilinear unless told otherwise."""
+    if augmentation.interpolation == RANDOM:
+        return [*INTERPOLATIONS.values()][int(rng.integers(len(INTERPOLATIONS)))]
+    return INTERPOLATIONS[augmentation.interpolation or "bilinear"]
 
 
 def random_extent(
@@ -76,8 +84,7 @@ def random_resized_crop(
     across, down = picture.width / width, picture.height / height
     right, bottom = min((x + w) * across, picture.width), min((y + h) * down, picture.height)
     box = (x * across, y * down, right, bottom)
-    resample = INTERPOLATIONS[augmentation.interpolation or "bilinear"]
-    crop = picture.resize((size, size), resample, box=box)
+    crop = picture.resize((size, size), draw_resampling(augmentation, rng), box=box)
     if rng.random() < augmentation.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(crop)

@@ -61,6 +61,7 @@ class PictureLoader(nn.Module):
         super().__init__()
         self.batch_size = batch_size
         self.size = preprocessing.image_size
+        self.mean_colour = tuple(min(255, max(0, round(level))) for level in preprocessing.rgb_mean)
         self.placement = flow.env.all_device_placement(device)
         for name in ("rgb_mean", "rgb_std"):
             value = np.asarray(getattr(preprocessing, name), np.float32).reshape(1, 3, 1, 1)
@@ -132,7 +133,7 @@ class PictureTrainLoader(PictureLoader):
         )
         # Takes a picture and random numbers, gives (size, size, 3) uint8.
         self.crop: Callable[[Image.Image, np.random.Generator], np.ndarray] = partial(
-            augment, size=self.size, augmentation=augmentation
+            augment, size=self.size, augmentation=augmentation, fill=self.mean_colour
         )
 
     def batches(self, epoch: int, iteration: int = 0) -> Iterator[tuple]:

@@ -5,10 +5,13 @@ from argparse import Namespace
 from collections.abc import Mapping
 
 from cnns.data.augment import AUTO_AUGMENTS, LEVELS
+from cnns.data.crops import RANDOM
 from cnns.data.images import INTERPOLATIONS
+from cnns.data.randaugment import read_randaugment
 from cnns.errors import UsageError
 from cnns.flags.parser import Flag
 from cnns.flags.values import number, numbers, path
+from cnns.hints import nearest
 
 
 def color_jitter(text: str) -> tuple[float, ...]:
@@ -16,6 +19,24 @@ def color_jitter(text: str) -> tuple[float, ...]:
     if values[3] > 0.5:
         raise argparse.ArgumentTypeError(f"{text!r}: the last, of hue, must be at most 0.5")
     return values
+
+
+def auto_augment(text: str) -> str:
+    if text in AUTO_AUGMENTS:
+        return text
+    if text.split("-")[0] == "rand":
+        try:
+            read_randaugment(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+        return text
+    near = nearest(text, AUTO_AUGMENTS)
+    hint = f", did you mean {near!r}?" if near else ""
+    choices = ", ".join(sorted(AUTO_AUGMENTS))
+    raise argparse.ArgumentTypeError(
+        f"invalid choice: {text!r}{hint} (choose from {choices}, or timm's, such as "
+        "rand-m7-mstd0.5-inc1)"
+    )
 
 
 # Of loaders of single pictures: with OFRecord parts they bring --data_order=global.
@@ -27,11 +48,21 @@ PICTURE_FLAGS = {
         otherwise="bilinear for training crops, else the network's own",
         fixed=True,
     ),
+    "train_interpolation": Flag(
+        "how training crops and the operations of --auto_augment are resampled, if not as "
+        "--interpolation says; random: one of the others, drawn for each, as timm does unless told "
+        "otherwise",
+        choices=(*INTERPOLATIONS, RANDOM),
+        otherwise="--interpolation",
+        fixed=True,
+    ),
     "auto_augment": Flag(
-        "operations of Pillow on each image, black where they leave nothing: randaugment "
-        "(arXiv:1909.13719), trivialaugment_wide (arXiv:2103.10158)",
-        choices=AUTO_AUGMENTS,
+        "operations of Pillow on each image: randaugment (arXiv:1909.13719), trivialaugment_wide "
+        "(arXiv:2103.10158), both torchvision's, black where they leave nothing; or timm's "
+        "RandAugment by its name there, such as rand-m7-mstd0.5-inc1, with the mean colour there",
+        auto_augment,
         otherwise="none",
+        metavar="randaugment|trivialaugment_wide|rand-...",
         fixed=True,
     ),
     "randaugment_num_ops": Flag(

@@ -44,6 +44,11 @@ class Replay:
         assert low - 1e-6 <= value <= high + 1e-6
         return value
 
+    def normal(self, mean, std):
+        value = self.draws.pop(0)
+        assert abs(value - mean) <= 6 * std
+        return value
+
     def permutation(self, count):
         return np.array([int(self.draws.pop(0)) for _ in range(count)])
 

@@ -38,7 +38,12 @@ AUGMENTED = {
         "--interpolation=bicubic",
         "--class_weights=auto",
     ],
-    "balanced": ["--balanced_sampler", "--repeated_augmentation=2"],
+    "balanced": [
+        "--balanced_sampler",
+        "--repeated_augmentation=2",
+        "--auto_augment=rand-m7-mstd0.5-inc1",
+        "--train_interpolation=random",
+    ],
 }
 
 

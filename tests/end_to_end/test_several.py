@@ -138,7 +138,16 @@ AUGMENTED = {
             *MIXED,
         ),
     ),
-    "balanced": ("", ("--balanced_sampler", "--loss=bce", *MIXED)),
+    "balanced": (
+        "",
+        (
+            "--balanced_sampler",
+            "--loss=bce",
+            "--auto_augment=rand-m7-mstd0.5-inc1",
+            "--train_interpolation=random",
+            *MIXED,
+        ),
+    ),
 }
 
 
