@@ -1,9 +1,10 @@
 """The `nn.Graph`s that train, evaluate and predict."""
 
+import gc
 import io
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -123,10 +124,28 @@ class QuietGraph(nn.Graph):
         printed, on_cpu = io.StringIO(), is_on_cpu(batch)
         if on_cpu:
             sleep_instead_of_polling()
-        with redirect_stdout(printed), redirect_stderr(printed), convolutions_as_products(on_cpu):
+        with (
+            redirect_stdout(printed),
+            redirect_stderr(printed),
+            convolutions_as_products(on_cpu),
+            no_collection(),
+        ):
             output = super().__call__(*batch, **more)
         sys.stderr.write(printed.getvalue())
         return output
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python collects no garbage: a run that dies while a graph compiles may take OneFlow 0.9.0's
+    list of that graph's variables with it, see docs/oneflow-notes.md."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def is_on_cpu(batch: Sequence[flow.Tensor]) -> bool:

@@ -1,5 +1,7 @@
 """The graphs: exact counts, exact evaluation, and training that really trains."""
 
+import gc
+
 import numpy as np
 import oneflow as flow
 import pytest
@@ -273,3 +275,15 @@ def test_choose_device(capsys):
     assert "cpu" in capsys.readouterr().err
     with pytest.raises(UsageError, match="--device=cuda"):
         choose_device("cuda")
+
+
+def test_nothing_is_collected_while_a_graph_compiles(monkeypatch):
+    """What dies then may take the variables of the graph with it (docs/oneflow-notes.md)."""
+    internal, seen = flow._oneflow_internal, []
+    original = internal.DumpVariableTensorMgr
+    monkeypatch.setattr(
+        internal, "DumpVariableTensorMgr", lambda: seen.append(gc.isenabled()) or original()
+    )
+    assert gc.isenabled()
+    Predictor(place(Tiny(4), "cpu"), device="cpu")(np.zeros((1, 3, 32, 32), np.float32))
+    assert seen == [False] and gc.isenabled()

@@ -33,7 +33,11 @@ ITEMS = {
     "layers": ("--layer_decay=0.5", "--gradient_clipping=0.5", "--nesterov", "--use_fp16"),
     "depth": ("--stochastic_depth=0.5", "--learning_rate=0.02"),
     "bce": ("--loss=bce", "--bce_target_threshold=0.2"),
+    # Whole files of recipes, but for what `flags` gives all of them.
+    "a1": (f"--config={small.ROOT / 'recipes' / 'resnet50_a1.yaml'}", "--learning_rate=0.02"),
+    "a3": (f"--config={small.ROOT / 'recipes' / 'resnet50_a3.yaml'}", "--learning_rate=0.02"),
 }
+MODEL = {"depth": "skipping", "a1": "skipping"}  # with blocks; other items take any network
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +98,7 @@ ORIGINAL = Interrupts.check
 
 @pytest.mark.parametrize("item", ITEMS)
 def test_stopped_and_resumed_equals_never_stopped(data, monkeypatch, item):
-    given = flags(data, item, model="skipping" if item == "depth" else "toy")
+    given = flags(data, item, model=MODEL.get(item, "toy"))
     whole = small.call(of_cnn_train_val.main, *given, "--model_save_dir=whole")
     assert whole.status == 0, whole.stderr
     lines = small.losses(whole.stdout)
@@ -118,8 +122,7 @@ def test_two_processes_train_what_one_does(data, tmp_path, item):
     """The network has no batch norm; sums are in another order, so that rounding differs."""
     found = {}
     for processes in (1, 2):
-        model = "skipping" if item == "depth" else "plain"
-        given = flags(data, item, model=model, processes=processes)
+        given = flags(data, item, model=MODEL.get(item, "plain"), processes=processes)
         command = [sys.executable, str(small.ROOT / "tests" / "train_small.py"), *given]
         done = subprocess.run(
             [*command, f"--model_save_dir={processes}"], capture_output=True, text=True, timeout=600
