@@ -242,7 +242,8 @@ class TrainGraph(QuietGraph):
         if self.update is None or not self.update.keeps_gradients:
             return found
         kept = {name: v for name, v in found.items() if not name.startswith("model.")}
-        return kept | self.update.variables
+        # Before the first step they are those that were loaded.
+        return kept | dict(self.update.variables or self.update.loaded)
 
     def load_state_dict(self, state: Any, strict: bool = True) -> None:
         if self.update is not None:

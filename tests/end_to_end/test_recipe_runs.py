@@ -136,6 +136,25 @@ def test_two_processes_train_what_one_does(data, tmp_path, item):
         np.testing.assert_allclose(array, two[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.parametrize("item", ["lars", "layers", "lamb"])
+def test_stopped_in_a_validation_and_resumed(data, monkeypatch, item):
+    """What is then saved is of a graph that has not run yet."""
+    given = flags(data, item, model="toy")
+    whole = small.call(of_cnn_train_val.main, *given, "--model_save_dir=whole")
+    assert whole.status == 0, whole.stderr
+    stop_at(monkeypatch, 7)
+    run = small.call(of_cnn_train_val.main, *given, "--model_save_dir=run")
+    assert run.status == 143 and read_description("run/snapshot_last").iteration == 6
+    stop_at(monkeypatch, None)
+    run = small.call(of_cnn_train_val.main, *given, "--model_save_dir=run", "--resume=auto")
+    assert run.status == 0, run.stderr
+    for name in ("epoch_0", "epoch_1", "epoch_2"):
+        one, other = (arrays(Path(run, f"snapshot_{name}")) for run in ("whole", "run"))
+        assert one.keys() == other.keys()
+        for key, array in one.items():
+            np.testing.assert_array_equal(array, other[key], err_msg=key)
+
+
 def test_the_average_is_evaluated_and_read_by_every_script(data):
     """`validation (ema)` says of the average what evaluation says of ema.safetensors."""
     run = small.call(

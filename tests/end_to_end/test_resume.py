@@ -37,6 +37,7 @@ AUGMENTED = {
         "--repeated_augmentation=2",
         "--interpolation=bicubic",
         "--class_weights=auto",
+        "--train_image_size=24",
     ],
     "balanced": [
         "--balanced_sampler",

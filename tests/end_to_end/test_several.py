@@ -135,6 +135,7 @@ AUGMENTED = {
             "--repeated_augmentation=3",
             "--interpolation=bicubic",
             "--class_weights=auto",
+            "--train_image_size=24",
             *MIXED,
         ),
     ),
