@@ -42,6 +42,7 @@ from cnns.data.records import RecordSource
 from cnns.data.synthetic import SyntheticTrainLoader, SyntheticValLoader
 from cnns.distributed import to_global, wait_for_all
 from cnns.errors import RunError
+from cnns.polling import sleep_instead_of_polling
 
 
 class OFRecordLoader(nn.Module):
@@ -60,6 +61,8 @@ class OFRecordLoader(nn.Module):
         self.placement = flow.env.all_device_placement(device)
         self.label = nn.OFRecordRawDecoder("class/label", shape=(), dtype=flow.int32)
         allow_open_files(len(data.part_counts))
+        if device == "cpu":
+            sleep_instead_of_polling()  # also where no graph of OneFlow's will run
 
     def share(self, order: Sequence[int]) -> list[int]:
         """The parts that this process reads when all are taken in the given order."""

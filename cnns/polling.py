@@ -11,7 +11,7 @@ So the library's pointer to `sched_yield` is led to a function (cnns.native) tha
 but only after many calls in a row: operations that are computed at once follow each other within
 microseconds, and would be ten times as slow if the scheduler slept between them. Work shows in the
 time between two calls, which are much closer where the thread only asks. Nothing of this happens
-before a graph runs on a CPU.
+before a graph runs, or parts are read, for a CPU.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The peer of tools/benchmark.py --against: PyTorch, in an environment of its own."""
+"""The peers of tools/benchmark.py --against: programs in an environment of their own each."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from cnns.errors import RunError, UsageError, printable
 
-PEER = Path(__file__).with_name("torch_peer.py")
-NETWORKS = ("resnet18", "resnet50")
-LAYOUTS = ("nchw", "channels_last")
+PEERS = {
+    name: Path(__file__).with_name(f"{name}_peer.py") for name in ("torch", "onnxruntime", "dali")
+}
 
 
 class Peer:
-    """A process of tools/torch_peer.py."""
+    """A process of one of PEERS. `about` is the first thing that it says, its version."""
 
     def __init__(self, process: subprocess.Popen):
         self.process = process
@@ -30,27 +30,30 @@ class Peer:
             raise RunError(f"--against: the peer has ended: {printable(said[-1])}")
         return json.loads(line)
 
-    def seconds(self, kind: str, layout: str, steps: int) -> float:
-        """Of so many steps, "train" or "predict"."""
+    def ask(self, *request: str | int) -> dict:
+        """What the peer has measured, "seconds" among it, of a request that it knows."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps([kind, layout, steps]) + "\n")
+            self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # `answer` says why
-        return self.answer()["seconds"]
+        return self.answer()
+
+    def seconds(self, *request: str | int) -> float:
+        return self.ask(*request)["seconds"]
 
 
 @contextmanager
-def start_peer(python: str, *, model: str, batch_size: int, image_size: int) -> Iterator[Peer]:
-    """The peer in its own Python, with a thread for each core; it ends with the block.
+def start_peer(name: str, python: str | None, *arguments: str | int) -> Iterator[Peer]:
+    """A peer in its own Python, with a thread for each core; it ends with the block.
 
-    Raises UsageError for a network that it has not, or a Python that does not start.
+    Raises UsageError where its Python is not given or does not start.
     """
-    if model not in NETWORKS:
-        raise UsageError(f"--against=torch has {', '.join(NETWORKS)}, and not {model}")
+    if python is None:
+        raise UsageError(f"--against={name} needs --peer_python, a Python that has it")
     threads = len(os.sched_getaffinity(0))
-    command = [python, str(PEER), model, str(batch_size), str(image_size), str(threads)]
+    command = [python, str(PEERS[name]), *map(str, arguments), str(threads)]
     pipe = subprocess.PIPE
     # Ours alone sets the number of threads here (cnns.startup).
     environ = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}

@@ -6,6 +6,8 @@ python3 tools/benchmark.py --train_data_dir=data/imagenet/ofrecord/train
 python3 tools/benchmark.py --conversion --num_workers=2
 python3 tools/benchmark.py --inference --image_size=224 --batch_size_per_device=1
 python3 tools/benchmark.py --against=torch --peer_python=torch/bin/python
+python3 tools/benchmark.py --against=onnxruntime --peer_python=onnxruntime/bin/python
+python3 tools/benchmark.py --against=dali --peer_python=dali/bin/python
 """
 
 import itertools
@@ -16,7 +18,6 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,30 +30,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cnns.startup  # noqa: F401  (first, see there)
 
-import numpy as np
 import onnxruntime
 
 import model_registry
 import of_cnn_train_val as script
-import ofrecord_util
-import resnet_to_onnx
-from cnns.checkpoint.snapshot import Snapshot, versions
-from cnns.data.crops import Augmentation
-from cnns.data.datasets import open_train_dataset
-from cnns.distributed import choose_device, place
+from cnns.checkpoint.snapshot import versions
+from cnns.distributed import choose_device
 from cnns.errors import UsageError, run_main
-from cnns.export import ExportedModel
 from cnns.flags.parser import Parser, add_switch
 from cnns.flags.values import number
-from cnns.graphs import Predictor
 from cnns.interrupts import exit_on_signals
-from cnns.log import limit_run_ahead
-from cnns.models.layers import Switches
 from cnns.record import Record
 from cnns.run import Run
-from tools.against import LAYOUTS, Peer, start_peer
+from tools.against import Peer, start_peer
 from tools.benchmark_conversion import benchmark_conversion
-from tools.timing import by_turns, compare, print_table, timed
+from tools.benchmark_loader import against_dali, benchmark_loader
+from tools.benchmark_onnx import against_onnxruntime, benchmark_inference, predictors
+from tools.timing import SIZES, asked, by_turns, compare, print_table, timed
+
+TORCH_NETWORKS = ("resnet18", "resnet50")
+TORCH_LAYOUTS = ("nchw", "channels_last")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.peer_python is not None and args.against is None:
         raise UsageError("--peer_python has no effect without --against")
     if args.against is not None:
-        report["against"] = benchmark_against(args, device)
+        if device != "cpu":
+            raise UsageError("--against compares on a CPU: give --device=cpu")
+        report["against"] = AGAINST[args.against](args, device)
     elif args.conversion:
         report["conversion"] = benchmark_conversion(args)
     elif args.inference:
@@ -80,8 +79,9 @@ def make_parser() -> Parser:
         "same graph, and what the record of a run costs; or, with --train_data_dir, the loader "
         "alone; or, with --conversion, how fast an archive of photographs becomes OFRecord parts, "
         "against a plain copy of its bytes; or, with --inference, how fast a network classifies by "
-        "OneFlow and by ONNX Runtime; or, with --against, training and classifying beside "
-        "PyTorch, by turns. Prints JSON.",
+        "OneFlow and by ONNX Runtime; or, with --against, ours and another program by turns: "
+        "training and classifying beside PyTorch, evaluation beside plain ONNX Runtime, the loader "
+        "beside DALI. Prints JSON.",
         doc=__doc__,
         epilog="Read on: docs/measured.md.",
     )
@@ -110,8 +110,8 @@ def make_parser() -> Parser:
     other.add_argument("--train_data_dir", help="OFRecord parts: measure their loader alone")
     add_switch(other, "--conversion", "measure tools/make_ofrecord.py imagenet")
     add_switch(other, "--inference", "measure both backends of of_cnn_inference.py")
-    other.add_argument("--against", choices=("torch",), help="measure ours and this by turns")
-    parser.add_argument("--peer_python", help="against: a Python that has PyTorch")
+    other.add_argument("--against", choices=tuple(AGAINST), help="measure ours and this by turns")
+    parser.add_argument("--peer_python", help="against: a Python that has it")
     parser.add_argument(
         "--num_images",
         type=number(int, 1000),
@@ -132,13 +132,6 @@ def describe_machine(device: str) -> dict:
         "device": device,
         **versions(),
     }
-
-
-def asked(args: Namespace, *names: str) -> dict:
-    return {name: getattr(args, name) for name in names}
-
-
-SIZES = ("model", "image_size", "batch_size_per_device", "steps", "rounds")
 
 
 def benchmark_training_loop(args: Namespace, device: str) -> dict:
@@ -247,63 +240,16 @@ def time_record(args: Namespace, run: Run, record: TimedRecord) -> dict:
     }
 
 
-@contextmanager
-def predictors(
-    args: Namespace, device: str
-) -> Iterator[tuple[dict[str, Callable[[np.ndarray], object]], np.ndarray]]:
-    """The same network, with random weights, by both backends, and images (N, 3, H, W) for them."""
-    model = model_registry.MODELS[args.model]
-    preprocessing, classes = model.preprocessing(image_size=args.image_size), 1000
-    network = model.build(classes, Switches())
-    shape = (args.batch_size_per_device, 3, args.image_size, args.image_size)
-    images = np.random.default_rng(0).standard_normal(shape, np.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "network.onnx")
-        snapshot = Snapshot(args.model, classes, preprocessing)
-        reference = resnet_to_onnx.Reference(network)
-        exported = resnet_to_onnx.convert(reference, snapshot, "random", opset=12)
-        resnet_to_onnx.write(exported, path, external_data=False)
-        oneflow = Predictor(place(network, device), device=device)
-        yield {"oneflow": oneflow, "onnxruntime": ExportedModel(path).probabilities}, images
-
-
-def benchmark_inference(args: Namespace, device: str) -> dict:
-    """Milliseconds per image of the same network by both backends.
-
-    Without reading and resizing the images.
-    """
-    with predictors(args, device) as (backends, images):
-
-        def repeat(predict: Callable[[np.ndarray], object]) -> Callable[[], object]:
-            predict(images)  # compiles, and warms up
-            return lambda: [predict(images) for _ in range(args.steps)]
-
-        (oneflow, onnx), ratio = by_turns(args.rounds, *map(repeat, backends.values()))
-    milliseconds = 1000 / (args.steps * len(images))
-    return asked(args, *SIZES) | {
-        "onnxruntime": onnxruntime.__version__,
-        "oneflow_milliseconds_per_image": round(oneflow * milliseconds, 2),
-        "onnxruntime_milliseconds_per_image": round(onnx * milliseconds, 2),
-        "onnxruntime_times_as_fast": round(ratio, 2),
-    }
-
-
-def benchmark_against(args: Namespace, device: str) -> dict:
+def against_torch(args: Namespace, device: str) -> dict:
     """images/s of training and of classifying, of ours and of PyTorch in two layouts.
 
     The same network, sizes, loss and optimizer; synthetic images, without reading or resizing.
     """
-    if device != "cpu":
-        raise UsageError("--against compares on a CPU: give --device=cpu")
-    if args.peer_python is None:
-        raise UsageError(f"--against={args.against} needs --peer_python, a Python that has it")
+    if args.model not in TORCH_NETWORKS:
+        raise UsageError(f"--against=torch has {', '.join(TORCH_NETWORKS)}, and not {args.model}")
+    sizes = args.batch_size_per_device, args.image_size
     with (
-        start_peer(
-            args.peer_python,
-            model=args.model,
-            batch_size=args.batch_size_per_device,
-            image_size=args.image_size,
-        ) as peer,
+        start_peer("torch", args.peer_python, args.model, *sizes) as peer,
         training_run(args, device) as (run, _),
         predictors(args, device) as (backends, images),
     ):
@@ -331,71 +277,12 @@ def benchmark_against(args: Namespace, device: str) -> dict:
 
 def peer_sides(args: Namespace, peer: Peer, kind: str) -> dict[str, Callable[[], float]]:
     return {
-        f"torch {layout}": partial(peer.seconds, kind, layout, args.steps) for layout in LAYOUTS
+        f"torch {layout}": partial(peer.seconds, kind, layout, args.steps)
+        for layout in TORCH_LAYOUTS
     }
 
 
-LOADERS = {  # --data_order and augmentation
-    "native": ("native", Augmentation()),
-    "global": ("global", Augmentation()),
-    "trivialaugment_wide": (
-        "global",
-        Augmentation(auto_augment="trivialaugment_wide", random_erasing=0.1),
-    ),
-    "randaugment": ("global", Augmentation(auto_augment="randaugment")),
-    "color_jitter": ("global", Augmentation(color_jitter=(0.4, 0.4, 0.4, 0.1))),
-}
-
-
-def benchmark_loader(args: Namespace, device: str) -> dict:
-    """images/s of reading, decoding and augmenting OFRecord parts, without a network.
-
-    Each of LOADERS in turn. The native one normalises, and the others leave that to the graph. The
-    processor's time tells more than the clock where other programs run beside.
-    """
-    if args.train_data_dir.endswith(".npz"):
-        raise UsageError(f"--train_data_dir={args.train_data_dir}: a directory of parts is needed")
-    data = open_train_dataset(args.train_data_dir)
-
-    def make_load(name: str) -> Callable[[], None]:
-        data_order, augmentation = LOADERS[name]
-        model = model_registry.MODELS[args.model]
-        loader = ofrecord_util.train_loader(
-            data,
-            batch_size=args.batch_size_per_device,
-            preprocessing=model.preprocessing(image_size=args.image_size),
-            augmentation=augmentation,
-            seed=0,
-            device=device,
-            data_order=data_order,
-        )
-
-        def load() -> None:
-            held, start = [], time.process_time()
-            for image, label, *_ in itertools.islice(loader.batches(0), args.steps):
-                held.append((image.to_local()[0, 0, 0, 0], label))
-                limit_run_ahead(held)
-            held[-1][0].numpy()
-            processor[name].append(time.process_time() - start)
-
-        load()
-        return load
-
-    processor: dict[str, list[float]] = {name: [] for name in LOADERS}
-    seconds, ratio = by_turns(args.rounds, *map(make_load, LOADERS))
-    count = args.steps * args.batch_size_per_device
-    rates = [round(count / each, 1) for each in seconds]
-    return {
-        **asked(args, "train_data_dir"),
-        "num_examples": data.num_examples,
-        **asked(args, "image_size", "batch_size_per_device", "steps", "rounds"),
-        "images_per_second": dict(zip(LOADERS, rates, strict=True)),
-        "global_to_native": round(ratio, 3),
-        "processor_milliseconds_per_image": {
-            name: round(1000 * statistics.median(each[1:]) / count, 3)
-            for name, each in processor.items()
-        },
-    }
+AGAINST = {"torch": against_torch, "onnxruntime": against_onnxruntime, "dali": against_dali}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import io
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -15,12 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from cnns.convert.writer import BLOCK_BYTES
-from cnns.data.images import CLASSES_FILE, read_classes, read_picture
+from cnns.data.images import CLASSES_FILE, read_classes
 from cnns.errors import RunError
-from tools.make_mini_imagenet import DATA, PHOTOGRAPHS, draw_box
+from tools.photographs import draw_photographs
 from tools.timing import by_turns
 
 # Crops of the demo photographs at this size and quality are 110 kB on average, as ImageNet's are.
@@ -41,18 +38,15 @@ def add_member(archive: tarfile.TarFile, name: str, file: io.BytesIO) -> int:
 def make_archive(path: Path, num_images: int) -> int:
     """An archive of the official shape, a tar of 1000 tars; returns the bytes of its images."""
     _, wordnet_ids = read_classes(CLASSES_FILE)
-    photographs = [read_picture(str(DATA / name)) for name in PHOTOGRAPHS]
-    rng, num_bytes, done = random.Random(0), 0, 0
+    photographs = draw_photographs(PHOTOGRAPH_SIZE, quality=PHOTOGRAPH_QUALITY)
+    num_bytes, done = 0, 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as outer:
         for label, wordnet_id in enumerate(wordnet_ids):
             members = io.BytesIO()
             with tarfile.open(fileobj=members, mode="w", format=tarfile.USTAR_FORMAT) as inner:
                 while done * len(wordnet_ids) < (label + 1) * num_images:
-                    photograph = photographs[done % len(photographs)]
-                    crop = photograph.crop(draw_box(rng, *photograph.size))
-                    crop = crop.resize(PHOTOGRAPH_SIZE, Image.Resampling.BICUBIC)
                     encoded = io.BytesIO()
-                    crop.save(encoded, "JPEG", quality=PHOTOGRAPH_QUALITY)
+                    encoded.write(next(photographs))
                     num_bytes += add_member(inner, f"{wordnet_id}_{done}.JPEG", encoded)
                     done += 1
             add_member(outer, f"{wordnet_id}.tar", members)

@@ -3,7 +3,15 @@
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
+
+SIZES = ("model", "image_size", "batch_size_per_device", "steps", "rounds")
+
+
+def asked(args: Namespace, *names: str) -> dict:
+    """The flags that a figure depends on."""
+    return {name: getattr(args, name) for name in names}
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -62,4 +70,4 @@ def print_table(report: dict[str, dict]) -> None:
         for who, rate in found["images_per_second"].items():
             ratio = found["ours_to"].get(who)
             against = "" if ratio is None else f"   ours is {ratio:.2f} of it"
-            print(f"{what:10} {who:14} {rate:9.2f} images/s{against}", file=sys.stderr)
+            print(f"{what:12} {who:26} {rate:9.2f} images/s{against}", file=sys.stderr)

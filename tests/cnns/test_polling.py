@@ -12,7 +12,7 @@ import time
 import pytest
 
 from cnns import polling
-from small import ROOT
+from small import ROOT, write_parts
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or polling.SWITCH in os.environ, reason="left as it is here"
@@ -144,3 +144,22 @@ def test_where_no_such_function_is_allowed_all_stays(monkeypatch):
     polling.sleep_instead_of_polling.cache_clear()
     assert polling.sleep_instead_of_polling() is None and pointer.value == 1
     polling.sleep_instead_of_polling.cache_clear()
+
+
+def test_it_sleeps_where_parts_are_read_for_a_cpu(tmp_path):
+    """Also where ONNX Runtime computes and no graph ever runs."""
+    write_parts(tmp_path / "parts", [[0, 1]])
+    code = f"""
+import model_registry, ofrecord_util
+from cnns.data.datasets import open_val_dataset
+
+print(left_in_library())
+ofrecord_util.val_loader(
+    open_val_dataset({str(tmp_path / "parts")!r}),
+    batch_size=2,
+    preprocessing=model_registry.MODELS["resnet50"].preprocessing(image_size=32),
+    device="cpu",
+)
+print(left_in_library())
+"""
+    assert run(code) == "1\n0\n"
