@@ -8,7 +8,7 @@
 
 The toolkit's own runs are commands of `of_cnn_train_val.py`; docs/recipe.md, "Learning curves", has
 all of them. `torch` runs in an environment of its own, Python 3.11 after
-`pip install torch==2.13.0 numpy pillow`, for `--mixed` with torchvision 0.29.1 as well; the other
+`pip install torch==2.13.0 numpy pillow`, for `--auto_augment` with torchvision 0.29.1; the other
 jobs need numpy only. All this is run by hand: it takes an hour, and no test needs it.
 """
 
@@ -22,10 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-VALIDATION_LINE = re.compile(
-    r"^(?:\S+ )?validation: epoch (\d+), .*top_1: ([\d.]+)",  # --log_dir puts the time in front
-    re.MULTILINE,
-)
+# --log_dir puts the time in front.
+VALIDATION_LINE = r"^(?:\S+ )?validation{}: epoch (\d+), .*top_1: ([\d.]+)"
 
 UNEVEN = [100, 68, 46, 31, 21, 14, 10, 7, 5, 3]  # training images of each class of `uneven`
 UNEVEN_TEST = 50  # test images of each
@@ -55,11 +53,18 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--batch_size", default=25, type=int)
     job.add_argument("--learning_rate", default=0.025, type=float)
     job.add_argument("--num_val_examples", type=int, help="test images, the first; all")
-    job.add_argument("--mixed", action="store_true", help="with torchvision's augmentation")
+    job.add_argument(
+        "--auto_augment",
+        choices=("trivialaugment_wide", "randaugment"),
+        help="torchvision's, and its random erasing, mixup and CutMix",
+    )
+    job.add_argument("--bce", action="store_true", help="binary cross entropy")
+    job.add_argument("--ema_decay", type=float, help="average of the weights, torchvision's")
     job = jobs.add_parser("compare", help="print the figures", allow_abbrev=False)
     job.add_argument("--oneflow", required=True, nargs="+", type=Path, help="a log for each seed")
     job.add_argument("--torch", required=True, nargs="+", type=Path, help="a log for each seed")
     job.add_argument("--num_test", default=10_000, type=int, help="test images")
+    job.add_argument("--ema", action="store_true", help="of the averages of the weights")
     return parser
 
 
@@ -136,15 +141,18 @@ def train_in_torch(args: argparse.Namespace) -> None:
             warmup_epochs=args.warmup_epochs,
             seed=args.seed,
             log=log,
-            mixed=args.mixed,
+            auto_augment=args.auto_augment,
+            bce=args.bce,
+            ema_decay=args.ema_decay,
         )
 
 
-def read_accuracies(paths: list[Path]) -> np.ndarray:
+def read_accuracies(paths: list[Path], *, ema: bool = False) -> np.ndarray:
     """Test accuracies in percent, (runs, epochs), of the validation lines of one log for each."""
     runs = []
+    line = re.compile(VALIDATION_LINE.format(r" \(ema\)" if ema else ""), re.MULTILINE)
     for path in paths:
-        found = VALIDATION_LINE.findall(path.read_text(encoding="utf-8"))
+        found = line.findall(path.read_text(encoding="utf-8"))
         if not found or [int(epoch) for epoch, _ in found] != list(range(len(found))):
             sys.exit(f"{path} does not hold the validation lines of one run, from epoch 0")
         runs.append([100 * float(top_1) for _, top_1 in found])
@@ -192,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.job == "torch":
         train_in_torch(args)
     else:
-        accuracies = (read_accuracies(paths) for paths in (args.oneflow, args.torch))
+        accuracies = (read_accuracies(paths, ema=args.ema) for paths in (args.oneflow, args.torch))
         print(compare(*accuracies, args.num_test))
 
 

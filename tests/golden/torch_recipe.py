@@ -3,7 +3,8 @@
 Written from the recipe alone (docs/recipe.md): it shares no code, weights or random numbers
 with the toolkit, so that a fault of the toolkit's network, gradients, optimizer, schedule,
 augmentation or evaluation shows as another accuracy. Needs torch, numpy and pillow, no OneFlow;
-with `mixed` torchvision too, whose TrivialAugmentWide, RandomErasing, MixUp and CutMix it applies.
+with `auto_augment` torchvision too, whose transform of that name, RandomErasing, MixUp and CutMix
+it applies.
 """
 
 import math
@@ -124,13 +125,17 @@ def crop_box(
 
 
 class Mixed:
-    """What torchvision's references add: TrivialAugment-wide, random erasing, mixup or CutMix."""
+    """What torchvision's references add: RandAugment or such, random erasing, mixup or CutMix."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, auto_augment: str, num_classes: int):
         from torchvision import transforms
         from torchvision.transforms import InterpolationMode, v2
 
-        self.change = transforms.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
+        kind = {
+            "trivialaugment_wide": transforms.TrivialAugmentWide,
+            "randaugment": transforms.RandAugment,
+        }[auto_augment]
+        self.change = kind(interpolation=InterpolationMode.BILINEAR)
         self.erase = transforms.RandomErasing(0.1)
         mixes = [v2.MixUp(alpha=0.2, num_classes=num_classes)]
         mixes.append(v2.CutMix(alpha=1.0, num_classes=num_classes))
@@ -142,6 +147,24 @@ class Mixed:
     def batch(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised images (N, 3, H, W) and labels (N,) to images and targets (N, classes)."""
         return self.mix(torch.stack([self.erase(image) for image in x]), y)
+
+
+def loss_of(logits: torch.Tensor, target: torch.Tensor, *, bce: bool) -> torch.Tensor:
+    """Of labels (N,) or shares (N, classes): cross entropy, or binary summed over the classes, as
+    timm has it with `sum_classes`; both smoothed."""
+    if not bce:
+        return F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING)
+    num_classes = logits.shape[1]
+    shares = F.one_hot(target, num_classes).float() if target.ndim == 1 else target
+    shares = shares * (1 - LABEL_SMOOTHING) + LABEL_SMOOTHING / num_classes
+    return F.binary_cross_entropy_with_logits(logits, shares, reduction="none").sum(dim=1).mean()
+
+
+def start_average(model: nn.Module, decay: float, *, batch_size: int, num_epochs: int) -> nn.Module:
+    """PyTorch's own, with the decay that torchvision's references make of theirs."""
+    share = min(1.0, (1 - decay) * batch_size / num_epochs)
+    blend = torch.optim.swa_utils.get_ema_multi_avg_fn(1 - share)
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=blend, use_buffers=True)
 
 
 def augment(pixels: np.ndarray, size: int, min_area: float, rng: np.random.Generator) -> np.ndarray:
@@ -185,7 +208,9 @@ def train(
     warmup_epochs: float,
     seed: int,
     log: Callable[[str], None],
-    mixed: bool = False,
+    auto_augment: str | None = None,
+    bce: bool = False,
+    ema_decay: float | None = None,
 ) -> None:
     """Train and log the accuracy after each epoch, in the form of the toolkit's lines.
 
@@ -195,7 +220,9 @@ def train(
         size: height and width of the network's input, pixels.
         min_area: smallest share of a picture that a random crop takes.
         learning_rate: peak of the schedule.
-        mixed: with what `Mixed` does.
+        auto_augment: with what `Mixed` does.
+        ema_decay: with an average of the weights, in torchvision's terms, blended after each step;
+            its accuracy is logged as well.
     """
     (images, labels), (val_images, val_labels) = train_set, val_set
     labels, val_labels = (torch.from_numpy(y.astype(np.int64)) for y in (labels, val_labels))
@@ -204,7 +231,10 @@ def train(
     model = ResNet18(int(labels.max()) + 1)
     draw_weights(model, torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
-    more = Mixed(int(labels.max()) + 1) if mixed else None
+    more = None if auto_augment is None else Mixed(auto_augment, int(labels.max()) + 1)
+    average = None
+    if ema_decay is not None:
+        average = start_average(model, ema_decay, batch_size=batch_size, num_epochs=num_epochs)
     optimizer = torch.optim.SGD(decay_groups(model), lr=learning_rate, momentum=MOMENTUM)
     epoch_steps = len(images) // batch_size
     warmup_steps, total_steps = round(warmup_epochs * epoch_steps), num_epochs * epoch_steps
@@ -219,7 +249,7 @@ def train(
             x, y = to_input(pictures), labels[indices]
             if more is not None:
                 x, y = more.batch(x, y)
-            loss = F.cross_entropy(model(x), y, label_smoothing=LABEL_SMOOTHING)
+            loss = loss_of(model(x), y, bce=bce)
             rate = rate_at(
                 epoch * epoch_steps + i,
                 peak=learning_rate,
@@ -232,7 +262,14 @@ def train(
             loss.backward()
             optimizer.step()
             losses += loss.item()
+            if average is not None:
+                average.update_parameters(model)
+                if epoch < warmup_epochs:
+                    average.n_averaged.fill_(0)  # the next time copies
         speed = len(images) / (time.perf_counter() - start)
         where = f"epoch {epoch}, iter {epoch_steps}"
         log(f"train: {where}, loss: {losses / epoch_steps:.6f}, samples/s: {speed:.3f}")
         log(f"validation: {where}, top_1: {accuracy(model, val_inputs, val_labels):.6f}")
+        if average is not None:
+            top_1 = accuracy(average, val_inputs, val_labels)
+            log(f"validation (ema): {where}, top_1: {top_1:.6f}")
