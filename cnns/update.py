@@ -166,7 +166,7 @@ def norm(x: flow.Tensor) -> flow.Tensor:
 def ratio(numerator: flow.Tensor, denominator: flow.Tensor) -> flow.Tensor:
     """1 where one of them is 0."""
     usable = flow.logical_and(numerator > 0, denominator > 0)
-    return flow.where(usable, numerator / denominator, flow.ones_like(numerator))
+    return flow.masked_fill(numerator / denominator, flow.logical_not(usable), 1.0)
 
 
 # name -> (what the optimizer of the training graph keeps of a parameter, and the buffers of the

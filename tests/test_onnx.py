@@ -28,7 +28,7 @@ from small import ROOT, TINY, call, tree
 
 pytestmark = pytest.mark.long
 
-SIZE = 64  # pixels; a run has to take some milliseconds, see `small.ballast`
+SIZE = 64  # pixels
 PHOTOGRAPHS = [str(ROOT / "data" / name) for name in ("cat.jpg", "coffee.jpg")]
 NAMES = ("black", "gray", "white")
 

@@ -36,7 +36,7 @@ from cnns.errors import RunError, UsageError
 from cnns.models.model import Model
 from cnns.places import PUBLISHED_FOLDER
 from fuzz import bounded, damaged, fuzz
-from small import MODELS, ROOT, Tiny, ballast, call, script, write_parts
+from small import MODELS, ROOT, Tiny, call, script, write_parts
 from tools import convert_snapshot
 
 INFERENCE = of_cnn_inference.main
@@ -669,7 +669,7 @@ def test_an_auxiliary_classifier_may_be_missing(tmp_path, monkeypatch):
             self.AuxLogits.fc = nn.Linear(3, num_classes)
 
         def forward(self, image):
-            return self.fc(image.mean(dim=(2, 3))) + ballast(image.placement)
+            return self.fc(image.mean(dim=(2, 3)))
 
     entry = Model(WithAuxiliary, image_size=32)
     monkeypatch.setitem(model_registry.MODELS, "inceptionv3", entry)

@@ -128,6 +128,7 @@ def test_two_processes_train_what_one_does(data, tmp_path, item):
             [*command, f"--model_save_dir={processes}"], capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr, done.stderr
         found[processes] = small.losses(done.stdout), arrays(Path(f"{processes}/snapshot_epoch_2"))
     (losses, one), (others, two) = found[1], found[2]
     np.testing.assert_allclose(losses, others, rtol=1e-5, atol=2e-6)
