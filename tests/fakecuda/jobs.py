@@ -208,6 +208,8 @@ class Log:
     devices: set[int]  # on which it made a context or memory, copied or launched anything
     peak: int  # most bytes in use at once, over all devices
     copies: Counter  # (from and to, "HD" for host to device; bytes) -> how often
+    waits: Counter  # ("device", "stream", "event" or "copy"; "main" or "other") -> how often
+    allocations: int  # of the device's memory, and releases, which wait for the whole device
     calls: dict[str, list[str]]  # name of a communicator -> what NCCL was asked for, in order
     rank: int | None  # None: the process has no communicator
 
@@ -231,6 +233,8 @@ def read_log(path: Path) -> Log:
         devices=set(map(int, used)),
         peak=max(map(int, re.findall(r"^MALLOC .* used (\d+)", text, re.MULTILINE)), default=0),
         copies=Counter((way, int(n)) for way, n in re.findall(r"COPY (HD|DH|DD) (\d+)", text)),
+        waits=Counter(re.findall(r"^WAIT (\w+) (\w+)", text, re.MULTILINE)),
+        allocations=len(re.findall(r"^(?:MALLOC|FREE) ", text, re.MULTILINE)),
         calls=calls,
         rank=ranks.pop() if ranks else None,
     )

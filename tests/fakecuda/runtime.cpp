@@ -8,7 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <sys/syscall.h>
 #include <thread>
+#include <unistd.h>
 #include <vector>
 
 #include "cuda_types.h"
@@ -212,8 +214,25 @@ cudaError_t do_nothing() {
   return cudaSuccess;
 }
 
+// On a real device the thread would wait here.
+void note_wait(const char* what) {
+  const char* thread = syscall(SYS_gettid) == getpid() ? "main" : "other";
+  log_line("WAIT %s %s device %d", what, thread, current_device());
+}
+
 cudaError_t device_synchronize() {
   use_context("cudaDeviceSynchronize");
+  note_wait("device");
+  return cudaSuccess;
+}
+
+cudaError_t stream_synchronize(void*) {
+  note_wait("stream");
+  return cudaSuccess;
+}
+
+cudaError_t event_synchronize(void*) {
+  note_wait("event");
   return cudaSuccess;
 }
 
@@ -261,6 +280,7 @@ cudaError_t host_register(void*, size_t, unsigned) {
 
 cudaError_t memcpy_now(void* to, const void* from, size_t size, int kind) {
   use_context("cudaMemcpy");
+  note_wait("copy");
   return remember(copy(to, from, size, kind));
 }
 
@@ -533,7 +553,7 @@ const std::unordered_map<std::string, void*>& runtime_functions() {
       {"cudaStreamCreateWithFlags", address(create_stream)},
       {"cudaStreamCreateWithPriority", address(create_stream)},
       {"cudaStreamDestroy", address(destroy_object)},
-      {"cudaStreamSynchronize", address(do_nothing)},
+      {"cudaStreamSynchronize", address(stream_synchronize)},
       {"cudaStreamQuery", address(do_nothing)},
       {"cudaStreamWaitEvent", address(do_nothing)},
       {"cudaStreamGetFlags", address(stream_get_flags)},
@@ -544,7 +564,7 @@ const std::unordered_map<std::string, void*>& runtime_functions() {
       {"cudaEventDestroy", address(destroy_object)},
       {"cudaEventRecord", address(event_record)},
       {"cudaEventQuery", address(do_nothing)},
-      {"cudaEventSynchronize", address(do_nothing)},
+      {"cudaEventSynchronize", address(event_synchronize)},
       {"cudaEventElapsedTime", address(event_elapsed_time)},
       {"__cudaPushCallConfiguration", address(push_call_configuration)},
       {"__cudaPopCallConfiguration", address(pop_call_configuration)},
