@@ -1,7 +1,7 @@
 """Estimate time per step and epoch of ResNet-50 on 1 to 1,024 devices, and print tables.
 
 python3 tools/plan_scale.py                                    # 8 devices a node, 100 Gb Ethernet
-python3 tools/plan_scale.py --rate=2470 --batch_size_per_device=256 --half --nic_gigabits=25
+python3 tools/plan_scale.py --rate=2470 --batch_size_per_device=256 --use_fp16 --nic_gigabits=25
 python3 tools/plan_scale.py --cores_per_node=64 --images_per_core=698
 python3 tools/plan_scale.py --check                            # against published figures
 
@@ -43,7 +43,7 @@ class Cluster:
 
     rate: float  # images/s of one device alone, measured
     batch_size: int  # of each device
-    half: bool  # --use_fp16
+    half: bool  # with --use_fp16
     per_node: int
     link: float  # bytes/s within a machine, in one direction
     nic: float  # bytes/s between machines, in one direction, of a machine
@@ -187,7 +187,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--batch_size_per_device", type=number(int, 1), default=128, help="images in a step"
     )
-    add_switch(parser, "--half", "gradients travel in half precision, as with --use_fp16")
+    add_switch(parser, "--use_fp16", "gradients travel in half precision")
     parser.add_argument(
         "--gpu_num_per_node", type=number(int, 1), default=8, help="devices of a machine"
     )
@@ -214,7 +214,7 @@ def make_cluster(args: Namespace) -> Cluster:
     return Cluster(
         rate=args.rate,
         batch_size=args.batch_size_per_device,
-        half=args.half,
+        half=args.use_fp16,
         per_node=args.gpu_num_per_node,
         link=NVLINK[args.link],
         nic=args.nic_gigabits * 1e9 / 8,

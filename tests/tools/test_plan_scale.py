@@ -74,7 +74,7 @@ def test_float32_agrees_with_published_figures_and_half_precision_is_an_upper_bo
 def test_the_tables():
     check = call(plan_scale.main, "--check")
     assert check.status == 0 and check.stdout.count("\n") == 2 + 10
-    flags = ("--rate=2470", "--half", "--nic_gigabits=25", "--cores_per_node=24")
+    flags = ("--rate=2470", "--use_fp16", "--nic_gigabits=25", "--cores_per_node=24")
     plan = call(plan_scale.main, *flags)
     rows = [line.split("|")[1].strip() for line in plan.stdout.splitlines()[2:]]
     assert rows == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1,024"]
