@@ -15,6 +15,7 @@ import io
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,6 @@ from cnns.checkpoint.snapshot import Progress, Snapshot, load_training_state, ve
 from cnns.checkpoint.training import fit_state
 from cnns.checkpoint.weights import Checkpoint, standard_shapes
 from cnns.configfile import read_config
-from cnns.data.images import Preprocessing
 from cnns.data.kinds import Dataset, Synthetic
 from cnns.data.mixing import Mixing
 from cnns.data.uneven import find_class_weights
@@ -72,6 +72,7 @@ from cnns.resume import (
     num_processes,
 )
 from cnns.run import Parts, Run, Saver, announce, make_intervals
+from cnns.stages import TrainSizes, make_train_sizes
 from config import Plan
 from model_registry import MODELS
 from optimizer_util import Schedule
@@ -163,10 +164,8 @@ class RunSpec:
         return self.about.flags
 
     @property
-    def train_preprocessing(self) -> Preprocessing:
-        """That of training crops, which may have a size of their own."""
-        own = self.about.preprocessing
-        return replace(own, image_size=self.flags["train_image_size"] or own.image_size)
+    def train_sizes(self) -> TrainSizes:
+        return make_train_sizes(self.flags, image_size=self.about.preprocessing.image_size)
 
     @property
     def top_k(self) -> int:
@@ -323,13 +322,21 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log, record: Record | None =
     model = place(build_model(spec), device)
     last_layer = MODELS[spec.about.model].last_layer
     frozen_norms = freeze(model, flags["freeze"] or (), last_layer=last_layer)
-    loader = build_train_loader(spec, log)
+    train_sizes, progress = spec.train_sizes, spec.progress
+    size = train_sizes.at(progress.current_epoch)
+    log(spec.train_data.loading_line)
+    loader = build_train_loader(spec, size)
     evaluator = build_evaluator(spec, model, log)
     average = build_average(spec, model) if flags["ema_decay"] else None
+    resumed = spec.resumed
+    state = resumed.take_state() if resumed is not None and resumed.state is not None else None
     parts = Parts(
         model=model,
-        graph=build_train_graph(spec, model, loader, average),
+        graph=build_train_graph(spec, model, loader, average, step=progress.step, state=state),
         loader=loader,
+        build_stage=partial(build_stage, spec, model, average),
+        train_sizes=train_sizes,
+        train_size=size,
         evaluator=evaluator,
         record_order=getattr(loader, "record_order", None),
         masks=DropoutMasks(model, seed=flags["seed"], batch_size=spec.batch_size, device=device),
@@ -342,7 +349,7 @@ def build_run(spec: RunSpec, *, save_dir: str, log: Log, record: Record | None =
         average_evaluator=evaluator.of(average.network) if evaluator and average else None,
     )
     intervals = make_intervals(flags, steps_per_epoch=spec.plan.steps_per_epoch)
-    last_good = spec.resumed.path if spec.resumed else None
+    last_good = resumed.path if resumed else None
     progress = start_progress(spec, parts)
     saver = Saver(save_dir, spec.describe, log, last_good=last_good, saved_step=progress.step)
     return Run(parts, intervals, progress, saver, log, record or Record())
@@ -399,14 +406,13 @@ def build_average(spec: RunSpec, model: nn.Module) -> Average:
     )
 
 
-def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
-    """What feeds the training graph."""
+def build_train_loader(spec: RunSpec, size: int) -> nn.Module:
+    """What feeds the training graph with images of `size` x `size` pixels."""
     flags = spec.flags
-    log(spec.train_data.loading_line)
     return ofrecord_util.train_loader(
         spec.train_data,
         batch_size=spec.batch_size,
-        preprocessing=spec.train_preprocessing,
+        preprocessing=replace(spec.about.preprocessing, image_size=size),
         augmentation=config.augmentation(Namespace(**flags)),
         mixing=Mixing(flags["mixup_alpha"], flags["cutmix_alpha"], flags["seed"]),
         seed=flags["seed"],
@@ -418,9 +424,15 @@ def build_train_loader(spec: RunSpec, log: Log) -> nn.Module:
 
 
 def build_train_graph(
-    spec: RunSpec, model: nn.Module, loader: nn.Module, average: Average | None
+    spec: RunSpec,
+    model: nn.Module,
+    loader: nn.Module,
+    average: Average | None,
+    *,
+    step: int,
+    state: Mapping[str, np.ndarray] | None,
 ) -> TrainGraph:
-    """The graph of a step, with the state of the run that is resumed, if any."""
+    """The graph of a step; `state` is what another remembered after `step` updates, if any."""
     flags = spec.flags
     optimizer = optimizer_util.build_optimizer(
         model,
@@ -432,7 +444,7 @@ def build_train_graph(
         model,
         loader,
         optimizer,
-        spec.schedule.build(optimizer, first_step=spec.progress.step),
+        spec.schedule.build(optimizer, first_step=step),
         loss=build_loss(
             flags["loss"],
             **config.loss_settings(Namespace(**flags)),
@@ -446,15 +458,18 @@ def build_train_graph(
         use_fp16=flags["use_fp16"],
         num_nodes=flags["num_nodes"],
     )
-    if spec.resumed is not None and spec.resumed.state is not None:
-        state = fit_state(
-            spec.resumed.take_state(),
-            shapes=standard_shapes(model),
-            flags=flags,
-            step=spec.progress.step,
-        )
-        load_training_state(graph, model, state, device=spec.device)
+    if state is not None:
+        fitted = fit_state(state, shapes=standard_shapes(model), flags=flags, step=step)
+        load_training_state(graph, model, fitted, device=spec.device)
     return graph
+
+
+def build_stage(
+    spec: RunSpec, model: nn.Module, average: Average | None, size: int, **where: Any
+) -> tuple[nn.Module, TrainGraph]:
+    """Loader and graph for images of another size; `where` are a graph's step and state."""
+    loader = build_train_loader(spec, size)
+    return loader, build_train_graph(spec, model, loader, average, **where)
 
 
 def build_evaluator(spec: RunSpec, model: nn.Module, log: Log) -> Evaluator | None:

@@ -3,7 +3,7 @@
 import gc
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -117,10 +117,16 @@ class QuietGraph(nn.Graph):
 
     def __call__(self, *batch: flow.Tensor, **more: Any) -> Any:
         if not self.is_compiled:
-            return self.compile_quietly(*batch, **more)
+            return self.compile_quietly(super().__call__, *batch, **more)
         return super().__call__(*batch, **more)
 
-    def compile_quietly(self, *batch: flow.Tensor, **more: Any) -> Any:
+    def allocate(self, *batch: flow.Tensor, **more: Any) -> None:
+        """Compile, which takes the memory of a run on the devices, and run nothing."""
+        self.compile_quietly(self._compile, *batch, **more)
+
+    def compile_quietly(
+        self, compile_: Callable[..., Any], *batch: flow.Tensor, **more: Any
+    ) -> Any:
         printed, on_cpu = io.StringIO(), is_on_cpu(batch)
         if on_cpu:
             sleep_instead_of_polling()
@@ -130,7 +136,7 @@ class QuietGraph(nn.Graph):
             convolutions_as_products(on_cpu),
             no_collection(),
         ):
-            output = super().__call__(*batch, **more)
+            output = compile_(*batch, **more)
         sys.stderr.write(printed.getvalue())
         return output
 

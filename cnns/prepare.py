@@ -130,6 +130,13 @@ def describe_network(
     preprocessing = models[model].override(
         own, interpolation=args.interpolation, **preprocessing_flags(args)
     )
-    if args.train_image_size is not None:
-        models[model].check_size(args.train_image_size, "--train_image_size")
+    for name in ("train_image_size", "first_train_image_size"):
+        if getattr(args, name) is not None:
+            models[model].check_size(getattr(args, name), f"--{name}")
+    last = args.train_image_size or preprocessing.image_size
+    if args.first_train_image_size is not None and args.first_train_image_size >= last:
+        raise UsageError(
+            f"--first_train_image_size={args.first_train_image_size} must be less than {last}, the "
+            "size that training crops grow to (--train_image_size, else --image_size)"
+        )
     return Snapshot(model, num_classes, preprocessing, classes)

@@ -4,6 +4,7 @@ What to run is decided in of_cnn_train_val.py; this is the order in which things
 writes the snapshots, and `Meter` has what a line shows.
 """
 
+import gc
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,14 @@ from oneflow import nn
 
 from cnns.advice import Outlook, OverfittingWatch
 from cnns.checkpoint.find import link_snapshot, prune_snapshots
-from cnns.checkpoint.snapshot import EPOCH_NAME, PREFIX, Progress, Snapshot, save_snapshot
+from cnns.checkpoint.snapshot import (
+    EPOCH_NAME,
+    PREFIX,
+    Progress,
+    Snapshot,
+    save_snapshot,
+    training_arrays,
+)
 from cnns.data.order import RecordOrder
 from cnns.distributed import Agreement, average_statistics, wait_for_all
 from cnns.ema import Average
@@ -25,6 +33,7 @@ from cnns.graphs import DropoutMasks, TrainGraph
 from cnns.interrupts import Interrupted, Interrupts
 from cnns.log import Bar, Counts, Log, Meter, Sums, notice, train_line, validation_line
 from cnns.record import Record
+from cnns.stages import TrainSizes
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,10 @@ class Parts:
     learning_rate: Callable[[int], float]  # of the update made in a step
     batch_size: int  # global
     device: str
+    # Loader and graph for images of a size, from a step on, with the state of the graph before.
+    build_stage: Callable[..., tuple[nn.Module, TrainGraph]]
+    train_sizes: TrainSizes
+    train_size: int  # that loader and graph have
     use_fp16: bool = False
     frozen_norms: Sequence[nn.Module] = ()  # batch norms that keep their statistics
     average: Average | None = None  # of the weights
@@ -79,6 +92,41 @@ class Parts:
         self.model.train()
         for norm in self.frozen_norms:
             norm.eval()
+
+    def take_size(self, epoch: int, *, step: int) -> bool:
+        """Take the size of an epoch, as a run does that is resumed there. True where it changes."""
+        size = self.train_sizes.at(epoch)
+        if size == self.train_size:
+            return False
+        state = training_arrays(self.graph, self.model)
+        self.loader, self.graph = self.build_stage(size, step=step, state=state)
+        self.train_size = size
+        self.forget_graph()
+        return True
+
+    def forget_graph(self) -> None:
+        """Remove what a training graph that is not used any more has left."""
+        for parameter in self.model.parameters():
+            parameter.grad = None  # the next graph would add its own to it
+        gc.collect()
+
+    def allocate(self, epoch: int) -> None:
+        """Take the memory of the largest images before any other's.
+
+        OneFlow 0.9.0 keeps the memory of a graph that is gone, for later ones that fit into it, so
+        that growing images would take that of all sizes together.
+        """
+        largest = max(self.train_sizes.sizes)
+        if self.train_sizes.at(epoch) == largest:
+            return
+        self.set_training()
+        loader, graph = self.build_stage(largest, step=0, state=None)
+        more: dict[str, Any] = self.masks.at(0)
+        if self.average is not None and self.average.within_graph:
+            more["share"] = self.average.tensor(0.0)
+        graph.allocate(*next(loader.batches(epoch)), **more)
+        del loader, graph
+        self.forget_graph()
 
 
 def is_better(metrics: dict, best: dict, *, by: str) -> bool:
@@ -187,6 +235,8 @@ class Run:
         progress = self.progress
         with self.interrupts:
             try:
+                if self.parts.device == "cuda" and not self.is_over:
+                    self.parts.allocate(progress.current_epoch)
                 while not self.is_over:
                     with self.bar.epoch(progress.current_epoch, progress.iteration):
                         self.train_epoch()
@@ -214,6 +264,7 @@ class Run:
         """Run what is left of an epoch, with a line at each interval, snapshot, and the end."""
         parts, progress, intervals = self.parts, self.progress, self.intervals
         average = parts.average
+        self.enter_epoch()
         parts.set_training()
         batches = parts.loader.batches(progress.current_epoch, progress.iteration)
         self.meter.restart()
@@ -238,6 +289,13 @@ class Run:
             if save and not end:
                 self.saver.save("last", parts, progress, replace=True)
             self.agreement.check(done)
+
+    def enter_epoch(self) -> None:
+        """Take the size of images that an epoch has, and say it where it is new."""
+        parts, epoch = self.parts, self.progress.current_epoch
+        changes = parts.take_size(epoch, step=self.progress.step)
+        if parts.train_sizes.grow and (changes or not parts.graph.is_compiled):
+            notice(f"Training on images of {parts.train_size} px from epoch {epoch} on.")
 
     def validate(self) -> None:
         """Score the network, and the average of its weights where there is one."""
@@ -292,6 +350,7 @@ class Run:
             learning_rate=self.parts.learning_rate(step - 1),
             records_digest=self.progress.records_digest,
             loss_scale=self.parts.graph.loss_scale if self.parts.use_fp16 else None,
+            image_size=self.parts.train_size if self.parts.train_sizes.grow else None,
             **counts.as_figures(sums.seconds),
         )
 

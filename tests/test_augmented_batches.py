@@ -212,6 +212,8 @@ def test_parts_come_from_oneflow_otherwise(data):
         (["--auto_augment=rand-m7-x3"], "'rand-m7-x3': 'x3' is not supported; after rand come m0"),
         (["--auto_augment=rand-m7", "--randaugment_magnitude=7"], "belongs to --auto_augment=rand"),
         (["--random_erasing=1.5"], "at most 1"),
+        (["--train_size_stages=3"], "--train_size_stages needs --first_train_image_size"),
+        (["--first_train_image_size=24", "--train_size_stages=1"], "at least 2"),
     ],
 )
 def test_flags_that_are_refused(data, flags, words):
@@ -266,6 +268,11 @@ def test_training_on_smaller_images_than_are_evaluated(data, tmp_path, monkeypat
     assert seen[-1] == (50, 3, 40, 40)
     with pytest.raises(UsageError, match="--train_image_size=24 is too small"):
         make_spec(parse_args([flags[0], "--model=inceptionv3", *flags[2:], "--image_size=96"]))
+    for first in (24, 32):
+        with pytest.raises(UsageError, match=f"--first_train_image_size={first} must be less than"):
+            make_spec(parse_args([*flags, f"--first_train_image_size={first}"]))
+    with pytest.raises(UsageError, match="--first_train_image_size has no effect on synthetic"):
+        finished("--first_train_image_size=24")
 
 
 def test_it_can_be_looked_at(data, tmp_path):

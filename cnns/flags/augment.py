@@ -151,7 +151,33 @@ TRAIN_SIZE_FLAGS = {
         number(int, 8),
         otherwise="--image_size",
     ),
+    "first_train_image_size": Flag(
+        "height and width of training crops in the first epochs, pixels; from there they grow to "
+        "--train_image_size (progressive learning, arXiv:2104.00298)",
+        number(int, 8),
+        otherwise="--train_image_size, in all epochs",
+    ),
+    "train_size_stages": Flag(
+        "sizes that training crops have one after the other, for as many epochs each; a graph is "
+        "compiled for each",
+        number(int, 2, 100),
+        4,
+    ),
 }
+
+
+def check_train_sizes(args: Namespace, flags: Mapping[str, Flag]) -> None:
+    """Raise UsageError where crops that grow contradict other flags."""
+    if args.first_train_image_size is None:
+        if args.train_size_stages != flags["train_size_stages"].default:
+            raise UsageError("--train_size_stages needs --first_train_image_size; give both")
+    elif args.gpu_image_decoder:
+        raise UsageError(
+            "--first_train_image_size contradicts --gpu_image_decoder, which would start reading "
+            "from the beginning at each size; leave one of them out"
+        )
+
+
 MIXING_FLAGS = {
     "mixup_alpha": Flag(
         "mix the images of each batch in pairs, and their targets: lambda is of Beta(alpha, "

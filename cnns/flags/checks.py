@@ -8,8 +8,10 @@ from cnns.convert.cache import is_photo_folder
 from cnns.distributed import choose_device
 from cnns.errors import UsageError
 from cnns.flags.augment import (
+    TRAIN_SIZE_FLAGS,
     check_class_flags,
     check_mixing,
+    check_train_sizes,
     choose_data_order,
     picture_flags_given,
 )
@@ -120,7 +122,7 @@ def check_data_flags(args: Namespace, flags: Mapping[str, Flag]) -> None:
     if args.train_data_dir is None:
         of_files = ("train_data_part_num", "val_data_dir", "val_data_part_num", *FOLDER_FLAGS)
         refuse("needs --train_data_dir, and without it data are synthetic", *of_files)
-        ignored = (*AUGMENTATION_FLAGS, "train_image_size", "class_weights")
+        ignored = (*AUGMENTATION_FLAGS, *TRAIN_SIZE_FLAGS, "class_weights")
         ignored += (*picture_flags_given(args, flags), *of_parts, "val_batch_size_per_device")
         refuse("has no effect on synthetic data", *ignored)
         if args.report:
@@ -196,6 +198,7 @@ def finish_train_args(
     """
     notices = check_precision_flags(args, device=device)
     check_class_flags(args)
+    check_train_sizes(args, flags)
     notices += choose_data_order(args, flags)
     check_data_flags(args, flags)
     take_batch_size(args)

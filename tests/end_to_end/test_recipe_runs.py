@@ -17,6 +17,8 @@ from cnns.checkpoint.snapshot import read_description
 from cnns.evaluation import Evaluator
 from cnns.interrupts import Interrupts
 from cnns.log import Counts
+from cnns.record import read_metrics
+from cnns.run import Run
 
 NUM_CLASSES, IMAGES = 4, 41
 ITEMS = {
@@ -33,6 +35,8 @@ ITEMS = {
     "layers": ("--layer_decay=0.5", "--gradient_clipping=0.5", "--nesterov", "--use_fp16"),
     "depth": ("--stochastic_depth=0.5", "--learning_rate=0.02"),
     "bce": ("--loss=bce", "--bce_target_threshold=0.2"),
+    "sizes": ("--first_train_image_size=16", "--train_size_stages=3")
+    + ("--ema_decay=0.98", "--ema_steps=1", "--mixup_alpha=0.2", "--random_erasing=0.5"),
     # Whole files of recipes, but for what `flags` gives all of them.
     "a1": (f"--config={small.ROOT / 'recipes' / 'resnet50_a1.yaml'}", "--learning_rate=0.02"),
     "a3": (f"--config={small.ROOT / 'recipes' / 'resnet50_a3.yaml'}", "--learning_rate=0.02"),
@@ -137,7 +141,45 @@ def test_two_processes_train_what_one_does(data, tmp_path, item):
         np.testing.assert_allclose(array, two[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("item", ["lars", "layers", "lamb"])
+@pytest.mark.parametrize("item", ["ema", "lars", "lamb", "depth"])
+def test_sizes_grow_as_in_a_run_that_is_resumed_with_the_next(data, monkeypatch, item):
+    """16, 24 and 32 px in one run, and in three of which each resumes the one before.
+
+    With LARS it takes no memory first, as on a CPU, and with the others it does, as on CUDA.
+    """
+    given = flags(data, item, model=MODEL.get(item, "toy"))
+    original = Run.run
+    with monkeypatch.context() as patch:
+        if item != "lars":
+            patch.setattr(Run, "run", lambda self: (self.parts.allocate(0), original(self))[1])
+        grown = small.call(
+            of_cnn_train_val.main, *given, *ITEMS["sizes"][:2], "--model_save_dir=grown"
+        )
+    assert grown.status == 0, grown.stderr
+    lines, resume = [], []
+    for epoch, size in enumerate((16, 24, 32)):
+        one = [f"--train_image_size={size}", f"--model_save_dir={size}", *resume]
+        run = small.call(of_cnn_train_val.main, *given, *one)
+        assert run.status == 0, run.stderr
+        lines += small.losses(run.stdout)[:6]
+        resume = [f"--resume={size}/snapshot_epoch_{epoch}"]
+        name = f"snapshot_epoch_{epoch}"
+        found, expected = arrays(Path("grown", name)), arrays(Path(f"{size}", name))
+        assert found.keys() == expected.keys()
+        for key, array in expected.items():
+            np.testing.assert_array_equal(array, found[key], err_msg=key)
+    assert small.losses(grown.stdout) == lines
+    said = [text for text in grown.stderr.splitlines() if " px " in text]
+    assert said == [
+        f"Training on images of {size} px from epoch {epoch} on."
+        for epoch, size in enumerate((16, 24, 32))
+    ]
+    entries = read_metrics("grown/metrics.jsonl")
+    sizes = [entry["image_size"] for entry in entries if entry["kind"] == "train"]
+    assert sizes == [16] * 6 + [24] * 6 + [32] * 6
+
+
+@pytest.mark.parametrize("item", ["lars", "layers", "lamb", "sizes"])
 def test_stopped_in_a_validation_and_resumed(data, monkeypatch, item):
     """What is then saved is of a graph that has not run yet."""
     given = flags(data, item, model="toy")

@@ -137,3 +137,19 @@ def test_images_are_augmented_on_the_host_and_erased_on_the_device(data, tmp_pat
     copied = log.copied("HD")
     assert copied[4 * 3 * 24 * 24] == copied[4 * 6 * 4] == 4
     assert copied[4 * 4 * 4] >= 4  # some parameters have this size
+
+
+def test_images_grow_from_stage_to_stage(data, tmp_path):
+    """Each size has a graph of its own, which takes over where the one before stood."""
+    flags = ("--first_train_image_size=24", "--train_size_stages=2", "--num_epochs=2")
+    flags += ("--batch_size_per_device=4", "--num_examples=16", "--optimizer=lamb")
+    flags += ("--model=tiny", "--use_fp16", "--channel_last", "--ema_decay=0.99")
+    session = train(data, ".npz", *flags, cwd=tmp_path / "run", steps=STEPS[0])
+    (done,) = session.finish()
+    assert done.status in (0, None), done.stderr
+    assert len(re.findall(r"^train: epoch [01], iter 4", done.stdout, re.MULTILINE)) == 2
+    log = jobs.read_log(tmp_path / "run" / "device.log")
+    assert log.faults == []
+    copied = log.copied("HD")
+    # With one batch more the graph of the largest size is compiled first, for its memory.
+    assert copied[4 * 3 * 24 * 24] == 4 and copied[4 * 3 * SIZE * SIZE] == 1 + 4
