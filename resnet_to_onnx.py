@@ -56,6 +56,7 @@ from cnns.export import (
     softmax,
 )
 from cnns.flags.export import EXPORT_FLAGS, OPSET, VARIANT_FLAGS
+from cnns.graphs import LogitsGraph
 from cnns.interrupts import exit_on_signals
 from cnns.launch.external import refuse_ranks
 from cnns.log import notice
@@ -164,17 +165,6 @@ def default_path(snapshot_path: str) -> str:
     elif os.path.isfile(snapshot_path):
         name = os.path.splitext(name)[0]
     return os.path.join(ONNX_ROOT, f"{name}.onnx")
-
-
-class LogitsGraph(nn.Graph):
-    """Images (N, 3, H, W) float32 to logits (N, C) float32."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def build(self, image):
-        return self.model(image)
 
 
 class Reference:

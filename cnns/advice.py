@@ -23,8 +23,8 @@ OVERFITTING_EPOCHS = 3
 class Outlook:
     """Says once, after some steps, how long the rest of a run takes."""
 
-    def __init__(self, total_steps: int):
-        self.total_steps = total_steps
+    def __init__(self, total_steps: int, *, images_grow: bool = False):
+        self.total_steps, self.images_grow = total_steps, images_grow
         self.steps, self.seconds, self.said = 0, 0.0, False
 
     def add(self, step: int, *, steps: int, seconds: float) -> None:
@@ -35,9 +35,10 @@ class Outlook:
             return
         self.said = True
         pace = self.seconds / self.steps
+        more = ", and images that grow take longer" if self.images_grow else ""
         notice(
             f"Time left: about {duration(pace * left)}, {pace:.3g} s per iteration; validation and "
-            "snapshots are not counted."
+            f"snapshots are not counted{more}."
         )
 
 

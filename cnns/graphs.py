@@ -154,6 +154,23 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+class LogitsGraph(nn.Graph):
+    """Images (N, 3, H, W) float32 to logits (N, C) float32, as they are exported: convolutions stay
+    what they are."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        queue_before_start()
+        self.model = model
+
+    def build(self, image):
+        return self.model(image)
+
+    def __call__(self, *batch: flow.Tensor) -> flow.Tensor:
+        with no_collection():
+            return super().__call__(*batch)
+
+
 def is_on_cpu(batch: Sequence[flow.Tensor]) -> bool:
     return bool(batch) and batch[0].placement.type == "cpu"
 

@@ -133,6 +133,8 @@ def describe_network(
     for name in ("train_image_size", "first_train_image_size"):
         if getattr(args, name) is not None:
             models[model].check_size(getattr(args, name), f"--{name}")
+    if args.first_train_image_size is not None and args.num_epochs < 2:
+        raise UsageError("--first_train_image_size needs two epochs or more; see --num_epochs")
     last = args.train_image_size or preprocessing.image_size
     if args.first_train_image_size is not None and args.first_train_image_size >= last:
         raise UsageError(

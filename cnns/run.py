@@ -211,7 +211,9 @@ class Run:
         self.saver, self.log, self.record = saver, log, record
         self.meter, self.sums = Meter(parts.batch_size), Sums(**(progress.unprinted or {}))
         self.bar = Bar(intervals.num_epochs, intervals.steps_per_epoch)
-        self.outlook = Outlook(intervals.num_epochs * intervals.steps_per_epoch)
+        self.outlook = Outlook(
+            intervals.num_epochs * intervals.steps_per_epoch, images_grow=parts.train_sizes.grow
+        )
         self.watch = OverfittingWatch()
         self.interrupts = Interrupts()
         self.agreement = Agreement(
@@ -294,6 +296,8 @@ class Run:
         """Take the size of images that an epoch has, and say it where it is new."""
         parts, epoch = self.parts, self.progress.current_epoch
         changes = parts.take_size(epoch, step=self.progress.step)
+        if self.progress.iteration == self.intervals.steps_per_epoch:
+            return  # resumed before a validation, nothing is trained
         if parts.train_sizes.grow and (changes or not parts.graph.is_compiled):
             notice(f"Training on images of {parts.train_size} px from epoch {epoch} on.")
 

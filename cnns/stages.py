@@ -20,8 +20,9 @@ class TrainSizes:
     num_epochs: int
 
     def at(self, epoch: int) -> int:
-        """Those of an epoch. Stages are equally long, or differ by an epoch; epochs that were added
-        to a run have the last size."""
+        """Those of an epoch; after the end, the last. Stages are equally long, or differ by an
+        epoch. A run that is resumed with more epochs has longer stages, so that its next epoch may
+        have a smaller size than the one before."""
         stage = epoch * len(self.sizes) // self.num_epochs
         return self.sizes[min(stage, len(self.sizes) - 1)]
 

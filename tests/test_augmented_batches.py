@@ -270,7 +270,9 @@ def test_training_on_smaller_images_than_are_evaluated(data, tmp_path, monkeypat
         make_spec(parse_args([flags[0], "--model=inceptionv3", *flags[2:], "--image_size=96"]))
     for first in (24, 32):
         with pytest.raises(UsageError, match=f"--first_train_image_size={first} must be less than"):
-            make_spec(parse_args([*flags, f"--first_train_image_size={first}"]))
+            make_spec(parse_args([*flags, "--num_epochs=2", f"--first_train_image_size={first}"]))
+    with pytest.raises(UsageError, match="--first_train_image_size needs two epochs"):
+        make_spec(parse_args([*flags, "--first_train_image_size=16"]))
     with pytest.raises(UsageError, match="--first_train_image_size has no effect on synthetic"):
         finished("--first_train_image_size=24")
 

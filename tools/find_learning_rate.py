@@ -52,7 +52,10 @@ OWN_FLAGS = {
 }
 # Flags of the training script that contradict the test, and those that do not matter to it.
 REFUSED = ("learning_rate", "resume", "warmup_epochs", "lr_decay", "lr_min", "lr_warmup_decay")
-LEFT_OUT = ("ema_decay", "ema_steps", "best_metric", "early_stop_epochs")
+LEFT_OUT = (
+    *("ema_decay", "ema_steps", "best_metric", "early_stop_epochs"),
+    *("first_train_image_size", "train_size_stages"),  # the test has the last size alone
+)
 
 
 @dataclass(frozen=True)

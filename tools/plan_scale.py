@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cnns.environment  # noqa: F401  (first, see there)
 
-from cnns.errors import run_main
+from cnns.errors import UsageError, run_main
 from cnns.flags.parser import Parser, add_switch
 from cnns.flags.values import number
 
@@ -34,6 +34,7 @@ BACKWARD_SHARE = 2 / 3
 NVLINK = {"a100": 300e9, "v100": 150e9}  # bytes/s
 LINK_SECONDS = 5e-6  # assumed: one message within a machine
 NIC_SECONDS = 20e-6  # assumed: one between machines
+IMAGES_PER_CORE = 698  # docs/containers.md
 DEVICES = tuple(2**power for power in range(11))
 
 
@@ -100,6 +101,7 @@ def throughput(cluster: Cluster, devices: int) -> float:
 
 
 def epoch_seconds(cluster: Cluster, devices: int) -> float:
+    """0 where a batch has more images than there are."""
     steps = NUM_EXAMPLES // (devices * cluster.batch_size)  # whole batches, as training takes them
     return steps * step_seconds(cluster, devices)
 
@@ -166,9 +168,10 @@ def print_plan(cluster: Cluster) -> None:
     compute = cluster.batch_size / cluster.rate
     for devices in DEVICES:
         step, rate = step_seconds(cluster, devices), throughput(cluster, devices)
+        epoch = epoch_seconds(cluster, devices)
         print(
             f"| {devices:,} | {1000 * step:.1f} | {1000 * (step - compute):.1f} | {rate:,.0f} | "
-            f"{rate / devices / cluster.rate:.1%} | {epoch_seconds(cluster, devices):,.1f} |"
+            f"{rate / devices / cluster.rate:.1%} | {f'{epoch:,.1f}' if epoch else '-'} |"
         )
 
 
@@ -203,14 +206,19 @@ def make_parser() -> Parser:
         help="processor cores of a machine for the loader; unless given, it is never too slow",
     )
     parser.add_argument(
-        "--images_per_core", type=positive, default=698, help="images/s that a core prepares"
+        "--images_per_core",
+        type=positive,
+        help=f"images/s that a core prepares, {IMAGES_PER_CORE} unless given",
     )
     add_switch(parser, "--check", "print how far the model is off published figures, and end")
     return parser
 
 
 def make_cluster(args: Namespace) -> Cluster:
+    """Raises UsageError for a rate of cores without their number."""
     cores = args.cores_per_node
+    if args.images_per_core is not None and cores is None:
+        raise UsageError("--images_per_core needs --cores_per_node; give both")
     return Cluster(
         rate=args.rate,
         batch_size=args.batch_size_per_device,
@@ -218,13 +226,15 @@ def make_cluster(args: Namespace) -> Cluster:
         per_node=args.gpu_num_per_node,
         link=NVLINK[args.link],
         nic=args.nic_gigabits * 1e9 / 8,
-        loader=math.inf if cores is None else cores * args.images_per_core,
+        loader=math.inf if cores is None else cores * (args.images_per_core or IMAGES_PER_CORE),
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.check:
+        if len(sys.argv[1:] if argv is None else argv) > 1:
+            raise UsageError("--check takes no other flag")
         print_check()
     else:
         print_plan(make_cluster(args))

@@ -119,6 +119,15 @@ class OpenPart:
             close(self.fd)
 
 
+@lru_cache
+def say_unkept(path: str, reason: str) -> None:
+    """Once: a run opens its records again for each size of images."""
+    notice(
+        f"{path}: indexes of its records cannot be kept there ({reason}); they are made anew each "
+        "time."
+    )
+
+
 class RecordSource:
     """Pictures of OFRecord parts, by the number of their record over all parts.
 
@@ -132,10 +141,7 @@ class RecordSource:
             indexed = list(pool.map(index_part, self.paths, data.part_counts))
         unkept = [error for *_, error in indexed if error is not None]
         if unkept and say:
-            notice(
-                f"{data.path}: indexes of its records cannot be kept there "
-                f"({unkept[0].strerror}); they are made anew at each start."
-            )
+            say_unkept(data.path, unkept[0].strerror)
         # Of bytes behind a message, which OneFlow's reader would not take.
         warnings.filterwarnings("ignore", "Unexpected end-group tag", RuntimeWarning)
         counts = np.array(data.part_counts)

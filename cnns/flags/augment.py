@@ -158,8 +158,8 @@ TRAIN_SIZE_FLAGS = {
         otherwise="--train_image_size, in all epochs",
     ),
     "train_size_stages": Flag(
-        "sizes that training crops have one after the other, for as many epochs each; a graph is "
-        "compiled for each",
+        "sizes that training crops have one after the other, for as many epochs each; not more "
+        "than there are epochs; a graph is compiled for each",
         number(int, 2, 100),
         4,
     ),

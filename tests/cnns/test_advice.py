@@ -21,6 +21,8 @@ def test_the_time_of_a_run_is_said_once_after_some_steps(capsys):
     assert capsys.readouterr().err.splitlines() == [
         "Time left: about 8 min, 0.5 s per iteration; validation and snapshots are not counted."
     ]
+    Outlook(1000, images_grow=True).add(20, steps=20, seconds=4.0)
+    assert capsys.readouterr().err.endswith(" are not counted, and images that grow take longer.\n")
     Outlook(20).add(20, steps=20, seconds=1.0)  # nothing is left
     assert capsys.readouterr().err == ""
 

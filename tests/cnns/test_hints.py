@@ -148,7 +148,7 @@ def test_versions(capsys):
 
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())
-# The doctor tells what is missing, and so needs nothing; the peer needs PyTorch alone.
+# The doctor tells what is missing, and so needs nothing; peers have environments of their own.
 ALONE = ("doctor.py", "torch_peer.py", "onnxruntime_peer.py", "dali_peer.py")
 TOOLS = sorted(
     f"tools/{path.name}"

@@ -78,4 +78,8 @@ def test_the_tables():
     plan = call(plan_scale.main, *flags)
     rows = [line.split("|")[1].strip() for line in plan.stdout.splitlines()[2:]]
     assert rows == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1,024"]
-    assert call(plan_scale.main, "--rate=0").status == 2
+    last = call(plan_scale.main, "--batch_size_per_device=2048").stdout.splitlines()[-1]
+    assert last.endswith(" | - |")  # a batch of 2 million
+    for wrong in (["--rate=0"], ["--images_per_core=9"], ["--check", "--rate=9"]):
+        result = call(plan_scale.main, *wrong)
+        assert result.status == 2 and wrong[0].partition("=")[0] in result.stderr
