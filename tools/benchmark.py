@@ -8,6 +8,7 @@ python3 tools/benchmark.py --inference --image_size=224 --batch_size_per_device=
 python3 tools/benchmark.py --against=torch --peer_python=torch/bin/python
 python3 tools/benchmark.py --against=onnxruntime --peer_python=onnxruntime/bin/python
 python3 tools/benchmark.py --against=dali --peer_python=dali/bin/python
+python3 tools/benchmark.py --growth batch_size image_size --steps=3 --output=growth
 """
 
 import itertools
@@ -44,6 +45,7 @@ from cnns.record import Record
 from cnns.run import Run
 from tools.against import Peer, start_peer
 from tools.benchmark_conversion import benchmark_conversion
+from tools.benchmark_growth import GROWTH, benchmark_growth
 from tools.benchmark_loader import against_dali, benchmark_loader
 from tools.benchmark_onnx import against_onnxruntime, benchmark_inference, predictors
 from tools.timing import SIZES, asked, by_turns, compare, print_table, timed
@@ -58,10 +60,14 @@ def main(argv: list[str] | None = None) -> None:
     report = {"date": date.today().isoformat(), "machine": describe_machine(device)}
     if args.peer_python is not None and args.against is None:
         raise UsageError("--peer_python has no effect without --against")
+    if args.output is not None and args.growth is None:
+        raise UsageError("--output has no effect without --growth")
     if args.against is not None:
         if device != "cpu":
             raise UsageError("--against compares on a CPU: give --device=cpu")
         report["against"] = AGAINST[args.against](args, device)
+    elif args.growth is not None:
+        report["growth"] = benchmark_growth(args)
     elif args.conversion:
         report["conversion"] = benchmark_conversion(args)
     elif args.inference:
@@ -81,7 +87,7 @@ def make_parser() -> Parser:
         "against a plain copy of its bytes; or, with --inference, how fast a network classifies by "
         "OneFlow and by ONNX Runtime; or, with --against, ours and another program by turns: "
         "training and classifying beside PyTorch, evaluation beside plain ONNX Runtime, the loader "
-        "beside DALI. Prints JSON.",
+        "beside DALI; or, with --growth, how time and memory grow, as plots. Prints JSON.",
         doc=__doc__,
         epilog="Read on: docs/measured.md.",
     )
@@ -111,6 +117,10 @@ def make_parser() -> Parser:
     add_switch(other, "--conversion", "measure tools/make_ofrecord.py imagenet")
     add_switch(other, "--inference", "measure both backends of of_cnn_inference.py")
     other.add_argument("--against", choices=tuple(AGAINST), help="measure ours and this by turns")
+    other.add_argument(
+        "--growth", nargs="+", choices=tuple(GROWTH), help="measure time and memory over these"
+    )
+    parser.add_argument("--output", help="growth: directory for its plots, else this one")
     parser.add_argument("--peer_python", help="against: a Python that has it")
     parser.add_argument(
         "--num_images",
