@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,14 +45,20 @@ class Peer:
         return self.ask(*request)["seconds"]
 
 
-@contextmanager
-def start_peer(name: str, python: str | None, *arguments: str | int) -> Iterator[Peer]:
-    """A peer in its own Python, with a thread for each core; it ends with the block.
-
-    Raises UsageError where its Python is not given or does not start.
-    """
+def check_python(name: str, python: str | None) -> None:
+    """Before anything is prepared: raises UsageError where no Python is given that can be run."""
     if python is None:
         raise UsageError(f"--against={name} needs --peer_python, a Python that has it")
+    if shutil.which(python) is None:
+        raise UsageError(f"--peer_python={python} is not a program that can be run")
+
+
+@contextmanager
+def start_peer(name: str, python: str, *arguments: str | int) -> Iterator[Peer]:
+    """A peer in its own Python, with a thread for each core; it ends with the block.
+
+    Raises UsageError where its Python does not start.
+    """
     threads = len(os.sched_getaffinity(0))
     command = [python, str(PEERS[name]), *map(str, arguments), str(threads)]
     pipe = subprocess.PIPE

@@ -43,7 +43,7 @@ from cnns.flags.values import number
 from cnns.interrupts import exit_on_signals
 from cnns.record import Record
 from cnns.run import Run
-from tools.against import Peer, start_peer
+from tools.against import Peer, check_python, start_peer
 from tools.benchmark_conversion import benchmark_conversion
 from tools.benchmark_growth import GROWTH, benchmark_growth
 from tools.benchmark_loader import against_dali, benchmark_loader
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.against is not None:
         if device != "cpu":
             raise UsageError("--against compares on a CPU: give --device=cpu")
+        check_python(args.against, args.peer_python)
         report["against"] = AGAINST[args.against](args, device)
     elif args.growth is not None:
         report["growth"] = benchmark_growth(args)

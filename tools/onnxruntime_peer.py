@@ -23,7 +23,7 @@ STD = np.array((58.393, 57.12, 57.375), np.float32)
 
 def read_image(path: Path, *, shorter: int, size: int) -> np.ndarray:
     """A photograph as (3, size, size) float32, normalised: a crop of one with this shorter side."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=("JPEG",)) as image:
         scale = shorter / min(image.size)
         width, height = (round(side * scale) for side in image.size)
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)

@@ -115,9 +115,10 @@ def test_a_peer_with_another_network_is_a_fault(peer, tmp_path):
     ("flags", "words"),
     [
         (("--against=torch", "--model=resnet18"), "needs --peer_python"),
-        (("--against=torch", "--peer_python=nowhere", "--model=resnet18"), "nowhere: No such file"),
+        (("--against=onnxruntime",), "needs --peer_python"),
+        (("--against=dali", "--peer_python=nowhere"), "nowhere is not a program"),
         (
-            ("--against=torch", "--peer_python=x", "--model=vgg"),
+            ("--against=torch", f"--peer_python={sys.executable}", "--model=vgg"),
             "has resnet18, resnet50, and not vgg",
         ),
         (("--against=torch", "--inference"), "not allowed with argument"),
