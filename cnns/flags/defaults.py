@@ -13,7 +13,7 @@ BATCH_SIZE_PER_DEVICE = 64
 NUM_EPOCHS = 90
 WARMUP_EPOCHS = 5
 SYNTHETIC_STEPS_PER_EPOCH = 20
-# What a run on synthetic data takes on a CPU, so that a first try ends in less than half a minute.
+# What a run on synthetic data takes on a CPU, so that a first try ends in about half a minute.
 CPU_TRIAL = {"image_size": 32, "batch_size_per_device": 8, "num_epochs": 2}
 # Learning rates per 256 images of global batch. sgd: Goyal et al. (arXiv:1706.02677) scaled as in
 # NVIDIA's and OneFlow's ResNet-50 v1.5; adam: its paper's 0.001; rmsprop: 0.045 at batch 1600, of
