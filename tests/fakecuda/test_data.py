@@ -9,17 +9,14 @@ import jobs
 import small
 from cnns.log import RUN_AHEAD
 
+pytestmark = pytest.mark.usefixtures("device")
+
 NUM_CLASSES = 4
 BATCH_SIZE = 3
 SIZE = 32  # pixels
 STEPS = (4, 8)  # of two runs that differ in nothing else
 VALIDATION = 5  # images
 COPY = re.compile(r"^COPY (HD|DH) (\d+)", re.MULTILINE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _device():
-    fake.require()
 
 
 @pytest.fixture(scope="module")

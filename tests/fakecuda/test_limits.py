@@ -8,6 +8,8 @@ import pytest
 import fake
 from small import ROOT
 
+pytestmark = pytest.mark.usefixtures("device")
+
 TRAIN = (
     "of_cnn_train_val.py",
     "--num_epochs=1",
@@ -18,11 +20,6 @@ TRAIN = (
     "--batch_size_per_device=4",
 )
 GIB = 1024
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _device():
-    fake.require()
 
 
 def run(script, *flags, cwd, **device):

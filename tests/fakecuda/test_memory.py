@@ -4,13 +4,9 @@ import re
 
 import pytest
 
-import fake
 import memory
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _device():
-    fake.require()
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.mark.slow

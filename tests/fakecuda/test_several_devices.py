@@ -18,6 +18,8 @@ import netns
 import small
 from small import ROOT
 
+pytestmark = pytest.mark.usefixtures("device")
+
 TRAIN = (
     "--device=cuda",
     "--image_size=32",
@@ -32,11 +34,6 @@ PROCESSES = 2  # per node, as many as it has devices
 STEPS = 3
 
 needs_namespaces = pytest.mark.skipif(bool(netns.why_not()), reason=netns.why_not() or "-")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _device():
-    fake.require()
 
 
 def start(*flags, cwd, devices=PROCESSES, prefix=(), log="log.%d", more=None):

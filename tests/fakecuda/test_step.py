@@ -15,15 +15,12 @@ import jobs
 import small
 from small import ROOT
 
+pytestmark = pytest.mark.usefixtures("device")
+
 BATCH_SIZE = 3  # of each device
 SIZE = 32  # pixels
 STEPS = (6, 12)
 MORE = STEPS[1] - STEPS[0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _device():
-    fake.require()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ import model_registry
 import small
 from cnns.models.layers import Dropout
 
+pytestmark = pytest.mark.usefixtures("device")
+
 NUM_CLASSES = 4
 BATCH_SIZE = 2
 FUSED_NHWC = ("--channel_last", "--fuse_bn_relu", "--fuse_bn_add_relu")
@@ -55,11 +57,6 @@ MATRIX = [
     for use_fp16 in (False, True)
     for variant in variants(model)
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _device():
-    fake.require()
 
 
 @pytest.fixture(scope="module")
